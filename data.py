@@ -1,0 +1,267 @@
+"""Training data from disk: pairs of pictures of one subject, and plain clips. Any files that Pillow and PyAV read.
+
+    images   a folder of *.parquet with the Subjects200K columns `image` (two views side by side) and `description`
+             {description_0, description_1}; or a folder with pairs.jsonl, one line per pair:
+             {"image_0": "a.jpg", "image_1": "b.jpg", "description_0": "...", "description_1": "..."}
+    videos   a folder of clips, each with its caption in a .txt file of the same name
+
+Every sample is a function of (seed, step, index): no state to save, any rank can make any sample, and a resumed run
+sees the data that an uninterrupted one would have seen. Nothing is dropped here: the reference tokens that a step
+leaves out are chosen in train.py, where the loop can see and log it.
+"""
+import io
+import json
+import zlib
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+CLIP_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"}
+
+
+def rng(seed, stream, *numbers):
+    """The numpy generator of one named stream at one place in the run, e.g. rng(seed, "coin", step)."""
+    return np.random.default_rng([seed, zlib.crc32(stream.encode()), *numbers])
+
+
+def torch_rng(seed, stream, *numbers):
+    """The same for torch, on the CPU: a draw is the same whatever device uses it."""
+    return torch.Generator().manual_seed(int(rng(seed, stream, *numbers).integers(2**63)))
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+def load_image(source):
+    """Any picture (path or file object) as RGB: EXIF rotation applied, transparency put on white, 16 bits scaled."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(source))
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # convert() would clip these at 255
+            values = np.asarray(image).astype(np.float64)
+            top = 255 if values.max() <= 255 else 65535 if values.max() <= 65535 else values.max()
+            image = Image.fromarray((values.clip(0) / top * 255).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no picture at {source}")
+    except Exception as e:  # Pillow raises many kinds for a broken file
+        raise ValueError(f"cannot read the picture {source}: {e}")
+
+
+def cover(image, height, width, jitter=0.0, rng=None):
+    """Resize `image` to cover height x width and cut the middle out.
+
+    jitter > 0 (Sec. A.2, "per-view random-crop jitter"): zoom in by up to this share and move the cut by up to half of
+    it, with draws from `rng`. Whole-number shrinking is plain averaging (reducing_gap), so pixel art stays exact.
+    """
+    zoom, dy, dx = (1 + jitter * rng.random(), *(jitter * (rng.random(2) - 0.5))) if jitter else (1.0, 0.0, 0.0)
+    scale = max(height / image.height, width / image.width) * zoom
+    w, h = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    image = image.resize((w, h), Image.LANCZOS, reducing_gap=1.0)
+    top = int(np.clip((h - height) / 2 + dy * h, 0, h - height))
+    left = int(np.clip((w - width) / 2 + dx * w, 0, w - width))
+    return image.crop((left, top, left + width, top + height))
+
+
+def to_pixels(images):
+    """PIL pictures of one size -> uint8 (F,3,H,W)."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
+
+
+def normalise(pixels):
+    """uint8 pixels -> float in [-1,1], the VAE's range."""
+    return pixels.float() / 127.5 - 1
+
+
+def split_views(image):
+    """The two views of a Subjects200K picture. Sources disagree on its padding, so it is read off the size.
+
+    Layout | p | s x s | p | s x s | p | with p above and below: height = s + 2p, width = 2s + 3p, so p = 2h - w.
+    Any other shape is cut in the middle and trimmed by 16/544 on all sides.
+    """
+    w, h = image.size
+    p = 2 * h - w
+    if 0 < p < h // 8:
+        s = h - 2 * p
+        return [image.crop((x, p, x + s, p + s)) for x in (p, 2 * p + s)]
+    t = round(h * 16 / 544)
+    return [image.crop((x + t, t, x + w // 2 - t, h - t)) for x in (0, w // 2)]
+
+
+class ImagePairs(Dataset):
+    """D_img: (I_ref, I_out, P). Each pair serves in both directions: view d with its own caption, the other as I_ref.
+
+    folder, size (height, width), crop_jitter, seed. Item (step, index) -> {"reference" (1,3,H,W) uint8,
+    "pixels" (1,3,H,W) uint8, "prompt", "skipped": one line for each unreadable pair met on the way}.
+    """
+
+    def __init__(self, folder, size, crop_jitter=0.0, seed=0):
+        self.folder, self.size, self.crop_jitter, self.seed = Path(folder), size, crop_jitter, seed
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"no folder of image pairs at {folder}")
+        self.rows = []  # (file, row group, row in it) of parquet, or a dict of pairs.jsonl
+        if (self.folder / "pairs.jsonl").is_file():
+            self.rows = [json.loads(line) for line in (self.folder / "pairs.jsonl").read_text().splitlines() if line]
+        for file in sorted(self.folder.glob("**/*.parquet")):
+            meta = pq.ParquetFile(file).metadata
+            missing = {"image", "description"} - set(meta.schema.to_arrow_schema().names)
+            if missing:
+                raise ValueError(f"{file} lacks the Subjects200K column(s) {', '.join(sorted(missing))}")
+            self.rows += [(file, g, r) for g in range(meta.num_row_groups) for r in range(meta.row_group(g).num_rows)]
+        if not self.rows:
+            raise ValueError(f"no image pairs in {folder}: expected *.parquet (Subjects200K) or pairs.jsonl")
+
+    def __len__(self):
+        return len(self.rows)
+
+    def load(self, row):
+        """The two views and the two captions of one pair."""
+        if isinstance(self.rows[row], dict):
+            record = self.rows[row]
+            views, text = [load_image(self.folder / record[f"image_{i}"]) for i in (0, 1)], record
+        else:
+            file, group, i = self.rows[row]
+            record = _row_group(file, group)[i].as_py()
+            views, text = split_views(load_image(io.BytesIO(record["image"]["bytes"]))), record["description"]
+        captions = [text.get("description_0"), text.get("description_1")]
+        if not all(captions):
+            raise ValueError(f"pair {row} of {self.folder} has no description_0 or description_1")
+        return views, captions
+
+    def __getitem__(self, key):
+        def make(r):
+            pick = int(r.integers(2 * len(self.rows)))
+            views, captions = self.load(pick // 2)
+            d = pick % 2  # direction: view d is the target
+            target, reference = (cover(view, *self.size, self.crop_jitter, r) for view in (views[d], views[1 - d]))
+            return {"reference": to_pixels([reference]), "pixels": to_pixels([target]), "prompt": captions[d]}
+        return _first_readable(make, self.seed, "image", key)
+
+
+@lru_cache(maxsize=8)
+def _row_group(file, group):
+    """One row group's rows. A random row decodes its whole group, so files with small groups (16 rows) read fastest."""
+    return pq.ParquetFile(file).read_row_group(group, columns=["image", "description"]).to_struct_array()
+
+
+# ---- clips -----------------------------------------------------------------------------------------------------------
+
+def clip_frames(wanted, compression=4):
+    """The largest 8k+1 up to `wanted`, for the VAE's temporal compression of 4 (2*compression*k + 1 in general).
+
+    The CogVideoX VAE decodes latent frames in twos, and other lengths come back longer: 13 frames in, 16 out."""
+    return (wanted - 1) // (2 * compression) * 2 * compression + 1
+
+
+def load_clip(path, frames, fps):
+    """The first `frames` frames of a clip at `fps`, as PIL pictures. ValueError when it is unreadable or too short."""
+    pictures, start = [], None
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            rate = float(stream.average_rate or stream.guessed_rate or 24)
+            for n, frame in enumerate(container.decode(stream)):
+                time = frame.time if frame.time is not None else n / rate
+                start = time if start is None else start
+                # This frame is shown until time + 1/rate: it serves every wanted instant k/fps before that.
+                while len(pictures) < frames and len(pictures) / fps < time - start + 1 / rate - 1e-6:
+                    pictures.append(frame.to_image())
+                if len(pictures) == frames:
+                    return pictures
+    except Exception as e:  # PyAV raises many kinds for a broken file
+        raise ValueError(f"cannot read the clip {path}: {e}")
+    raise ValueError(f"the clip {path} is too short: {len(pictures)} frames at {fps} fps, {frames} asked")
+
+
+def save_video(path, pictures, fps, enlarge=1):
+    """Write PIL pictures as H.264 (yuv420p, which every player takes), enlarged by a whole number, nearest neighbour.
+
+    Small pictures need it: yuv420p keeps one colour per 2x2 pixels. Same input, same file."""
+    width, height = pictures[0].width * enlarge, pictures[0].height * enlarge
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": "12", "preset": "veryfast", "threads": "1"}
+        for picture in pictures:
+            picture = picture.resize((width, height), Image.NEAREST)
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+
+
+class Clips(Dataset):
+    """D_vid: (T, V), with a reference frame out of the clip itself (Sec. 3.4).
+
+    folder, size (height, width), frames (8k+1), fps, random_frame (False: always the first frame), seed.
+    Item (step, index) -> {"reference" (1,3,H,W) uint8, "pixels" (F,3,H,W) uint8, "prompt", "skipped"}.
+    """
+
+    def __init__(self, folder, size, frames, fps, random_frame=True, seed=0):
+        self.size, self.frames, self.fps, self.random_frame, self.seed = size, frames, fps, random_frame, seed
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"no folder of clips at {folder}")
+        self.files = sorted(f for f in Path(folder).glob("**/*") if f.suffix.lower() in CLIP_SUFFIXES)
+        if not self.files:
+            raise ValueError(f"no clips in {folder}: expected {' '.join(sorted(CLIP_SUFFIXES))}")
+        for file in self.files:
+            if not file.with_suffix(".txt").is_file():
+                raise FileNotFoundError(f"the clip {file} has no caption: expected {file.with_suffix('.txt')}")
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, key):
+        def make(r):
+            file = self.files[r.integers(len(self.files))]
+            pictures = [cover(p, *self.size) for p in load_clip(file, self.frames, self.fps)]
+            i = int(r.integers(self.frames)) if self.random_frame else 0  # RandomFrameSelect
+            pixels = to_pixels(pictures)
+            return {"reference": pixels[i:i + 1], "pixels": pixels,
+                    "prompt": file.with_suffix(".txt").read_text().strip()}
+        return _first_readable(make, self.seed, "video", key)
+
+
+def _first_readable(make, seed, stream, key, tries=20):
+    """make(generator), drawn again when the file it chose cannot be used; what was passed over goes along."""
+    skipped = []
+    for attempt in range(tries):
+        try:
+            return {**make(rng(seed, stream, *key, attempt)), "skipped": skipped}
+        except (ValueError, FileNotFoundError) as e:
+            skipped.append(str(e))
+    raise ValueError(f"{tries} {stream} samples in a row could not be used, the last: {skipped[-1]}")
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+class _Tasks(Dataset):
+    def __init__(self, datasets):
+        self.datasets = datasets
+
+    def __getitem__(self, key):
+        task, *key = key
+        return self.datasets[task][key]
+
+
+def _collate(samples):
+    batch = {k: torch.stack([s[k] for s in samples]) for k in ("reference", "pixels")}
+    return batch | {"prompt": [s["prompt"] for s in samples], "skipped": sum((s["skipped"] for s in samples), [])}
+
+
+def batches(datasets, schedule, workers=0):
+    """An iterator over the micro-batches of a run, made ahead of time by `workers` processes.
+
+    datasets: {"image": ImagePairs, "video": Clips}. schedule: for each micro-batch the list of (task, step, index) it
+    holds, in the order in which the loop will ask. Yields {"reference" (B,1,3,H,W), "pixels" (B,F,3,H,W) uint8,
+    "prompt", "skipped"}.
+    """
+    return iter(DataLoader(_Tasks(datasets), batch_sampler=schedule, num_workers=workers, collate_fn=_collate,
+                           prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available()))

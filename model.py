@@ -1,0 +1,357 @@
+"""CogVideoX with a reference frame and LoRA: everything that is specific to the paper's model.
+
+The idea that keeps this small: the reference picture is frame 0. Its latents are put in front of the noisy video
+on the frame axis, so that text, reference and video meet in the transformer's full attention (Sec. 3.3):
+
+    tokens    [ text | reference | video ]        RoPE frame   reference 0, video 1..T
+
+    B  batch            T  latent frames of the video      L  text tokens          C, H, W  latent channels and size
+    D  model width      N  tokens of one latent frame      K  reference tokens kept (N, or fewer when some are dropped)
+
+Contents: SubjectTransformer (the forward) - LoRA (attach, save, load) - the v loss - text and VAE encoding - loading.
+"""
+import hashlib
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.normalization import CogVideoXLayerNormZero
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from diffusers.utils import apply_lora_scale
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+PAPER_BASE = "THUDM/CogVideoX-5b"
+REFERENCE_TOKEN = "<cls>"  # Sec. 3.3: "An <CLS> armchair in the living room"
+# Sec. A.1. Names match by suffix: "proj" is both ff.net.0.proj and the convolution patch_embed.proj.
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj", "text_proj", "norm1.linear", "norm2.linear", "ff.net.2"]
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers' own loader looks for
+
+
+# ---- the transformer -------------------------------------------------------------------------------------------------
+
+class Span(NamedTuple):
+    """Where the reference tokens are: rows `text : text + kept` of [text | reference | video]; 1 of `frames` frames."""
+    text: int
+    kept: int
+    frames: int
+
+
+class SubjectTransformer(CogVideoXTransformer3DModel):
+    """The stock CogVideoX transformer that also takes a reference picture. Same weights, same config, same call.
+
+    Because the signature is the stock one, the unmodified pipeline samples with it:
+    `CogVideoXPipeline(...)(prompt, attention_kwargs={"reference": reference})`.
+    """
+
+    lora_scope = "all"  # or "reference": see add_lora
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(self, hidden_states, encoder_hidden_states, timestep, timestep_cond=None, ofs=None,
+                image_rotary_emb=None, attention_kwargs=None, return_dict=True, reference=None, keep=None):
+        """Velocity of the noisy frames, (B,T,C,H,W).
+
+        hidden_states (B,T,C,H,W): noisy latents. encoder_hidden_states (B,L,D_text). timestep (B,).
+        reference (B or 1, 1,C,H,W): clean scaled latents of the reference picture, or None: then this is the stock
+            model with frames 0..T-1. Also taken from attention_kwargs["reference"], which is how the stock pipeline
+            hands it in; one reference serves both halves of a classifier-free guidance batch.
+        keep (K,): indices of the reference tokens that stay (TokenDrop in Algorithm 1); None keeps all N. The others
+            leave the sequence. An empty `keep` is text-to-video with the video still at frames 1..T.
+        image_rotary_emb: the stock T-frame tables, used only without a reference; made from the config when None.
+        """
+        if self.config.patch_size_t is not None:
+            raise ValueError("CogVideoX 1.5 (patch_size_t) folds two frames into one token, so a reference cannot be "
+                             f"frame 0; use a 1.0 base such as {PAPER_BASE}")
+        attention_kwargs = dict(attention_kwargs or {})
+        reference = attention_kwargs.pop("reference", None) if reference is None else reference
+        B, T, _, H, W = hidden_states.shape
+        p = self.config.patch_size
+        L, N = encoder_hidden_states.shape[1], (H // p) * (W // p)
+
+        temb = self.time_embedding(self.time_proj(timestep).to(hidden_states.dtype), timestep_cond)  # (B, D_time)
+
+        frames = hidden_states
+        if reference is not None:
+            if reference.shape[0] not in (1, B) and B % reference.shape[0] == 0:  # [uncond | cond] halves, one ref each
+                reference = reference.repeat(B // reference.shape[0], 1, 1, 1, 1)
+            if reference.shape[1:] != (1, *hidden_states.shape[2:]) or reference.shape[0] not in (1, B):
+                raise ValueError(f"reference must be (B or 1, 1, C, H, W) like the video {tuple(hidden_states.shape)}, "
+                                 f"got {tuple(reference.shape)}")
+            reference = reference.to(hidden_states).expand(B, -1, -1, -1, -1)
+            frames = torch.cat([reference, hidden_states], dim=1)  # (B, 1+T, C, H, W)
+        F_all, K = frames.shape[1], 0 if reference is None else N if keep is None else len(keep)
+        span = Span(L, K, F_all)
+
+        rope = image_rotary_emb  # a pair (cos, sin), each (F_all*N, head_dim)
+        if self.config.use_rotary_positional_embeddings and (rope is None or reference is not None):
+            rope = self.rotary_tables(F_all, H, W, hidden_states.device)
+
+        self._set_span(span)
+        tokens = self.patch_embed(encoder_hidden_states, frames)  # (B, L + F_all*N, D)
+        text, hidden = tokens[:, :L], tokens[:, L:]
+        if reference is not None and keep is not None:
+            # TokenDrop: dropped tokens are gone, not zeroed, and each kept one keeps its own row of the RoPE tables.
+            rows = torch.cat([keep.to(hidden.device), torch.arange(N, F_all * N, device=hidden.device)])
+            hidden = hidden[:, rows]  # (B, K + T*N, D)
+            rope = rope and tuple(table[rows] for table in rope)
+        text, hidden = self.embedding_dropout(text), self.embedding_dropout(hidden)
+
+        for block in self.transformer_blocks:
+            args = (block, span, hidden, text, temb, rope, attention_kwargs)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden, text = self._gradient_checkpointing_func(self._run_block, *args)
+            else:
+                hidden, text = self._run_block(*args)
+
+        hidden = hidden[:, K:]  # (B, T*N, D): only the noisy frames are decoded
+        hidden = self.norm_out(self.norm_final(hidden), temb=temb)
+        hidden = self.proj_out(hidden)  # (B, T*N, C*p*p)
+        velocity = hidden.reshape(B, T, H // p, W // p, -1, p, p)
+        velocity = velocity.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)  # (B, T, C, H, W)
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def _run_block(self, block, span, hidden, text, temb, rope, attention_kwargs):
+        self._set_span(span)  # inside the checkpointed function, so that backward's recomputation sees the same span
+        return block(hidden, text, temb, image_rotary_emb=rope, attention_kwargs=attention_kwargs)
+
+    def _set_span(self, span):
+        if self.lora_scope == "reference":
+            self.span_holder[0] = span
+
+    def rotary_tables(self, frames, height, width, device):
+        """RoPE (cos, sin) for `frames` latent frames of height x width latents, as the stock pipeline makes them."""
+        c = self.config
+        return _rotary_tables(c.attention_head_dim, frames, height // c.patch_size, width // c.patch_size,
+                              c.sample_height // c.patch_size, c.sample_width // c.patch_size, torch.device(device))
+
+
+@lru_cache(maxsize=16)
+def _rotary_tables(head_dim, frames, height, width, base_height, base_width, device):
+    crop = get_resize_crop_region_for_grid((height, width), base_width, base_height)
+    return get_3d_rotary_pos_embed(head_dim, crop, (height, width), frames, device=device)
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+def add_lora(transformer, rank, alpha, dropout=0.0, scope="all"):
+    """Attach fresh LoRA adapters (Sec. A.1) in float32 and freeze everything else. Returns the trainable parameters.
+
+    scope "all": LoRA acts on every token, as in the authors' released model. scope "reference": it acts on reference
+    tokens only, as the paper's text says ("LoRA-only updates on subject-token pathways", Algorithm 1).
+    """
+    if scope not in ("all", "reference"):
+        raise ValueError(f"lora_scope must be 'all' or 'reference', got {scope!r}")
+    transformer.requires_grad_(False)
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS))
+    transformer.requires_grad_(False)
+    for name, parameter in transformer.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()  # add_adapter follows the base: in bf16 an lr of 5e-5 barely moves
+            parameter.requires_grad_(scope == "all" or _reaches_output(name, len(transformer.transformer_blocks)))
+    if scope == "reference":
+        _restrict_to_reference(transformer)
+    return [p for p in transformer.parameters() if p.requires_grad]
+
+
+def _reaches_output(name, blocks):
+    """Under scope "reference": does this adapter get a gradient? Not the text projection, and in the last block not
+    what comes after the keys and values: the reference's own output is thrown away there."""
+    last = f"transformer_blocks.{blocks - 1}."
+    dead_end = [last + s for s in ("attn1.to_q.", "attn1.to_out.", "norm2.", "ff.")]
+    return "text_proj." not in name and not any(s in name for s in dead_end)
+
+
+def _restrict_to_reference(transformer):
+    """Make every LoRA layer add its update to the reference rows only. `span_holder` tells them which rows."""
+    transformer.lora_scope, transformer.span_holder = "reference", [None]
+    holder = transformer.span_holder
+    for name, module in transformer.named_modules():
+        if isinstance(module, CogVideoXLayerNormZero):
+            module.forward = _reference_only_norm(module, holder)
+        elif isinstance(module, LoraLayer) and "norm" not in name:
+            module.forward = _reference_only_linear(module, module.forward, holder, is_patch=name == "patch_embed.proj")
+
+
+def _reference_only_linear(layer, with_lora, holder, is_patch):
+    def forward(x):
+        text, kept, frames = holder[0]
+        if kept == 0 or x.shape[1] == text and not is_patch:  # no reference, or the text projection
+            return layer.base_layer(x)
+        if is_patch:  # (B*F, C, H, W): the frames are folded into the batch, and frame 0 is the reference
+            x = x.unflatten(0, (-1, frames))
+            y = torch.cat([with_lora(x[:, 0])[:, None], layer.base_layer(x[:, 1:].flatten(0, 1))
+                           .unflatten(0, (-1, frames - 1))], dim=1)
+            return y.flatten(0, 1)
+        before, reference, after = x.split([text, kept, x.shape[1] - text - kept], dim=1)
+        return torch.cat([layer.base_layer(before), with_lora(reference), layer.base_layer(after)], dim=1)
+    return forward
+
+
+def _reference_only_norm(norm, holder):
+    """The adaptive norm reads the timestep, not tokens: both versions of shift, scale and gate, then one per token."""
+    def forward(hidden, text, temb):  # hidden (B, K + T*N, D)
+        t, kept = norm.silu(temb), holder[0].kept
+        base = [m[:, None] for m in norm.linear.base_layer(t).chunk(6, dim=1)]  # six of (B, 1, D)
+        shift, scale, gate, text_shift, text_scale, text_gate = base
+        if kept:
+            lora = [m[:, None] for m in norm.linear(t).chunk(6, dim=1)[:3]]
+            rest = hidden.shape[1] - kept
+            shift, scale, gate = (torch.cat([a.expand(-1, kept, -1), b.expand(-1, rest, -1)], dim=1)
+                                  for a, b in zip(lora, base))
+        hidden = norm.norm(hidden) * (1 + scale) + shift
+        text = norm.norm(text) * (1 + text_scale) + text_shift
+        return hidden, text, gate, text_gate
+    return forward
+
+
+def fingerprint(transformer):
+    """12 hex digits that tell one base from another. LoRA never touches proj_out, so it is the same after training."""
+    weight = transformer.proj_out.weight.detach().to("cpu", torch.bfloat16)  # bf16: the same whatever it was loaded as
+    return hashlib.sha256(weight.view(torch.int16).numpy().tobytes()).hexdigest()[:12]
+
+
+def save_lora(transformer, path, **extra):
+    """Write the adapters to path/pytorch_lora_weights.safetensors in the diffusers format, alpha included.
+
+    `extra` (strings) goes into the file's header beside the base's name and fingerprint: read it with `lora_header`.
+    The write is atomic: a kill leaves the old file or the new one.
+    """
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in transformer.peft_config["default"].to_dict().items()}
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()},
+                                                                   default=str, sort_keys=True),
+              "lora_scope": transformer.lora_scope, "base_fingerprint": fingerprint(transformer), **extra}
+    weights = {f"transformer.{k}": v.detach().cpu().contiguous()
+               for k, v in get_peft_model_state_dict(transformer).items()}
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(weights, path / (LORA_FILE + ".tmp"), metadata=header)
+    os.replace(path / (LORA_FILE + ".tmp"), path / LORA_FILE)
+
+
+def lora_path(path):
+    """The safetensors file behind `path`: a file, or a folder with one. FileNotFoundError names what was looked for."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    for name in (LORA_FILE, "pytorch_lora_weights_transformer.safetensors"):  # the second is the authors' release
+        if (path / name).is_file():
+            return path / name
+    raise FileNotFoundError(f"no LoRA at {path}: expected a .safetensors file or a folder with {LORA_FILE}")
+
+
+def lora_header(path):
+    """The strings that `save_lora` wrote into the file's header (empty for a file from elsewhere)."""
+    with safe_open(lora_path(path), "pt") as f:
+        return f.metadata() or {}
+
+
+def load_lora(transformer, path, dropout=0.0):
+    """Attach the adapters saved at `path` (file or folder). Rank, alpha and scope come from the file.
+
+    A file without alpha (the authors' release) gets the paper's alpha/rank = 64/128 = 0.5, and says so.
+    ValueError when it was trained on another base or does not fit.
+    """
+    file, header = lora_path(path), lora_header(path)
+    weights = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
+    rank = next((v.shape[0] for k, v in weights.items() if "lora_A" in k), None)
+    if rank is None:
+        raise ValueError(f"{file} holds no LoRA weights (no lora_A keys)")
+    trained_on = header.get("base_fingerprint")
+    if trained_on and trained_on != fingerprint(transformer):
+        raise ValueError(f"LoRA {file} was trained on the base {header.get('base', '?')} ({trained_on}), "
+                         f"not on this one ({fingerprint(transformer)}); pass the right --base")
+    config = json.loads(header.get("lora_adapter_metadata", "{}"))
+    alpha = config.get("transformer.lora_alpha")
+    if alpha is None:
+        alpha = rank / 2
+        print(f"{file} does not say its alpha: using the paper's alpha/rank = 64/128 = 0.5")
+    parameters = add_lora(transformer, rank, alpha, dropout, header.get("lora_scope", "all"))
+    here = {k: v.shape for k, v in get_peft_model_state_dict(transformer).items()}
+    wrong = [k for k in weights.keys() | here.keys() if k not in weights or here.get(k) != weights[k].shape]
+    if wrong:
+        raise ValueError(f"LoRA {file} does not fit this base: {len(wrong)} of {len(here)} tensors differ, "
+                         f"the first is {min(wrong)}")
+    set_peft_model_state_dict(transformer, weights)
+    return parameters
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+def v_loss(transformer, scheduler, latents, text, timestep, noise, reference=None, keep=None):
+    """The diffusion loss of both tasks, one value per sample (B,), float32.
+
+    latents (B,T,C,H,W) clean and scaled; text (B,L,D_text); timestep (B,); noise like latents; reference, keep: see
+    SubjectTransformer.forward. With a = alpha-bar at the timestep:
+
+        x_t = sqrt(a) x + sqrt(1-a) e       v = sqrt(a) e - sqrt(1-a) x       loss = |v_pred - v|^2
+
+    `scheduler.get_velocity` is called on the clean latents to make the target v; it is never called on the model's
+    output. (diffusers' CogVideoX example does that to get x0_pred and weights |x0_pred - x0|^2 by 1/(1-a). It is the
+    same number: x0_pred - x0 = -sqrt(1-a) (v_pred - v).)
+    """
+    noisy = scheduler.add_noise(latents, noise, timestep)
+    v = scheduler.get_velocity(latents, noise, timestep)
+    v_pred = transformer(noisy, text, timestep, reference=reference, keep=keep, return_dict=False)[0]
+    return F.mse_loss(v_pred.float(), v.float(), reduction="none").mean(dim=(1, 2, 3, 4))
+
+
+# ---- text and pixels -------------------------------------------------------------------------------------------------
+
+def with_reference_token(prompt, cls=True):
+    """Prepend <cls> (Sec. 3.3) unless the prompt already holds one; cls=False is Table 6's row without it."""
+    return f"{REFERENCE_TOKEN} {prompt}" if cls and REFERENCE_TOKEN not in prompt else prompt
+
+
+@torch.no_grad()
+def encode_prompt(pipe, prompts):
+    """T5 embeddings (B, L, D_text) of a list of prompts, padded to the base's text length as the stock sampler does."""
+    return pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=pipe.text_encoder.device,
+                              max_sequence_length=pipe.transformer.config.max_text_seq_length)[0]
+
+
+@torch.no_grad()
+def encode_video(vae, pixels, generator=None):
+    """Pixels (B,F,3,H,W) in [-1,1] -> scaled latents (B,T,C,H/8,W/8). F = 1 for pictures, 8k+1 for clips.
+
+    A draw from the posterior, as in CogVideoX's training; with generator=None its mean.
+    """
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype).transpose(1, 2)).latent_dist  # the VAE takes (B,3,F,H,W)
+    z = posterior.mode()
+    if generator is not None:  # drawn on the generator's device, so that a seed means the same on CPU and GPU
+        z = posterior.mean + posterior.std * torch.randn(z.shape, generator=generator).to(z)
+    return z.transpose(1, 2) * vae.config.scaling_factor
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+def load_pipeline(base, dtype=torch.float32, device="cpu"):
+    """The stock CogVideoXPipeline of a diffusers folder or hub id, with our transformer and a tokenizer that knows
+    <cls>. One line of FileNotFoundError when there is no such base."""
+    if not (Path(base) / "model_index.json").is_file() and (str(base).count("/") != 1 or Path(base).exists()
+                                                            or str(base).startswith((".", "/"))):
+        raise FileNotFoundError(f"no base at {base}: expected a diffusers CogVideoX folder (with model_index.json) "
+                                f"or a hub id such as {PAPER_BASE}")
+    transformer = SubjectTransformer.from_pretrained(base, subfolder="transformer", torch_dtype=dtype)
+    pipe = CogVideoXPipeline.from_pretrained(base, transformer=transformer, torch_dtype=dtype)
+    pipe.tokenizer.add_tokens([REFERENCE_TOKEN], special_tokens=True)
+    rows = pipe.text_encoder.get_input_embeddings().num_embeddings
+    if len(pipe.tokenizer) > rows:  # T5-XXL has 32128 rows and <cls> takes id 32100: nothing is resized
+        raise ValueError(f"{base}: the text encoder has {rows} embedding rows, no spare one for {REFERENCE_TOKEN}")
+    for module in (pipe.transformer, pipe.vae, pipe.text_encoder):
+        module.requires_grad_(False).eval()
+    return pipe.to(device)
+
+
+def frame_size(pipe):
+    """(height, width) in pixels that the base was made for: 480 x 720 for CogVideoX-5B."""
+    c = pipe.transformer.config
+    return c.sample_height * pipe.vae_scale_factor_spatial, c.sample_width * pipe.vae_scale_factor_spatial

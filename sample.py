@@ -1,0 +1,165 @@
+"""One picture of a subject and a sentence -> a video of that subject. The stock CogVideoX pipeline does the sampling.
+
+    python sample.py --ref toy/refs/creature-0.png                                   # the toy, seconds on a CPU
+    python sample.py --ref cat.jpg --prompt "a cat surfs a wave" --lora out/subject  # CogVideoX-5B
+    python sample.py --ref cat.jpg --prompt "..." --offload model                    # on a small GPU
+
+Writes OUT.mp4 (H.264) and OUT.png, a contact sheet: the reference, then frames of the video.
+"""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import HfArgumentParser
+
+from data import clip_frames, cover, load_image, normalise, save_video, to_pixels
+from model import (LORA_FILE, PAPER_BASE, encode_video, frame_size, load_lora, load_pipeline, lora_header, lora_path,
+                   with_reference_token)
+from train import knob, newest_checkpoint
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Config:
+    ref: str = knob("", "picture of the subject, any size and mode; empty samples without a reference")
+    prompt: str = knob("", "what happens; empty takes the text file beside the picture, if there is one")
+    prompts: str = knob("", "text file with one prompt per line: one video each")
+    lora: str = knob("", "LoRA file, checkpoint or run; empty takes the newest checkpoint under out/, else toy/lora")
+    base: str = knob("", "diffusers CogVideoX folder or hub id; empty takes the one the LoRA was trained on")
+    out: str = knob("sample.mp4", "file to write; .png for a single picture (--frames 1)")
+    seed: int = knob(0, "seed of the starting noise")
+    steps: int = knob(50, "denoising steps")
+    guidance: float = knob(6.0, "classifier-free guidance scale, on the text only; 1 turns it off")
+    dynamic_cfg: bool = knob(False, "let the guidance scale grow over the steps (the pipeline's use_dynamic_cfg)")
+    negative_prompt: str = knob("", "what guidance leads away from")
+    frames: int = knob(0, "frames of the video, cut to 8k+1; 1 makes a picture; 0 takes the base's (49)")
+    fps: float = knob(0.0, "frames per second of the file; 0 takes the LoRA's training rate (8)")
+    height: int = knob(0, "height in pixels; 0 takes the base's (480)")
+    width: int = knob(0, "width in pixels; 0 takes the base's (720)")
+    enlarge: int = knob(0, "enlarge the file by this whole number; 0 picks one that makes tiny videos visible")
+    device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
+    offload: str = knob("none", "'model' or 'sequential' keeps weights in RAM until needed (for a small GPU)")
+
+    def __post_init__(self):
+        if self.steps <= 0:
+            raise ValueError(f"--steps must be positive, got {self.steps}")
+        for name in ("frames", "fps", "height", "width", "enlarge"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
+        if self.offload not in ("none", "model", "sequential"):
+            raise ValueError(f"--offload must be none, model or sequential, got {self.offload!r}")
+
+
+def find_lora(path=""):
+    """The LoRA file of a file, folder or run; with no path the newest checkpoint under out/, else toy/lora."""
+    if path:
+        return lora_path(newest_checkpoint(path) or path)
+    checkpoints = [d / LORA_FILE for d in Path("out").glob("*/step-*") if d.suffix != ".tmp" and (d / LORA_FILE).is_file()]
+    return lora_path(max(checkpoints, key=lambda f: f.stat().st_mtime, default=HERE / "toy/lora"))
+
+
+def load(lora="", base="", device="cpu", use_lora=True):
+    """(pipeline, header): the base, with the LoRA on it unless use_lora is False. `lora` as for find_lora.
+
+    The base is the one asked for, else the one named in the LoRA's header, else the paper's."""
+    file = find_lora(lora)
+    header = lora_header(file)
+    base = base or header.get("base", PAPER_BASE)
+    if not Path(base).exists() and (HERE / base).exists():
+        base = HERE / base  # "toy/base" means ours, wherever we are called from
+    print(f"base {base}, LoRA {file if use_lora else 'none'}", file=sys.stderr)
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    pipe = load_pipeline(base, dtype)  # stays in RAM here: the caller moves it, or lets it be offloaded
+    if use_lora:
+        load_lora(pipe.transformer, file)
+        pipe.transformer.to(dtype).eval().requires_grad_(False)
+    pipe.vae.enable_slicing()
+    return pipe, header
+
+
+def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0, height=0, width=0, cls=True,
+             dynamic_cfg=False, negative_prompt=""):
+    """Videos as lists of PIL pictures, one per prompt.
+
+    references: one PIL picture per prompt, or a single one for all, or None (text-to-video). Each is resized to cover
+    the frame, as in training, and encoded by the VAE (its mean, so nothing is random but the starting noise).
+    """
+    height, width = height or frame_size(pipe)[0], width or frame_size(pipe)[1]
+    frames = clip_frames(frames or pipe.transformer.config.sample_frames, pipe.vae_scale_factor_temporal)
+    device = pipe._execution_device
+    latents = None
+    if references is not None:
+        pixels = torch.stack([to_pixels([cover(r, height, width)]) for r in references])  # (B, 1, 3, H, W)
+        pipe.vae.to(device)
+        latents = encode_video(pipe.vae, normalise(pixels)).to(device)                    # (B, 1, C, H/8, W/8)
+    return pipe(
+        prompt=[with_reference_token(p, cls) for p in prompts], negative_prompt=[negative_prompt] * len(prompts),
+        height=height, width=width, num_frames=frames, num_inference_steps=steps, guidance_scale=guidance,
+        use_dynamic_cfg=dynamic_cfg, generator=[torch.Generator().manual_seed(s) for s in seeds],
+        max_sequence_length=pipe.transformer.config.max_text_seq_length,
+        attention_kwargs={"reference": latents}).frames
+
+
+def contact_sheet(video, reference=None, enlarge=1, columns=6):
+    """One row: the reference, a gap, then `columns` frames evenly spread over the video."""
+    picks = sorted({round(i * (len(video) - 1) / max(columns - 1, 1)) for i in range(columns)})
+    w, h, gap = video[0].width * enlarge, video[0].height * enlarge, 4
+    row = [video[i].resize((w, h), Image.NEAREST) for i in picks]
+    row = ([cover(reference, h, w)] if reference is not None else []) + row
+    sheet = Image.new("RGB", ((w + gap) * len(row) - gap, h), "white")
+    for i, picture in enumerate(row):
+        sheet.paste(picture, (i * (w + gap), 0))
+    return sheet
+
+
+def main(cfg):
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    reference = load_image(cfg.ref) if cfg.ref else None
+    beside = Path(cfg.ref).with_suffix(".txt")
+    prompts = [cfg.prompt or (beside.read_text().strip() if cfg.ref and beside.is_file() else "")]
+    if cfg.prompts:
+        prompts = [line.strip() for line in Path(cfg.prompts).read_text().splitlines() if line.strip()]
+        if not prompts:
+            raise ValueError(f"no prompts in {cfg.prompts}")
+    if not prompts[0]:
+        raise ValueError("what should happen? Pass --prompt (or a .txt file beside the picture)")
+    out = Path(cfg.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    pipe, header = load(cfg.lora, cfg.base, device)
+    multiple = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
+    if cfg.height % multiple or cfg.width % multiple:
+        raise ValueError(f"--height and --width must be multiples of {multiple}, got {cfg.height} x {cfg.width}")
+    if cfg.frames and cfg.frames != (frames := clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)):
+        print(f"--frames {cfg.frames} cut to {frames}, a length that the VAE can make")
+    if cfg.offload == "none":
+        pipe.to(device)
+    else:
+        pipe.vae.enable_tiling()
+        (pipe.enable_model_cpu_offload if cfg.offload == "model" else pipe.enable_sequential_cpu_offload)(device=device)
+
+    for i, prompt in enumerate(prompts):
+        print(f"{prompt!r}, seed {cfg.seed}")
+        (video,) = generate(pipe, reference and [reference], [prompt], [cfg.seed], cfg.steps, cfg.guidance, cfg.frames,
+                            cfg.height, cfg.width, header.get("cls") != "False", cfg.dynamic_cfg, cfg.negative_prompt)
+        file = out.with_stem(f"{out.stem}-{i}") if len(prompts) > 1 else out
+        enlarge = cfg.enlarge or max(1, 256 // video[0].height)
+        if len(video) == 1:
+            picture = video[0].resize((video[0].width * enlarge, video[0].height * enlarge), Image.NEAREST)
+            picture.save(file.with_suffix(".png"))
+            print(f"wrote {file.with_suffix('.png')}")
+        else:
+            save_video(file, video, cfg.fps or float(header.get("fps", 8)), enlarge)
+            contact_sheet(video, reference, enlarge).save(file.with_suffix(".png"))
+            print(f"wrote {file} and {file.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    parser = HfArgumentParser(Config, description=__doc__.splitlines()[0], allow_abbrev=False)
+    try:
+        main(Config(**vars(parser.parse_args())))
+    except (ValueError, FileNotFoundError) as e:
+        sys.exit(f"sample.py: error: {e}")

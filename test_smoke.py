@@ -1,0 +1,600 @@
+"""Tests of the five scripts. Everything is compared with something we did not write (stock diffusers, closed forms) or
+with an answer known beforehand. `pytest` needs no GPU and no download; all of it takes a few minutes on two CPU cores."""
+import copy
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from PIL import Image
+
+import data
+import model
+import sample
+import train
+from model import SubjectTransformer, add_lora, load_lora, save_lora, v_loss
+
+ROOT = Path(__file__).parent
+BASE = str(ROOT / "toy/base")
+T, C, H, W, L, N = 3, 4, 8, 12, 5, 24  # a tiny model on frames that are not square; N tokens per latent frame
+
+
+@pytest.fixture
+def tiny():
+    """A random tiny CogVideoX in our class and in the stock one, same weights."""
+    torch.manual_seed(0)
+    config = dict(num_attention_heads=2, attention_head_dim=16, in_channels=C, out_channels=C, time_embed_dim=8,
+                  text_embed_dim=12, num_layers=3, sample_width=W, sample_height=H, sample_frames=9,
+                  max_text_seq_length=L, use_rotary_positional_embeddings=True)
+    ours, stock = SubjectTransformer(**config).eval(), CogVideoXTransformer3DModel(**config).eval()
+    stock.load_state_dict(ours.state_dict())
+    return ours, stock
+
+
+@pytest.fixture
+def inputs():
+    g = torch.Generator().manual_seed(1)
+    rand = lambda *shape: torch.randn(*shape, generator=g)
+    return rand(2, T, C, H, W), rand(2, L, 12), torch.tensor([300, 700]), rand(2, 1, C, H, W)
+
+
+def randomise_lora(transformer, seed=5):
+    """LoRA starts at B = 0, where many mistakes cannot be seen."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in transformer.named_parameters():
+        if "lora_" in name:
+            p.data = torch.randn(p.shape, generator=g) * 0.2
+
+
+def rope(stock, frames):
+    pipe = CogVideoXPipeline.__new__(CogVideoXPipeline)  # the stock tables, from the stock pipeline's own method
+    pipe.vae_scale_factor_spatial = 8
+    object.__setattr__(pipe, "transformer", stock)
+    return CogVideoXPipeline._prepare_rotary_positional_embeddings(pipe, H * 8, W * 8, frames, torch.device("cpu"))
+
+
+# ---- the transformer against the stock one ---------------------------------------------------------------------------
+
+def test_without_reference_it_is_the_stock_model(tiny, inputs):
+    ours, stock = tiny
+    x, text, t, _ = inputs
+    expected = stock(x, text, t, image_rotary_emb=rope(stock, T)).sample
+    assert torch.equal(ours(x, text, t).sample, expected)  # makes its own tables
+    assert torch.equal(ours(x, text, t, image_rotary_emb=rope(stock, T)).sample, expected)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_reference_is_frame_zero(tiny, inputs, shared):
+    """The stock transformer fed the reference as an extra first frame, its first output frame dropped."""
+    ours, stock = tiny
+    x, text, t, ref = inputs
+    ref = ref[:1] if shared else ref
+    whole = torch.cat([ref.expand(2, -1, -1, -1, -1), x], 1)
+    expected = stock(whole, text, t, image_rotary_emb=rope(stock, T + 1)).sample[:, 1:]
+    for got in (ours(x, text, t, reference=ref),
+                ours(x, text, t, attention_kwargs={"reference": ref}, image_rotary_emb=rope(stock, T))):
+        assert (got.sample - expected).abs().max() < 1e-6
+    keep_all = ours(x, text, t, reference=ref, keep=torch.arange(N)).sample
+    assert (keep_all - expected).abs().max() < 1e-6
+
+
+def test_removing_tokens_equals_masking_them(tiny, inputs, monkeypatch):
+    ours, _ = tiny
+    x, text, t, ref = inputs
+    keep = torch.tensor([0, 3, 4, 11, 20])
+    removed = ours(x, text, t, reference=ref, keep=keep).sample
+    visible = torch.ones(L + N + T * N, dtype=torch.bool)
+    visible[L:L + N] = False
+    visible[L + keep] = True
+    stock_attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda q, k, v, attn_mask=None, **kw: stock_attention(q, k, v, attn_mask=visible[None], **kw))
+    assert (ours(x, text, t, reference=ref).sample - removed).abs().max() < 1e-6
+
+
+def test_no_token_kept_is_text_to_video_at_frames_one_to_T(tiny, inputs):
+    ours, stock = tiny
+    x, text, t, ref = inputs
+    shifted = tuple(table[N:] for table in rope(stock, T + 1))
+    expected = stock(x, text, t, image_rotary_emb=shifted).sample
+    got = ours(x, text, t, reference=ref, keep=torch.empty(0, dtype=torch.long)).sample
+    assert (got - expected).abs().max() < 1e-6
+    assert (got - ours(x, text, t).sample).abs().max() > 1e-4  # frames 0..T-1 are something else
+
+
+def test_wrong_reference_shape_is_named(tiny, inputs):
+    x, text, t, ref = inputs
+    with pytest.raises(ValueError, match=r"reference must be"):
+        tiny[0](x, text, t, reference=ref[..., :4])
+
+
+def test_full_size_counts():
+    """CogVideoX-5B on the meta device: the numbers of the design card."""
+    with torch.device("meta"):
+        transformer = SubjectTransformer(
+            num_attention_heads=48, num_layers=42, time_embed_dim=512, text_embed_dim=4096, sample_width=90,
+            sample_height=60, use_rotary_positional_embeddings=True, use_learned_positional_embeddings=False)
+    assert sum(p.numel() for p in transformer.parameters()) == 5_570_283_072
+    parameters = add_lora(transformer, 128, 64)
+    assert sum(p.numel() for p in parameters) == 502_276_096 and len(parameters) == 2 * 338
+    assert model.SubjectTransformer.rotary_tables(transformer, 14, 60, 90, "cpu")[0].shape == (14 * 1350, 64)
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("scope", ["all", "reference"])
+def test_fresh_lora_is_the_base(tiny, inputs, scope):
+    ours, _ = tiny
+    x, text, t, ref = inputs
+    before = ours(x, text, t, reference=ref).sample
+    add_lora(ours, 4, 2, scope=scope)
+    assert (ours(x, text, t, reference=ref).sample - before).abs().max() < 1e-6
+
+
+def test_lora_is_float32_on_a_bfloat16_base(tiny):
+    parameters = add_lora(tiny[0].to(torch.bfloat16), 4, 2)
+    assert parameters and all(p.dtype == torch.float32 for p in parameters)
+    assert not any(p.requires_grad for n, p in tiny[0].named_parameters() if "lora_" not in n)
+
+
+def test_reference_scope_leaves_text_and_video_alone(tiny, inputs):
+    ours, stock = tiny
+    x, text, t, ref = inputs
+    add_lora(ours, 4, 2, scope="reference")
+    randomise_lora(ours)
+    assert torch.equal(ours(x, text, t).sample, stock(x, text, t, image_rotary_emb=rope(stock, T)).sample)
+
+    whole = torch.cat([ref, x], 1)
+    plain = stock.patch_embed(text, whole)
+    seen = {}
+    ours.patch_embed.register_forward_hook(lambda m, i, out: seen.update(tokens=out))
+    for name in ("norm1", "ff"):
+        getattr(ours.transformer_blocks[0], name).register_forward_pre_hook(
+            lambda m, i, name=name: seen.update({name + "_in": i}))
+        getattr(ours.transformer_blocks[0], name).register_forward_hook(
+            lambda m, i, out, name=name: seen.update({name: out}))
+    ours(x, text, t, reference=ref)
+    same = lambda a, b: torch.allclose(a, b, atol=1e-6)
+    assert same(seen["tokens"][:, :L], plain[:, :L]) and same(seen["tokens"][:, L + N:], plain[:, L + N:])
+    assert not same(seen["tokens"][:, L:L + N], plain[:, L:L + N])
+    got, base = seen["norm1"], stock.transformer_blocks[0].norm1(*seen["norm1_in"])
+    assert same(got[0][:, N:], base[0][:, N:]) and not same(got[0][:, :N], base[0][:, :N])  # video, reference
+    assert same(got[1], base[1]) and same(got[3], base[3])                                  # text and its gate
+    assert same(got[2][:, N:], base[2].expand(-1, T * N, -1))
+    got, base = seen["ff"], stock.transformer_blocks[0].ff(*seen["ff_in"])
+    rest = torch.ones(L + N + T * N, dtype=torch.bool)
+    rest[L:L + N] = False
+    assert same(got[:, rest], base[:, rest]) and not same(got[:, ~rest], base[:, ~rest])
+
+
+@pytest.mark.parametrize("scope", ["all", "reference"])
+def test_gradient_checkpointing_changes_nothing(tiny, inputs, scope):
+    ours, _ = tiny
+    x, text, t, ref = inputs
+    parameters = add_lora(ours, 4, 2, scope=scope)
+    randomise_lora(ours)
+    gradients = []
+    for checkpointing in (False, True):
+        ours.train()
+        ours.enable_gradient_checkpointing() if checkpointing else ours.disable_gradient_checkpointing()
+        # Two forwards before one backward, with different spans: recomputation must see the right one.
+        loss = sum(ours(x, text, t, reference=ref, keep=keep).sample.square().mean()
+                   for keep in (None, torch.arange(5)))
+        gradients.append(torch.autograd.grad(loss, parameters))
+    for a, b in zip(*gradients):
+        assert torch.allclose(a, b, atol=1e-7)
+        assert a.abs().max() > 0  # nothing that is trained is without a gradient
+
+
+def test_lora_round_trip_and_stock_loader(tiny, inputs, tmp_path):
+    """Our file, loaded by us and by stock diffusers, at the right scale (a lost alpha would double it)."""
+    ours, stock = tiny
+    x, text, t, ref = inputs
+    add_lora(ours, 4, 2)
+    randomise_lora(ours)
+    save_lora(ours, tmp_path, base="somewhere")
+    expected = ours(x, text, t, reference=ref).sample
+
+    again = SubjectTransformer(**{k: v for k, v in stock.config.items() if not k.startswith("_")}).eval()
+    again.load_state_dict(stock.state_dict())
+    load_lora(again, tmp_path)
+    assert torch.equal(again(x, text, t, reference=ref).sample, expected)
+
+    state, metadata = CogVideoXPipeline.lora_state_dict(str(tmp_path), return_lora_metadata=True)
+    CogVideoXPipeline.load_lora_into_transformer(state, stock, metadata=metadata)
+    got = stock(torch.cat([ref, x], 1), text, t, image_rotary_emb=rope(stock, T + 1)).sample[:, 1:]
+    assert (got - expected).abs().max() < 1e-6
+
+
+def test_lora_of_another_base_and_lora_without_alpha(tiny, tmp_path, capsys):
+    ours, stock = tiny
+    add_lora(ours, 4, 2)
+    randomise_lora(ours)
+    save_lora(ours, tmp_path, base="here")
+    other = SubjectTransformer(**{k: v for k, v in stock.config.items() if not k.startswith("_")})
+    with pytest.raises(ValueError, match="was trained on the base here"):
+        load_lora(other, tmp_path)
+    with pytest.raises(FileNotFoundError, match="no LoRA at"):
+        load_lora(other, tmp_path / "nothing")
+    # The authors' release: another file name, no metadata.
+    weights = model.load_file(tmp_path / model.LORA_FILE)
+    (tmp_path / "v1").mkdir()
+    model.save_file(weights, tmp_path / "v1" / "pytorch_lora_weights_transformer.safetensors")
+    other.load_state_dict(stock.state_dict())
+    load_lora(other, tmp_path / "v1")
+    assert other.peft_config["default"].lora_alpha / other.peft_config["default"].r == 0.5
+    assert "0.5" in capsys.readouterr().out
+    weights.pop(next(iter(weights)))
+    model.save_file(weights, tmp_path / "v1" / "pytorch_lora_weights_transformer.safetensors")
+    fresh = SubjectTransformer(**{k: v for k, v in stock.config.items() if not k.startswith("_")})
+    with pytest.raises(ValueError, match="does not fit"):
+        load_lora(fresh, tmp_path / "v1")
+
+
+# ---- loss, text ------------------------------------------------------------------------------------------------------
+
+def test_v_loss_closed_form(tiny, inputs):
+    """Against the definition, and against the diffusers example's x0 loss with weight 1/(1-a)."""
+    ours, _ = tiny
+    x, text, t, ref = inputs
+    scheduler = CogVideoXPipeline.from_pretrained(BASE).scheduler
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    got = v_loss(ours, scheduler, x, text, t, noise, ref)
+    a = scheduler.alphas_cumprod[t].float().view(-1, 1, 1, 1, 1)
+    noisy = a.sqrt() * x + (1 - a).sqrt() * noise
+    v_pred = ours(noisy, text, t, reference=ref).sample
+    v = a.sqrt() * noise - (1 - a).sqrt() * x
+    assert torch.allclose(got, (v_pred - v).square().mean((1, 2, 3, 4)), atol=1e-6)
+    x0_pred = scheduler.get_velocity(v_pred, noisy, t)  # the example's odd call: sqrt(a) x_t - sqrt(1-a) v_pred
+    assert torch.allclose(got, ((x0_pred - x).square() / (1 - a)).mean((1, 2, 3, 4)), rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return model.load_pipeline(BASE)
+
+
+def test_cls_token_reaches_the_text_encoder(toy):
+    assert model.with_reference_token("a cat") == "<cls> a cat"
+    assert model.with_reference_token("a <cls> cat") == "a <cls> cat"
+    assert model.with_reference_token("a cat", cls=False) == "a cat"
+    ids = toy.tokenizer("<cls> a creature").input_ids
+    assert ids[0] == len(toy.tokenizer) - 1 and ids.count(ids[0]) == 1
+    with_, without = model.encode_prompt(toy, ["<cls> a creature walks", "a creature walks"])
+    assert with_.shape == (toy.transformer.config.max_text_seq_length, toy.text_encoder.config.d_model)
+    assert (with_ - without).abs().max() > 0.1
+
+
+def test_vae_encoding(toy):
+    pixels = torch.rand(2, 9, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    z = model.encode_video(toy.vae, pixels)
+    stock = toy.vae.encode(pixels.transpose(1, 2)).latent_dist.mode().transpose(1, 2) * toy.vae.config.scaling_factor
+    assert z.shape == (2, 5, 4, 16, 16) and torch.equal(z, stock)
+    draws = [model.encode_video(toy.vae, pixels, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+def test_sampler_is_the_stock_pipeline(toy):
+    stock = CogVideoXPipeline.from_pretrained(BASE)
+    assert type(stock.transformer) is CogVideoXTransformer3DModel
+    prompt = "a creature walks up over a tan field"
+    (ours,) = sample.generate(toy, None, [prompt], [7], steps=4, cls=False)
+    theirs = stock(prompt, num_inference_steps=4, guidance_scale=6.0, height=32, width=32, num_frames=9,
+                   max_sequence_length=16, generator=torch.Generator().manual_seed(7)).frames[0]
+    assert len(ours) == 9 and all(np.array_equal(a, b) for a, b in zip(ours, theirs))
+
+
+def test_saved_lora_in_the_stock_pipeline(tmp_path):
+    """The stock pipeline with load_lora_weights gives our output when our transformer is put into it."""
+    ours, stock = model.load_pipeline(BASE), model.load_pipeline(BASE)
+    add_lora(ours.transformer, 4, 2)
+    randomise_lora(ours.transformer)
+    save_lora(ours.transformer, tmp_path)
+    stock.load_lora_weights(str(tmp_path))
+    picture = [Image.new("RGB", (50, 40), "red")]
+    a, b = (sample.generate(p, picture, ["a creature walks"], [0], steps=3, dynamic_cfg=True)[0] for p in (ours, stock))
+    difference = max(np.abs(np.asarray(x, int) - np.asarray(y, int)).max() for x, y in zip(a, b))
+    assert difference <= 1 and np.asarray(a[0]).std() > 1
+
+
+def run(*command, **kw):
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, cwd=kw.pop("cwd", ROOT), **kw)
+
+
+def test_sample_command_line(tmp_path):
+    """The README's first command, twice: same seed, same file."""
+    ref = str(ROOT / "toy/refs/creature-0.png")
+    files = []
+    for name in ("a", "b"):
+        r = run(str(ROOT / "sample.py"), "--ref", ref, "--lora", str(ROOT / "toy/lora"), "--steps", "8",
+                "--out", str(tmp_path / f"{name}.mp4"), cwd=tmp_path)
+        assert r.returncode == 0, r.stderr
+        files.append((tmp_path / f"{name}.mp4").read_bytes())
+    assert files[0] == files[1]
+    assert len(data.load_clip(tmp_path / "a.mp4", 9, 4)) == 9
+    assert Image.open(tmp_path / "a.png").size == (7 * 256 + 6 * 4, 256)
+
+
+def test_sample_errors(tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not a picture")
+    ok = dict(ref=str(ROOT / "toy/refs/creature-0.png"), lora=str(ROOT / "toy/lora"), out=str(tmp_path / "x.mp4"))
+    for change, message in [(dict(ref="nowhere.png"), "no picture at nowhere.png"),
+                            (dict(ref=str(broken)), "cannot read the picture .*broken.png"),
+                            (dict(lora="nowhere"), "no LoRA at nowhere"),
+                            (dict(base="./nowhere"), "no base at ./nowhere"),
+                            (dict(ref="", prompt=""), "what should happen"),
+                            (dict(height=30), "multiples of 8"),
+                            (dict(offload="cpu"), "--offload must be")]:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            sample.main(sample.Config(**{**ok, **change}))
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("padding", [2, 8, 16])
+def test_split_views_with_shared_padding(padding):
+    s = 512
+    sheet = Image.new("RGB", (2 * s + 3 * padding, s + 2 * padding), "white")
+    sheet.paste("red", (padding, padding, padding + s, padding + s))
+    sheet.paste("blue", (2 * padding + s, padding, 2 * padding + 2 * s, padding + s))
+    left, right = data.split_views(sheet)
+    assert left.size == right.size == (s, s)
+    assert left.getcolors() == [(s * s, (255, 0, 0))] and right.getcolors() == [(s * s, (0, 0, 255))]
+
+
+def test_split_views_in_the_middle():
+    sheet = Image.new("RGB", (1056, 528), "white")
+    sheet.paste("red", (8, 8, 520, 520))
+    sheet.paste("blue", (536, 8, 1048, 520))
+    left, right = data.split_views(sheet)
+    assert left.getcolors()[0][1] == (255, 0, 0) and right.getcolors()[0][1] == (0, 0, 255)
+    assert len(left.getcolors()) == len(right.getcolors()) == 1 and left.size == right.size
+
+
+def test_load_image_modes(tmp_path):
+    def saved(image, name, **kw):
+        image.save(tmp_path / name, **kw)
+        return np.asarray(data.load_image(tmp_path / name))
+    deep = Image.fromarray(np.full((4, 6), 0x8080, np.uint16))
+    assert saved(deep, "deep.png").tolist()[0][0] == [128, 128, 128]  # convert("RGB") alone would give 255
+    clear = Image.new("RGBA", (6, 4), (255, 0, 0, 0))
+    assert saved(clear, "clear.png")[0, 0].tolist() == [255, 255, 255]
+    palette = Image.new("P", (6, 4), 1)
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    assert saved(palette, "palette.png")[0, 0].tolist() == [200, 100, 50]
+    assert saved(palette, "alpha.png", transparency=1)[0, 0].tolist() == [255, 255, 255]
+    assert saved(Image.new("CMYK", (6, 4)), "cmyk.jpg").shape == (4, 6, 3)
+    assert saved(Image.new("L", (6, 4), 77), "grey.png")[0, 0].tolist() == [77] * 3
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    assert saved(Image.new("RGB", (6, 4)), "turned.jpg", exif=exif).shape == (6, 4, 3)
+
+
+def test_cover():
+    rows = np.broadcast_to(np.arange(100, dtype=np.uint8)[:, None, None], (100, 60, 3))
+    cut = np.asarray(data.cover(Image.fromarray(rows.copy()), 30, 60))
+    assert cut.shape == (30, 60, 3) and cut[:, 0, 0].tolist() == list(range(35, 65))  # the middle, untouched
+    blocks = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8))
+    big = blocks.resize((256, 256), Image.NEAREST)
+    assert np.array_equal(data.cover(big, 32, 32), blocks)  # whole-number shrinking is exact
+    a, b = (np.asarray(data.cover(big, 32, 32, 0.2, np.random.default_rng(s))) for s in (0, 1))
+    assert a.shape == b.shape == (32, 32, 3) and not np.array_equal(a, b)
+
+
+def write_clip(path, levels, fps, caption="a thing moves"):
+    data.save_video(path, [Image.new("RGB", (64, 64), (v, v, v)) for v in levels], fps)
+    if caption:
+        path.with_suffix(".txt").write_text(caption)
+
+
+def test_load_clip_picks_frames_by_time(tmp_path):
+    write_clip(tmp_path / "a.mp4", range(0, 240, 8), 24)  # 30 frames at 24 fps; brightness 8n
+    at8 = [np.asarray(f).mean() for f in data.load_clip(tmp_path / "a.mp4", 9, 8)]
+    assert np.allclose(at8, [8 * 3 * k for k in range(9)], atol=3)
+    at24 = [np.asarray(f).mean() for f in data.load_clip(tmp_path / "a.mp4", 17, 24)]
+    assert np.allclose(at24, [8 * k for k in range(17)], atol=3)
+    at48 = [np.asarray(f).mean() for f in data.load_clip(tmp_path / "a.mp4", 9, 48)]  # slower clips repeat frames
+    assert np.allclose(at48, [8 * (k // 2) for k in range(9)], atol=3)
+    with pytest.raises(ValueError, match="too short: 10 frames at 8 fps, 17 asked"):
+        data.load_clip(tmp_path / "a.mp4", 17, 8)
+
+
+def test_clip_frames():
+    assert [data.clip_frames(n) for n in (1, 8, 9, 13, 16, 17, 49, 50)] == [1, 1, 9, 9, 9, 17, 49, 49]
+    assert [data.clip_frames(n, 2) for n in (4, 5, 9, 12)] == [1, 5, 9, 9]
+
+
+def test_corrupt_clip_is_skipped_and_counted(tmp_path):
+    for i in range(3):
+        write_clip(tmp_path / f"{i}.mp4", [60 * i + 20] * 9, 8)
+    whole = (tmp_path / "1.mp4").read_bytes()
+    (tmp_path / "1.mp4").write_bytes(whole[:len(whole) // 3])
+    clips = data.Clips(tmp_path, (16, 16), 9, 8)
+    items = [clips[step, 0] for step in range(12)]
+    skipped = [reason for item in items for reason in item["skipped"]]
+    assert skipped and all("1.mp4" in reason for reason in skipped)
+    assert {int(item["pixels"].float().mean().round() / 60) for item in items} == {0, 2}
+    for f in ("0.mp4", "2.mp4"):
+        (tmp_path / f).write_bytes(b"")
+    with pytest.raises(ValueError, match="20 video samples in a row"):
+        clips[0, 0]
+
+
+def test_random_reference_frame_and_statelessness(tmp_path):
+    write_clip(tmp_path / "a.mp4", range(0, 180, 20), 8)
+    clips = data.Clips(tmp_path, (16, 16), 9, 8)
+    first = data.Clips(tmp_path, (16, 16), 9, 8, random_frame=False)
+    picked = set()
+    for step in range(30):
+        item = clips[step, 0]
+        frame = [i for i in range(9) if torch.equal(item["pixels"][i:i + 1], item["reference"])]
+        picked.update(frame)
+        assert len(frame) == 1 and torch.equal(clips[step, 0]["reference"], item["reference"])
+        assert torch.equal(first[step, 0]["reference"], item["pixels"][:1])
+    assert len(picked) > 5
+
+
+def test_pairs_serve_both_directions(tmp_path):
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (40, 30), colour).save(tmp_path / f"{name}.png")
+    record = {"image_0": "a.png", "image_1": "b.png", "description_0": "red one", "description_1": "blue one"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(record) + "\n")
+    pairs = data.ImagePairs(tmp_path, (16, 16))
+    seen = {}
+    for step in range(20):
+        item = pairs[step, 0]
+        seen[item["prompt"]] = item["pixels"][0, :, 0, 0].tolist(), item["reference"][0, :, 0, 0].tolist()
+    assert seen == {"red one": ([255, 0, 0], [0, 0, 255]), "blue one": ([0, 0, 255], [255, 0, 0])}
+
+
+def test_data_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder of clips at"):
+        data.Clips(tmp_path / "none", (16, 16), 9, 8)
+    with pytest.raises(ValueError, match="no clips in"):
+        data.Clips(tmp_path, (16, 16), 9, 8)
+    with pytest.raises(ValueError, match="no image pairs in"):
+        data.ImagePairs(tmp_path, (16, 16))
+    write_clip(tmp_path / "a.mp4", [0] * 9, 8, caption="")
+    with pytest.raises(FileNotFoundError, match="a.mp4 has no caption"):
+        data.Clips(tmp_path, (16, 16), 9, 8)
+
+
+# ---- train -----------------------------------------------------------------------------------------------------------
+
+def test_coin():
+    cfg = train.Config()
+    tasks = [train.task_of(cfg, s) for s in range(4000)]
+    assert abs(tasks.count("video") / 4000 - 0.2) < 0.02
+    assert tasks == [train.task_of(train.Config(lr=1.0), s) for s in range(4000)]
+    assert tasks != [train.task_of(train.Config(seed=1), s) for s in range(4000)]
+    assert {train.task_of(train.Config(p=0.0), s) for s in range(99)} == {"image"}
+    assert {train.task_of(train.Config(p=1.0), s) for s in range(99)} == {"video"}
+    two = [train.task_of(train.Config(schedule="two_stage", steps=100), s) for s in range(100)]
+    assert two == ["image"] * 80 + ["video"] * 20
+
+
+def test_kept_tokens():
+    cfg = train.Config()
+    keeps = [train.kept_tokens(cfg, "video", s, 0, 1350) for s in range(40)]
+    assert all(len(k) == 675 and len(k.unique()) == 675 and k.max() < 1350 for k in keeps)
+    assert abs(torch.stack(keeps).float().mean() - 674.5) < 15 and not torch.equal(keeps[0], keeps[1])
+    assert train.kept_tokens(train.Config(token_drop=0.0), "video", 0, 0, 1350) is None
+    assert len(train.kept_tokens(train.Config(token_drop=1.0), "video", 0, 0, 1350)) == 0
+    dropped = [train.kept_tokens(cfg, "image", s, 0, 1350) is not None for s in range(400)]
+    assert abs(np.mean(dropped) - 0.5) < 0.1
+    assert all(train.kept_tokens(train.Config(view_drop=0.0), "image", s, 0, 9) is None for s in range(50))
+
+
+@pytest.fixture(scope="module")
+def toy_data(tmp_path_factory):
+    from toy import world
+    folder = tmp_path_factory.mktemp("toy")
+    world.write_pairs(folder / "pairs", n=40)
+    world.write_clips(folder / "clips", n=6)
+    return ["--toy", "--base", BASE, "--images", str(folder / "pairs"), "--videos", str(folder / "clips"),
+            "--image_batch", "8", "--image_micro", "4", "--video_batch", "4", "--video_micro", "2", "--dropout", "0.1",
+            "--view_drop", "0.3", "--save_every", "3", "--p", "0.5", "--workers", "0"]
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(folder):
+    return torch.cat([v.flatten() for _, v in sorted(model.load_file(folder / model.LORA_FILE).items())])
+
+
+def test_training_resume_and_two_ranks(toy_data, tmp_path):
+    """The real command line: a whole run; one stopped in the middle and gone on with; one on two ranks."""
+    command = [str(ROOT / "train.py"), *toy_data, "--steps", "6"]
+    r = run(*command, "--name", "whole", cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+    whole = log_of(tmp_path / "out/whole")
+    assert [line["step"] for line in whole] == list(range(6))
+    assert [line["task"] for line in whole] == [train.task_of(train.Config(p=0.5), s) for s in range(6)]
+    assert sorted(d.name for d in (tmp_path / "out/whole").glob("step-*")) == ["step-000003", "step-000006"]
+    assert model.lora_header(tmp_path / "out/whole/step-000006")["base"] == BASE
+
+    # As if killed after the checkpoint of step 3: later steps are in the log, a save is half done.
+    import shutil
+    shutil.copytree(tmp_path / "out/whole", tmp_path / "out/killed")
+    shutil.rmtree(tmp_path / "out/killed/step-000006")
+    (tmp_path / "out/killed/step-000006.tmp").mkdir()
+    config = json.loads((tmp_path / "out/killed/config.json").read_text())
+    (tmp_path / "out/killed/config.json").write_text(json.dumps({**config, "name": "killed"}))
+    r = run(*command, "--name", "killed", cwd=tmp_path)
+    assert r.returncode == 0 and "going on from step 3" in r.stdout, r.stderr
+    strip = lambda log: [{k: v for k, v in line.items() if k != "seconds"} for line in log]
+    assert strip(log_of(tmp_path / "out/killed")) == strip(whole)  # bit for bit
+    assert torch.equal(weights_of(tmp_path / "out/killed/step-000006"), weights_of(tmp_path / "out/whole/step-000006"))
+    assert "complete" in run(*command, "--name", "killed", cwd=tmp_path).stdout
+    r = run(*command, "--name", "killed", "--lr", "1", cwd=tmp_path)
+    assert r.returncode == 1 and "lr was 0.00" in r.stderr and "choose another --name" in r.stderr
+
+    r = run("-m", "torch.distributed.run", "--nproc_per_node=2", *command, "--name", "two", cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+    two = log_of(tmp_path / "out/two")
+    assert [line["task"] for line in two] == [line["task"] for line in whole]
+    assert np.allclose([line["loss"] for line in two], [line["loss"] for line in whole], rtol=1e-5)
+    a, b = weights_of(tmp_path / "out/two/step-000006"), weights_of(tmp_path / "out/whole/step-000006")
+    assert (a - b).norm() / b.norm() < 1e-5
+
+
+def test_train_command_line_errors(tmp_path):
+    for flags, message in [(["--no_such_flag", "1"], "unrecognized arguments: --no_such_flag"),
+                           (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+                           (["--p", "1.5"], "--p must be in [0, 1], got 1.5")]:
+        r = run(str(ROOT / "train.py"), "--toy", *flags, cwd=tmp_path)
+        assert r.returncode != 0 and message in r.stderr and "Traceback" not in r.stderr
+
+
+def test_train_errors(toy_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ok = dict(zip((f.removeprefix("--") for f in toy_data[1::2]), toy_data[2::2]))
+    ok = {**train.TOY, "base": BASE, "images": ok["images"], "videos": ok["videos"], "steps": 2}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short").mkdir()
+    write_clip(tmp_path / "short/a.mp4", [0] * 5, 4)
+    for change, message in [(dict(base="./nowhere"), "no base at"), (dict(images="nowhere"), "no folder of image pairs"),
+                            (dict(videos="empty"), "no clips in empty"), (dict(videos="short"), "too short: 5 frames"),
+                            (dict(init_lora="nowhere"), "no LoRA at"), (dict(height=20), "multiples of 8"),
+                            (dict(image_batch=33), "--image_batch 33"), (dict(lora_scope="some"), "lora_scope"),
+                            (dict(lora_scope="reference", token_drop=1.0), "nothing to train"),
+                            (dict(rank=0), "--rank must be positive"), (dict(schedule="x"), "--schedule")]:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train.train(train.Config(**{**ok, **change}))
+
+
+def test_reference_scope_and_init_lora_train(toy_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = dict(zip((f.removeprefix("--") for f in toy_data[1::2]), toy_data[2::2]))
+    cfg = {**train.TOY, "base": BASE, "images": flags["images"], "videos": flags["videos"], "image_batch": 4,
+           "image_micro": 4, "video_batch": 2, "video_micro": 2, "workers": 0, "p": 0.5, "steps": 3}
+    train.train(train.Config(**{**cfg, "lora_scope": "reference", "gradient_checkpointing": True, "name": "scoped"}))
+    assert model.lora_header("out/scoped/step-000003")["lora_scope"] == "reference"
+    train.train(train.Config(**{**cfg, "init_lora": "out/scoped/step-000003", "name": "on", "fps": 4.0, "steps": 1}))
+    pipe = model.load_pipeline(BASE)
+    load_lora(pipe.transformer, "out/on/step-000001")
+    assert pipe.transformer.lora_scope == "reference"
+
+
+def test_nan_stops_the_run(toy_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = dict(zip((f.removeprefix("--") for f in toy_data[1::2]), toy_data[2::2]))
+    true_loss = train.v_loss
+    monkeypatch.setattr(train, "v_loss", lambda *a: true_loss(*a) * float("nan"))
+    with pytest.raises(SystemExit, match=r"step 0 \(image\): loss nan"):
+        train.train(train.Config(**{**train.TOY, "base": BASE, "images": flags["images"], "videos": flags["videos"],
+                                    "image_batch": 4, "image_micro": 4, "p": 0.0, "steps": 4, "workers": 0}))
+    assert not list(Path("out/toy").glob("step-*"))

@@ -1,0 +1,237 @@
+"""Trains the toy's base model: a complete diffusers CogVideoX folder, about 9 MB, with the real classes.
+
+    python -m toy.train_base --out toy/base
+
+Three parts. The VAE learns to reconstruct clips and stills. T5 stays at its random initialisation: with two layers
+over a vocabulary of some fifty words it only has to keep the words apart. The transformer learns text-to-video on
+clips and on some still pictures, with captions that sometimes name the creature's colours, sometimes don't and
+sometimes are empty (for classifier-free guidance). It never sees a reference: that is the paper's job.
+
+"""
+import copy
+import math
+import os
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import (AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel)
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXResnetBlock3D
+from sentencepiece import sentencepiece_model_pb2
+from transformers import HfArgumentParser, T5Config, T5EncoderModel, T5Tokenizer
+from tqdm import tqdm
+
+from model import encode_prompt, encode_video, v_loss
+from toy import world
+
+
+@dataclass
+class Config:
+    out: str = field(default="toy/base", metadata={"help": "folder to write"})
+    vae_steps: int = field(default=2000, metadata={"help": "steps of VAE training"})
+    vae_batch: int = field(default=4, metadata={"help": "clips per VAE step"})
+    vae_lr: float = field(default=3e-3, metadata={"help": "peak learning rate of the VAE"})
+    steps: int = field(default=14000, metadata={"help": "steps of transformer training"})
+    batch: int = field(default=48, metadata={"help": "clips per transformer step; three times as many stills"})
+    lr: float = field(default=1.5e-3, metadata={"help": "peak learning rate of the transformer"})
+    stills: float = field(default=0.25, metadata={"help": "share of steps on still pictures"})
+    pool: int = field(default=12_000, metadata={"help": "clips, and as many stills, that are drawn and encoded once"})
+    vae_minutes: float = field(default=1e9, metadata={"help": "stop the VAE after this time (the schedule adapts)"})
+    minutes: float = field(default=1e9, metadata={"help": "stop the transformer after this time (the schedule adapts)"})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the transformer: faster on CPU and GPU"})
+    vae: str = field(default="", metadata={"help": "take the VAE of this base instead of training one"})
+    seed: int = field(default=0, metadata={"help": "seed"})
+
+
+def build_tokenizer(folder):
+    """A sentencepiece model for T5 in CogVideoX-5b's layout: the toy's words, and single characters for any other."""
+    words = {w for f in range(8) for d in (None, 0, 1, 2, 3) for c in range(8)
+             for w in world.caption(f, d, (c, (c + 1) % 8)).split()}
+    model = sentencepiece_model_pb2.ModelProto()
+    model.trainer_spec.model_type, model.trainer_spec.unk_id = model.trainer_spec.UNIGRAM, 2
+    model.trainer_spec.pad_id, model.trainer_spec.eos_id, model.trainer_spec.bos_id = 0, 1, -1
+    model.trainer_spec.pad_piece, model.trainer_spec.eos_piece, model.trainer_spec.unk_piece = "<pad>", "</s>", "<unk>"
+    model.normalizer_spec.name = "identity"
+    kinds = model.SentencePiece
+    for piece, kind in (("<pad>", kinds.CONTROL), ("</s>", kinds.CONTROL), ("<unk>", kinds.UNKNOWN)):
+        model.pieces.add(piece=piece, score=0.0, type=kind)
+    for word in sorted(words):
+        model.pieces.add(piece="\u2581" + word, score=-2.0)
+    for character in ["\u2581", *map(chr, range(33, 127))]:
+        model.pieces.add(piece=character, score=-12.0)
+    (Path(folder) / "spiece.model").write_bytes(model.SerializeToString())
+    return T5Tokenizer.from_pretrained(folder)
+
+
+def build(seed):
+    """The untrained pipeline: CogVideoX-5B's classes and options at toy sizes."""
+    torch.manual_seed(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = build_tokenizer(folder)
+    text_encoder = T5EncoderModel(T5Config(vocab_size=320, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+                                           feed_forward_proj="gated-gelu", dropout_rate=0.0))
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 2, up_block_types=("CogVideoXUpBlock3D",) * 2,
+        block_out_channels=(16, 32), latent_channels=4, layers_per_block=1, norm_num_groups=8,
+        temporal_compression_ratio=2, sample_height=world.SIZE, sample_width=world.SIZE, scaling_factor=1.0)
+    for block in vae.modules():
+        if isinstance(block, CogVideoXResnetBlock3D):  # start as a linear map: learns twice as fast
+            torch.nn.init.zeros_(block.conv2.conv.weight)
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=32, in_channels=4, out_channels=4, patch_size=4, temporal_compression_ratio=2, time_embed_dim=64,
+        text_embed_dim=64, num_layers=5, sample_width=world.SIZE // 2, sample_height=world.SIZE // 2,
+        sample_frames=world.FRAMES, max_text_seq_length=16, use_rotary_positional_embeddings=True)
+    scheduler = CogVideoXDDIMScheduler(  # CogVideoX-5b's
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
+        prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True, snr_shift_scale=1.0)
+    return CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
+
+
+def draw(rng, n, still, device):
+    """n scenes: pixels (n, 9 or 1, 3, 32, 32) in [-1,1], and what is in them: field, direction, colours."""
+    creatures = world.draw_creatures(rng, n)
+    fields, directions = world.draw_scenes(rng, n)
+    tiles = rng.integers(0, world.GRID, (n, 1, 2)) if still else world.draw_walks(rng, directions)
+    cells = torch.from_numpy(world.render_cells(creatures, fields, tiles)).to(device)  # small: enlarged on the device
+    pixels = cells.repeat_interleave(world.CELL, 2).repeat_interleave(world.CELL, 3)
+    if not still:
+        pixels = pixels.repeat_interleave(torch.tensor(world.BEATS, device=device), 1)
+    return pixels.permute(0, 1, 4, 2, 3).float() / 127.5 - 1, (fields, directions, creatures.colours)
+
+
+def all_captions():
+    """Every caption the base can see, and the row (field, direction or 4 for a still, colour pair or 64 for none)."""
+    table = [world.caption(f, d, None if c == 64 else divmod(c, 8))
+             for f in range(8) for d in (0, 1, 2, 3, None) for c in range(65)]
+    return table, lambda f, d, c: (f * 5 + d) * 65 + c
+
+
+def encode_pool(pipe, rng, n, still, device, autocast):
+    """n scenes as latents (n, 5 or 1, 4, 16, 16), with their caption rows (n, 2): without and with colours named."""
+    _, row = all_captions()
+    latents, rows = [], []
+    for _ in range(0, n, 500):
+        pixels, (fields, directions, colours) = draw(rng, 500, still, device)
+        with autocast():
+            latents.append(encode_video(pipe.vae, pixels).half())
+        d = 4 if still else directions
+        rows.append(np.stack([row(fields, d, 64), row(fields, d, colours[:, 0] * 8 + colours[:, 1])], 1))
+    return torch.cat(latents), torch.from_numpy(np.concatenate(rows)).to(device)
+
+
+def learning_rate(progress, peak):
+    """Linear warm-up over the first 3%, then a cosine to 2% of the peak."""
+    return peak * min(progress / 0.03, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def train_vae(vae, cfg, device, autocast):
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=cfg.vae_lr, betas=(0.9, 0.99), weight_decay=0.0)
+    rng = np.random.default_rng([cfg.seed, 1])
+    vae.train()
+    start = time.time()
+    for step in (bar := tqdm(range(cfg.vae_steps), desc="vae", mininterval=10)):
+        progress = max((step + 1) / cfg.vae_steps, (time.time() - start) / (60 * cfg.vae_minutes))
+        if progress > 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(progress, cfg.vae_lr)
+        still = step % 3 > 0  # pictures are clips of one frame: the reference and the image task are encoded so
+        pixels, _ = draw(rng, cfg.vae_batch * (4 if still else 1), still, device)
+        pixels = pixels.transpose(1, 2)  # (B, 3, F, H, W)
+        with autocast():
+            posterior = vae.encode(pixels).latent_dist
+            pixels_out = vae.decode(posterior.sample()).sample
+        reconstruction = F.l1_loss(pixels_out.float(), pixels)
+        loss = reconstruction + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            bar.set_postfix_str(f"{progress:.0%} L1 {reconstruction.item() * 127.5:.2f}/255")
+    vae.eval().requires_grad_(False)
+    pixels, _ = draw(rng, 64, False, device)
+    vae.register_to_config(scaling_factor=1 / encode_video(vae, pixels).std().item())
+
+
+def train_transformer(pipe, cfg, device, autocast, bfloat16):
+    transformer = pipe.transformer.train()
+    ema = copy.deepcopy(transformer).requires_grad_(False)
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)
+    rng = np.random.default_rng([cfg.seed, 2])
+    pools = {still: encode_pool(pipe, rng, cfg.pool, still, device, bfloat16) for still in (True, False)}
+    captions = all_captions()[0] + [""]
+    texts = torch.cat([encode_prompt(pipe, captions[i:i + 256]) for i in range(0, len(captions), 256)])  # (2601,16,64)
+    forward = torch.compile(transformer) if cfg.compile else transformer
+    call = lambda *a, reference, keep, **k: forward(*a, **k)  # the base knows no reference
+    torch.manual_seed(cfg.seed + 1)
+    start, losses = time.time(), []
+    for step in (bar := tqdm(range(cfg.steps), desc="transformer", mininterval=10)):
+        progress = max((step + 1) / cfg.steps, (time.time() - start) / (60 * cfg.minutes))
+        if progress > 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(progress, cfg.lr)
+        still = rng.random() < cfg.stills
+        latents, rows = pools[still]
+        n = cfg.batch * (3 if still else 1)  # about the same number of tokens
+        pick = torch.randint(len(latents), (n,), device=device)
+        u = torch.rand(n, device=device)
+        caption = torch.where(u < 0.1, len(captions) - 1, torch.where(u < 0.5, rows[pick, 1], rows[pick, 0]))
+        x, text = latents[pick].float(), texts[caption]
+        t = torch.randint(pipe.scheduler.config.num_train_timesteps, (n,), device=device)
+        with autocast():
+            loss = v_loss(call, pipe.scheduler, x, text, t, torch.randn_like(x)).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        optimizer.step()
+        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in transformer.parameters()],
+                             1 - min(0.999, (step + 1) / (step + 10)))
+        losses.append(loss.detach())
+        if step % 100 == 99:  # new creatures all the time: a twentieth of the pool every 500 steps or so
+            for still, (latents, rows) in pools.items():
+                new = torch.randperm(len(latents), device=device)[:500]
+                latents[new], rows[new] = encode_pool(pipe, rng, 500, still, device, bfloat16)
+        if step % 5000 == 4999:
+            save(pipe, ema, cfg.out)
+        if step % 500 == 499:
+            bar.set_postfix_str(f"{progress:.0%} loss {torch.stack(losses).mean().item():.4f}")
+            losses = []
+    transformer.load_state_dict(ema.state_dict())
+    transformer.eval().requires_grad_(False)
+
+
+def save(pipe, transformer, out):
+    """float16 weights (the folder has a limit of 10 MB) but for T5, which transformers loads in the dtype it finds."""
+    parts = {name: copy.deepcopy(part) for name, part in pipe.components.items()}
+    parts["transformer"] = copy.deepcopy(transformer).cpu().half()
+    parts["vae"] = parts["vae"].cpu().half()
+    parts["text_encoder"] = parts["text_encoder"].cpu()
+    parts["scheduler"].alphas_cumprod = parts["scheduler"].alphas_cumprod.cpu()
+    CogVideoXPipeline(**parts).save_pretrained(out, safe_serialization=True)
+    build_tokenizer(Path(out) / "tokenizer")  # CogVideoX-5b ships spiece.model, not tokenizer.json
+    (Path(out) / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    parser = HfArgumentParser(Config, description=__doc__.splitlines()[0], allow_abbrev=False)
+    (cfg,) = parser.parse_args_into_dataclasses()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bfloat16 = lambda: torch.autocast(device, torch.bfloat16)
+    autocast = bfloat16 if device == "cuda" else nullcontext  # so small a transformer is no faster in bf16 on a CPU
+    pipe = build(cfg.seed).to(device)
+    if cfg.vae:
+        pipe.vae = AutoencoderKLCogVideoX.from_pretrained(cfg.vae, subfolder="vae").to(device).requires_grad_(False)
+    else:
+        train_vae(pipe.vae, cfg, device, bfloat16)
+    train_transformer(pipe, cfg, device, autocast, bfloat16)
+    save(pipe, pipe.transformer, cfg.out)
+    print(f"wrote {cfg.out}")

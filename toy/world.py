@@ -1,0 +1,342 @@
+"""The toy world: pixel-art creatures that step over coloured fields. Small data for the real code.
+
+    python -m toy.world data              toy/data: pairs as a parquet, clips as mp4 + txt, as the real data sets
+    python -m toy.world refs              toy/refs: reference pictures of creatures that no training step sees
+    python -m toy.world score --lora DIR  sample 96 unseen creatures and score the videos exactly
+
+A creature is a random left-right symmetric bitmap of 8x8 cells in two colours: every identity is new, and no
+caption can describe it, so a model can only get it right by looking at the reference. Cells are 2 px, a creature is
+16x16 px, and it always stands on the grid of 8-px tiles that the transformer's tokens cover (VAE 2x, patch 4). A clip
+has 9 frames of 32x32, which the VAE turns into 5 latent frames (1, 2, 2, 2, 2). The creature makes two steps of one
+tile in one direction, each at the start of a latent frame, and stays inside the field.
+
+Because the truth is known the scores are exact: no learned metric decides whether the right creature walked the
+right way. `score` also prints the control rows that show what each score can be fooled by.
+"""
+import dataclasses
+import io
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from transformers import HfArgumentParser
+
+from data import save_video
+
+SIZE, TILE, CELL, CELLS = 32, 8, 2, 8  # px per frame side, per tile, per cell; cells per creature side
+FRAMES, FPS, BEATS = 9, 4, (1, 2, 2, 2, 2)       # frames of a clip, and how many the VAE puts into each latent frame
+GRID = SIZE // TILE - 1                           # tile positions of a 2x2-tile creature along one axis: 3
+ENLARGE = 8                                       # mp4 files are 8x larger: yuv420p would mix 2-px cells
+
+FIELDS = {"green": (60, 130, 60), "brown": (120, 75, 40), "grey": (128, 128, 128), "navy": (25, 30, 80),
+          "tan": (205, 180, 140), "teal": (20, 110, 115), "plum": (100, 40, 100), "pink": (245, 170, 185)}
+COLOURS = {"red": (230, 40, 40), "orange": (250, 140, 20), "yellow": (250, 225, 40), "lime": (120, 240, 60),
+           "cyan": (40, 220, 240), "blue": (40, 80, 235), "magenta": (235, 60, 220), "white": (245, 245, 245)}
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (row, column) tiles per step
+FIELD_RGB, COLOUR_RGB = np.array(list(FIELDS.values())), np.array(list(COLOURS.values()))
+STEP = np.array(list(DIRECTIONS.values()))
+
+
+# ---- drawing ---------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Creatures:
+    """N identities. bitmap (N,8,8): 0 the field shows through, 1 first colour, 2 second; colours (N,2) indices."""
+    bitmap: np.ndarray
+    colours: np.ndarray
+
+    def __getitem__(self, i):
+        return Creatures(self.bitmap[i], self.colours[i])
+
+    def __len__(self):
+        return len(self.bitmap)
+
+    def palette(self, fields):
+        """(N,3,3) RGB of cell values 0, 1, 2 when creature n stands on field n."""
+        return np.concatenate([FIELD_RGB[fields][:, None], COLOUR_RGB[self.colours]], 1)
+
+
+def draw_creatures(rng, n):
+    """n random identities: a solid middle, ragged edges, two eyes in the second colour."""
+    solid = np.array([[.35, .55, .75, .8], [.5, .8, .95, 1], [.6, .9, 1, 1], [.6, .95, 1, 1],
+                      [.6, .95, 1, 1], [.5, .85, .95, 1], [.4, .7, .8, .7], [.4, .6, .5, .3]])
+    half = (rng.random((n, 8, 4)) < solid) * (1 + (rng.random((n, 8, 4)) < .35))
+    half[:, 2, 1:4] = [1, 2, 1]  # eyes: which way is up can always be seen
+    colours = rng.permuted(np.tile(np.arange(len(COLOURS)), (n, 1)), axis=1)[:, :2]
+    return Creatures(np.concatenate([half, half[:, :, ::-1]], 2).astype(np.int64), colours)
+
+
+def render_cells(creatures, fields, tiles):
+    """Creature n on field n at tile positions tiles (N,F,2) (row, column) -> uint8 (N,F,16,16,3), one value per cell."""
+    n, f = tiles.shape[:2]
+    canvas = np.zeros((n, f, SIZE // CELL, SIZE // CELL), np.int64)
+    offset = tiles[..., None] * (TILE // CELL) + np.arange(CELLS)  # (N,F,2,8): the rows and the columns it covers
+    rows, columns = offset[:, :, 0, :, None], offset[:, :, 1, None, :]
+    canvas[np.arange(n)[:, None, None, None], np.arange(f)[:, None, None], rows, columns] = creatures.bitmap[:, None]
+    return creatures.palette(fields).astype(np.uint8)[np.arange(n)[:, None, None, None], canvas]
+
+
+def render(creatures, fields, tiles):
+    """The same at full size: uint8 (N,F,32,32,3)."""
+    return render_cells(creatures, fields, tiles).repeat(CELL, 2).repeat(CELL, 3)
+
+
+def draw_walks(rng, directions):
+    """One walk per direction index: (N,5,2) tile positions, one per latent frame: wait, step, wait, step."""
+    n = len(directions)
+    start = rng.integers(0, GRID, (n, 2))
+    axis = np.abs(STEP[directions]).argmax(1)
+    start[np.arange(n), axis] = np.where(STEP[directions].sum(1) > 0, 0, GRID - 1)  # room for both steps
+    return start[:, None] + np.array([0, 0, 1, 1, 2])[:, None] * STEP[directions][:, None]
+
+
+def held_out(fields, directions):
+    """(field, direction) combinations that no caption in training ever holds: one of the four directions per field."""
+    return np.asarray(fields) % 4 == np.asarray(directions)
+
+
+def draw_scenes(rng, n):
+    """n training scenes: field and direction indices, held-out combinations left out."""
+    fields, turn = rng.integers(0, len(FIELDS), n), rng.integers(1, 4, n)
+    return fields, (fields + turn) % 4
+
+
+def caption(field_index, direction=None, colours=None):
+    """What a clip (or, without a direction, a still picture) shows. Only the base model ever sees colours named."""
+    what = "creature" if colours is None else "{} and {} creature".format(*(list(COLOURS)[c] for c in colours))
+    verb = "stands" if direction is None else f"walks {list(DIRECTIONS)[direction]}"
+    return f"a{'n' if what[0] in 'aeiou' else ''} {what} {verb} over a {list(FIELDS)[field_index]} field"
+
+
+# ---- data sets on disk -----------------------------------------------------------------------------------------------
+
+def write_pairs(folder, n=4000, seed=0):
+    """n pairs as one parquet with the Subjects200K columns: two views side by side, padded, PNG, 16 rows a group."""
+    rng = np.random.default_rng([seed, 10])
+    creatures = draw_creatures(rng, n)
+    fields = np.stack([rng.integers(0, len(FIELDS), n), rng.integers(1, len(FIELDS), n)])
+    fields[1] = (fields[0] + fields[1]) % len(FIELDS)  # the second view stands on another field
+    views = [render(creatures, f, rng.integers(0, GRID, (n, 1, 2)))[:, 0] for f in fields]
+    pad, rows = 2, []
+    for i in range(n):
+        sheet = np.full((SIZE + 2 * pad, 2 * SIZE + 3 * pad, 3), 255, np.uint8)
+        sheet[pad:-pad, pad:pad + SIZE], sheet[pad:-pad, 2 * pad + SIZE:-pad] = views[0][i], views[1][i]
+        file = io.BytesIO()
+        Image.fromarray(sheet).save(file, "PNG")
+        rows.append({
+            "image": {"bytes": file.getvalue(), "path": f"{i:06d}.png"}, "collection": "collection_2",
+            "quality_assessment": {"compositeStructure": 5, "objectConsistency": 5, "imageQuality": 5},
+            "description": {"item": "creature", "description_0": caption(fields[0, i]), "category": "creature",
+                            "description_1": caption(fields[1, i]), "description_valid": True}})
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), Path(folder) / "pairs.parquet", row_group_size=16)
+
+
+def write_clips(folder, n=400, seed=0):
+    """n clips as H.264 files with captions that never name the creature's colours."""
+    rng = np.random.default_rng([seed, 11])
+    creatures, (fields, directions) = draw_creatures(rng, n), draw_scenes(rng, n)
+    clips = render(creatures, fields, draw_walks(rng, directions)).repeat(BEATS, 1)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        save_video(Path(folder) / f"{i:04d}.mp4", [Image.fromarray(f) for f in clips[i]], FPS, ENLARGE)
+        (Path(folder) / f"{i:04d}.txt").write_text(caption(fields[i], directions[i]))
+
+
+def ensure_data(images, videos, wait=300):
+    """Write the toy's training data where it is missing; under torchrun rank 0 writes and the others wait.
+
+    Each folder is written under another name and renamed, so that a killed run leaves nothing half-written."""
+    for folder, write in ((Path(images), write_pairs), (Path(videos), write_clips)):
+        if folder.exists():
+            continue
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"writing {folder}", flush=True)
+            part = folder.with_name(folder.name + ".tmp")
+            shutil.rmtree(part, ignore_errors=True)
+            write(part)
+            os.replace(part, folder)
+        for _ in range(wait * 10):
+            if folder.exists():
+                break
+            time.sleep(0.1)
+
+
+# ---- the test set and the scores -------------------------------------------------------------------------------------
+
+@dataclass
+class TestSet:
+    """n unseen creatures, a picture of each, and a prompt with a (field, direction) that no training caption holds."""
+    creatures: Creatures
+    references: np.ndarray  # (n,32,32,3) uint8
+    fields: np.ndarray      # (n,) of the prompt; the reference stands on another one
+    directions: np.ndarray  # (n,)
+    prompts: list
+
+
+def draw_test_set(n=96, seed=2024):
+    rng = np.random.default_rng([seed, 12])
+    creatures = draw_creatures(rng, n)
+    fields = np.arange(n) % len(FIELDS)
+    directions = fields % 4
+    elsewhere = (fields + rng.integers(1, len(FIELDS), n)) % len(FIELDS)
+    references = render(creatures, elsewhere, rng.integers(0, GRID, (n, 1, 2)))[:, 0]
+    return TestSet(creatures, references, fields, directions, [caption(f, d) for f, d in zip(fields, directions)])
+
+
+def true_clips(test, seed=2024):
+    """What the prompts ask for, drawn by the renderer: uint8 (n,9,32,32,3)."""
+    tiles = draw_walks(np.random.default_rng([seed, 13]), test.directions)
+    return render(test.creatures, test.fields, tiles).repeat(BEATS, 1)
+
+
+def closest(video, candidates, colours, field_rgb):
+    """Which of 16 creatures does a video show? The one whose best-placed picture is nearest, summed over all frames.
+
+    video float (F,3,H,W) in 0..255; candidates bitmaps (16,8,8) with colours (16,2); each is tried at every pixel
+    position of every frame. Returns an index.
+    """
+    palette = np.concatenate([np.broadcast_to(field_rgb, (len(candidates), 1, 3)), COLOUR_RGB[colours]], 1)
+    pictures = palette[np.arange(len(candidates))[:, None, None], candidates].repeat(CELL, 1).repeat(CELL, 2)
+    kernels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()  # (16,3,16,16)
+    square = torch.nn.functional.conv2d(video ** 2, torch.ones_like(kernels[:1]))
+    distance = square - 2 * torch.nn.functional.conv2d(video, kernels) + (kernels ** 2).sum((1, 2, 3))[:, None, None]
+    return distance.flatten(2).min(2).values.sum(0).argmin().item()  # (F,16,h,w) -> (F,16) -> 16
+
+
+def score_videos(videos, test, seed=2024):
+    """The exact scores of videos uint8 (n,F,32,32,3) made from `test`: a dict of per cent, n in all.
+
+    identity_16      the creature shown is nearest to its own reference among 16 random ones
+    identity_16_same the same among 16 that have the same two colours: only the shape tells
+    dynamic_degree   the creature's centre of mass ends at least one tile (8 px) from where it began
+    smoothness       share of frame transitions in which the centre moves at most a tile (a still picture has 100)
+    field            the field has the named colour
+    direction        moved, and mostly along the named direction
+    """
+    rng = np.random.default_rng([seed, 14])
+    hits = {k: [] for k in ("identity_16", "identity_16_same", "dynamic_degree", "smoothness", "field", "direction")}
+    for i, video in enumerate(videos):
+        video = video.astype(np.float32)
+        field_rgb = np.median(video.reshape(-1, 3), 0)  # a creature covers a quarter of a frame at most
+        frames = torch.from_numpy(video).permute(0, 3, 1, 2)
+        own = test.creatures[i]
+        others = test.creatures[rng.permutation(np.delete(np.arange(len(test.creatures)), i))[:15]]
+        twins = draw_creatures(rng, 15).bitmap
+        hits["identity_16"].append(0 == closest(
+            frames, np.concatenate([own.bitmap[None], others.bitmap]),
+            np.concatenate([own.colours[None], others.colours]), field_rgb))
+        hits["identity_16_same"].append(0 == closest(
+            frames, np.concatenate([own.bitmap[None], twins]), np.tile(own.colours, (16, 1)), field_rgb))
+
+        shown = np.abs(video - field_rgb).max(3) > 48  # (F,H,W): pixels that are not field
+        rows, columns = np.mgrid[:SIZE, :SIZE]
+        mass = shown.sum((1, 2)).clip(1)
+        centre = np.stack([(shown * rows).sum((1, 2)) / mass, (shown * columns).sum((1, 2)) / mass], 1)  # (F,2)
+        move = centre[-1] - centre[0]
+        moved = np.abs(move).max() >= TILE and shown[0].any() and shown[-1].any()
+        hits["dynamic_degree"].append(moved)
+        hits["smoothness"].append((np.abs(np.diff(centre, axis=0)).max(1) <= TILE + 1).mean())
+        hits["field"].append(np.abs(FIELD_RGB - field_rgb).sum(1).argmin() == test.fields[i])
+        hits["direction"].append(moved and (STEP @ move).argmax() == test.directions[i])
+    return {k: 100 * float(np.mean(v)) for k, v in hits.items()}
+
+
+def sample_test_set(pipe, test, references=None, seed=0, batch=16, **options):
+    """Videos uint8 (n,F,32,32,3) for the test set's prompts and references (None: without any)."""
+    from sample import generate
+    videos = []
+    for i in range(0, len(test.prompts), batch):
+        chunk = slice(i, min(i + batch, len(test.prompts)))
+        pixels = None if references is None else [Image.fromarray(r) for r in references[chunk]]
+        pictures = generate(pipe, pixels, test.prompts[chunk], seeds=[seed + j for j in range(chunk.start, chunk.stop)],
+                            **options)
+        videos += [np.stack([np.asarray(p) for p in video]) for video in pictures]
+        print(f"\r{len(videos)}/{len(test.prompts)} videos", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return np.stack(videos)
+
+
+def through_vae(pipe, clips):
+    """What is left of true clips after the VAE: the ceiling of every score."""
+    from model import encode_video
+    latents = encode_video(pipe.vae, torch.from_numpy(clips).permute(0, 1, 4, 2, 3).float() / 127.5 - 1)
+    with torch.no_grad():
+        frames = pipe.decode_latents(latents)  # (n,3,F,H,W)
+    return ((frames / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 4, 1).numpy()
+
+
+@dataclass
+class Score:
+    lora: list[str] = field(default_factory=lambda: ["toy/lora"],
+                            metadata={"help": "LoRA files, folders or runs; several are averaged (seeds of one setting)"})
+    n: int = field(default=96, metadata={"help": "unseen creatures and prompts"})
+    steps: int = field(default=50, metadata={"help": "sampling steps"})
+    guidance: float = field(default=6.0, metadata={"help": "classifier-free guidance scale"})
+    controls: bool = field(default=False, metadata={"help": "also print what the scores can be fooled by"})
+    out: str = field(default="", metadata={"help": "also write the rows to this json file"})
+
+
+def score(cfg):
+    from sample import load
+    test, rows = draw_test_set(cfg.n), {}
+    options = dict(steps=cfg.steps, guidance=cfg.guidance)
+    if cfg.controls:
+        pipe, _ = load(lora=cfg.lora[0], use_lora=False)
+        still = np.repeat(test.references[:, None], FRAMES, 1)
+        rows["the true clips, through the VAE"] = score_videos(through_vae(pipe, true_clips(test)), test)
+        rows["the reference as a still"] = score_videos(still, test)
+        rows["the base without a reference"] = score_videos(sample_test_set(pipe, test, **options), test)
+    per_seed = []
+    for lora in cfg.lora:
+        pipe, _ = load(lora=lora)
+        videos = sample_test_set(pipe, test, test.references, **options)
+        per_seed.append(score_videos(videos, test))
+        rows[lora] = per_seed[-1]
+    if cfg.controls:
+        shuffled = dataclasses.replace(test, creatures=test.creatures[np.roll(np.arange(cfg.n), 1)])
+        rows[f"{cfg.lora[-1]}, against another's reference"] = score_videos(videos, shuffled)
+    if len(per_seed) > 1:
+        rows["mean"] = {k: float(np.mean([s[k] for s in per_seed])) for k in per_seed[0]}
+        rows["std"] = {k: float(np.std([s[k] for s in per_seed], ddof=1)) for k in per_seed[0]}
+    names = list(per_seed[0])
+    print(f"\n| n = {cfg.n}, per cent | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
+    for name, row in rows.items():
+        print(f"| {name} | " + " | ".join(f"{row[k]:.1f}" for k in names) + " |")
+    if cfg.out:
+        Path(cfg.out).write_text(json.dumps({"n": cfg.n, "steps": cfg.steps, "guidance": cfg.guidance, "rows": rows}, indent=1))
+
+
+def write_refs(folder, n=6):
+    """The first n reference pictures of the test set, enlarged so that people can see them, each with its prompt."""
+    test = draw_test_set()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        picture = Image.fromarray(test.references[i])
+        picture.resize((SIZE * ENLARGE, SIZE * ENLARGE), Image.NEAREST).save(Path(folder) / f"creature-{i}.png")
+        (Path(folder) / f"creature-{i}.txt").write_text(test.prompts[i] + "\n")
+
+
+if __name__ == "__main__":
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command == "score":
+        try:
+            score(Score(**vars(HfArgumentParser(Score, allow_abbrev=False, prog="python -m toy.world score")
+                               .parse_args(sys.argv[2:]))))
+        except (ValueError, FileNotFoundError) as e:
+            sys.exit(f"toy.world: error: {e}")
+    elif command == "data" and len(sys.argv) == 2:
+        ensure_data("toy/data/pairs", "toy/data/clips")
+    elif command == "refs" and len(sys.argv) == 2:
+        write_refs("toy/refs")
+    else:
+        sys.exit("usage: python -m toy.world data | refs | score [--help]")
