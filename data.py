@@ -11,7 +11,10 @@ leaves out are chosen in train.py, where the loop can see and log it.
 """
 import io
 import json
+import os
+import sys
 import zlib
+from dataclasses import field
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +25,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
+from transformers import HfArgumentParser
 
 CLIP_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"}
 
@@ -265,3 +269,26 @@ def batches(datasets, schedule, workers=0):
     """
     return iter(DataLoader(_Tasks(datasets), batch_sampler=schedule, num_workers=workers, collate_fn=_collate,
                            prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available()))
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+def knob(default, text):
+    """A field of a script's Config: its default and its line of --help."""
+    return field(default=default, metadata={"help": text})
+
+
+def command_line(main, Config, description, argv=None, **defaults):
+    """Parse the knobs of dataclass `Config` from the command line and call main(config).
+
+    `defaults` replace the dataclass's own. A user's mistake (bad flag, value or file) is one line and exit status 1
+    or 2; with TRACEBACK=1 in the environment it is the whole traceback.
+    """
+    parser = HfArgumentParser(Config, description=description.splitlines()[0], allow_abbrev=False)
+    parser.set_defaults(**defaults)
+    try:
+        main(Config(**vars(parser.parse_args(argv))))
+    except (ValueError, FileNotFoundError) as e:
+        if os.environ.get("TRACEBACK"):
+            raise
+        sys.exit(f"{parser.prog}: error: {e}")

@@ -225,9 +225,9 @@ def save_lora(transformer, path, **extra):
     `extra` (strings) goes into the file's header beside the base's name and fingerprint: read it with `lora_header`.
     The write is atomic: a kill leaves the old file or the new one.
     """
-    config = {k: sorted(v) if isinstance(v, set) else v for k, v in transformer.peft_config["default"].to_dict().items()}
-    header = {"format": "pt", "lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()},
-                                                                   default=str, sort_keys=True),
+    config = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v
+              for k, v in transformer.peft_config["default"].to_dict().items()}
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps(config, default=str, sort_keys=True),
               "lora_scope": transformer.lora_scope, "base_fingerprint": fingerprint(transformer), **extra}
     weights = {f"transformer.{k}": v.detach().cpu().contiguous()
                for k, v in get_peft_model_state_dict(transformer).items()}
@@ -237,15 +237,20 @@ def save_lora(transformer, path, **extra):
     os.replace(path / (LORA_FILE + ".tmp"), path / LORA_FILE)
 
 
+def newest_checkpoint(run):
+    """The newest complete step-* folder of a run (out/NAME), or None. A half-written one still has its .tmp name."""
+    return max((d for d in Path(run).glob("step-*") if d.suffix != ".tmp"), default=None)
+
+
 def lora_path(path):
-    """The safetensors file behind `path`: a file, or a folder with one. FileNotFoundError names what was looked for."""
-    path = Path(path)
+    """The safetensors file behind `path`: a file, a folder with one, or a run. FileNotFoundError names `path`."""
+    path = newest_checkpoint(path) or Path(path)
     if path.is_file():
         return path
     for name in (LORA_FILE, "pytorch_lora_weights_transformer.safetensors"):  # the second is the authors' release
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"no LoRA at {path}: expected a .safetensors file or a folder with {LORA_FILE}")
+    raise FileNotFoundError(f"no LoRA at {path}: expected a .safetensors file, a folder with {LORA_FILE}, or a run")
 
 
 def lora_header(path):
@@ -261,27 +266,33 @@ def load_lora(transformer, path, dropout=0.0):
     ValueError when it was trained on another base or does not fit.
     """
     file, header = lora_path(path), lora_header(path)
-    weights = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
-    rank = next((v.shape[0] for k, v in weights.items() if "lora_A" in k), None)
+    with safe_open(file, "pt") as f:
+        rank = next((f.get_slice(k).get_shape()[0] for k in f.keys() if "lora_A" in k), None)
     if rank is None:
         raise ValueError(f"{file} holds no LoRA weights (no lora_A keys)")
     trained_on = header.get("base_fingerprint")
     if trained_on and trained_on != fingerprint(transformer):
         raise ValueError(f"LoRA {file} was trained on the base {header.get('base', '?')} ({trained_on}), "
                          f"not on this one ({fingerprint(transformer)}); pass the right --base")
-    config = json.loads(header.get("lora_adapter_metadata", "{}"))
-    alpha = config.get("transformer.lora_alpha")
+    alpha = json.loads(header.get("lora_adapter_metadata", "{}")).get("transformer.lora_alpha")
     if alpha is None:
         alpha = rank / 2
         print(f"{file} does not say its alpha: using the paper's alpha/rank = 64/128 = 0.5")
     parameters = add_lora(transformer, rank, alpha, dropout, header.get("lora_scope", "all"))
+    read_lora(transformer, file)
+    return parameters
+
+
+def read_lora(transformer, path):
+    """Fill the adapters that are already attached with the weights at `path`; ValueError when they do not fit."""
+    file = lora_path(path)
+    weights = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
     here = {k: v.shape for k, v in get_peft_model_state_dict(transformer).items()}
     wrong = [k for k in weights.keys() | here.keys() if k not in weights or here.get(k) != weights[k].shape]
     if wrong:
         raise ValueError(f"LoRA {file} does not fit this base: {len(wrong)} of {len(here)} tensors differ, "
                          f"the first is {min(wrong)}")
     set_peft_model_state_dict(transformer, weights)
-    return parameters
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -340,8 +351,8 @@ def load_pipeline(base, dtype=torch.float32, device="cpu"):
                                                             or str(base).startswith((".", "/"))):
         raise FileNotFoundError(f"no base at {base}: expected a diffusers CogVideoX folder (with model_index.json) "
                                 f"or a hub id such as {PAPER_BASE}")
-    transformer = SubjectTransformer.from_pretrained(base, subfolder="transformer", torch_dtype=dtype)
-    pipe = CogVideoXPipeline.from_pretrained(base, transformer=transformer, torch_dtype=dtype)
+    transformer = SubjectTransformer.from_pretrained(base, subfolder="transformer", dtype=dtype)
+    pipe = CogVideoXPipeline.from_pretrained(base, transformer=transformer, dtype=dtype)
     pipe.tokenizer.add_tokens([REFERENCE_TOKEN], special_tokens=True)
     rows = pipe.text_encoder.get_input_embeddings().num_embeddings
     if len(pipe.tokenizer) > rows:  # T5-XXL has 32128 rows and <cls> takes id 32100: nothing is resized

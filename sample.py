@@ -12,12 +12,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import HfArgumentParser
 
-from data import clip_frames, cover, load_image, normalise, save_video, to_pixels
+from data import clip_frames, command_line, cover, knob, load_image, normalise, save_video, to_pixels
 from model import (LORA_FILE, PAPER_BASE, encode_video, frame_size, load_lora, load_pipeline, lora_header, lora_path,
                    with_reference_token)
-from train import knob, newest_checkpoint
 
 HERE = Path(__file__).parent
 
@@ -56,9 +54,9 @@ class Config:
 def find_lora(path=""):
     """The LoRA file of a file, folder or run; with no path the newest checkpoint under out/, else toy/lora."""
     if path:
-        return lora_path(newest_checkpoint(path) or path)
-    checkpoints = [d / LORA_FILE for d in Path("out").glob("*/step-*") if d.suffix != ".tmp" and (d / LORA_FILE).is_file()]
-    return lora_path(max(checkpoints, key=lambda f: f.stat().st_mtime, default=HERE / "toy/lora"))
+        return lora_path(path)
+    files = [f for f in Path("out").glob(f"*/step-*/{LORA_FILE}") if f.parent.suffix != ".tmp"]
+    return lora_path(max(files, key=lambda f: f.stat().st_mtime, default=HERE / "toy/lora"))
 
 
 def load(lora="", base="", device="cpu", use_lora=True):
@@ -158,8 +156,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser(Config, description=__doc__.splitlines()[0], allow_abbrev=False)
-    try:
-        main(Config(**vars(parser.parse_args())))
-    except (ValueError, FileNotFoundError) as e:
-        sys.exit(f"sample.py: error: {e}")
+    command_line(main, Config, __doc__)

@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -24,15 +24,10 @@ import torch.distributed as dist
 from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup
 from diffusers.utils import logging as diffusers_logging
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
-from data import Clips, ImagePairs, batches, clip_frames, normalise, rng, torch_rng
-from model import (LORA_FILE, PAPER_BASE, add_lora, encode_prompt, encode_video, frame_size, load_lora, load_pipeline,
-                   save_lora, v_loss, with_reference_token)
-
-
-def knob(default, text):
-    return field(default=default, metadata={"help": text})
+from data import Clips, ImagePairs, batches, clip_frames, command_line, knob, normalise, rng, torch_rng
+from model import (PAPER_BASE, add_lora, encode_prompt, encode_video, frame_size, load_lora, load_pipeline,
+                   newest_checkpoint, read_lora, save_lora, v_loss, with_reference_token)
 
 
 @dataclass
@@ -43,7 +38,7 @@ class Config:
     rank: int = knob(128, "LoRA rank (A.1)")
     alpha: float = knob(64.0, "LoRA alpha; the update is scaled by alpha/rank (A.1)")
     dropout: float = knob(0.1, "LoRA dropout (5.1)")
-    lora_scope: str = knob("all", "tokens that LoRA acts on: 'all' (the authors' code) or 'reference' (the paper's text)")
+    lora_scope: str = knob("all", "tokens LoRA acts on: 'all' (the authors' code) or 'reference' (the paper's text)")
     init_lora: str = knob("", "LoRA file or folder to go on from, e.g. the 8 fps model for the 16 fps one (5.1)")
     # data
     images: str = knob("data/subjects200k", "folder of image pairs: D_img")
@@ -88,6 +83,8 @@ class Config:
         for name in ("p", "token_drop", "view_drop", "dropout", "crop_jitter"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must not be negative, got {self.seed}")
         for name in ("rank", "alpha", "frames", "fps", "steps", "image_batch", "video_batch", "image_micro",
                      "video_micro", "lr", "clip", "save_every", "keep", "cycles"):
             if getattr(self, name) <= 0:
@@ -99,10 +96,10 @@ class Config:
                              "it needs --view_drop 0 and --token_drop below 1")
 
 
-TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", name="toy", rank=32, alpha=16.0, dropout=0.0,
-           frames=9, fps=4.0, crop_jitter=0.0, view_drop=0.0, steps=1000, image_batch=32, video_batch=8, image_micro=32,
-           video_micro=8, lr=2e-3, warmup=50, save_every=250, gradient_checkpointing=False, vae_tiling=False,
-           workers=1)
+TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", name="toy", rank=32, alpha=16.0,
+           dropout=0.0, frames=9, fps=4.0, crop_jitter=0.0, view_drop=0.0, steps=1000, image_batch=32, image_micro=32,
+           video_batch=8, video_micro=8, lr=2e-3, warmup=50, save_every=250, gradient_checkpointing=False,
+           vae_tiling=False, workers=1)
 
 
 # ---- what a step is --------------------------------------------------------------------------------------------------
@@ -147,11 +144,6 @@ def diffusion_loss(cfg, pipe, model, batch, task, step, g):
 
 # ---- a run on disk ---------------------------------------------------------------------------------------------------
 
-def newest_checkpoint(run):
-    """The newest complete step-* folder of a run, or None. A half-written one still has its .tmp name."""
-    return max((d for d in Path(run).glob("step-*") if d.suffix != ".tmp"), default=None)
-
-
 def save_checkpoint(run, step, cfg, transformer, optimizer, schedule):
     """LoRA weights and training state, all or nothing: written under another name, then renamed."""
     final, part = run / f"step-{step:06d}", run / f"step-{step:06d}.tmp"
@@ -174,10 +166,7 @@ def resume(run, cfg, transformer, optimizer, schedule):
     changed = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v and k not in free]
     if changed:
         raise ValueError(f"{run} was started with other settings ({'; '.join(changed)}): choose another --name")
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-    weights = load_file(checkpoint / LORA_FILE)
-    set_peft_model_state_dict(transformer, {k.removeprefix("transformer."): v for k, v in weights.items()})
+    read_lora(transformer, checkpoint)
     state = torch.load(checkpoint / "training_state.pt", weights_only=True, map_location="cpu")
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
@@ -269,7 +258,7 @@ def train(cfg):
     for step in range(start, cfg.steps):
         clock = time.perf_counter()
         task = task_of(cfg, step)                                      # u < p ? video : image
-        bins = torch.zeros(2, 4, device=device)                        # loss sums and counts per quarter of the timesteps
+        bins = torch.zeros(2, 4, device=device)                        # loss sums, counts; per quarter of the timesteps
         for micro in range(accumulate[task]):
             micro_batch = next(stream)                                 # (T, V) or (I_ref, I_out, P)
             last = micro == accumulate[task] - 1
@@ -294,13 +283,11 @@ def train(cfg):
             if rank == 0:
                 save_checkpoint(run, step + 1, cfg, transformer, optimizer, schedule)
     log.close()
-    if ranks > 1:
-        dist.destroy_process_group()
     say(f"done: {newest_checkpoint(run)}. Next: python sample.py --ref PICTURE --prompt '...'")
 
 
 class Log:
-    """log.jsonl and the progress bar. A step's numbers are read while the next one runs, so nothing waits for the GPU."""
+    """log.jsonl and the progress bar. A step's numbers are read one step late: nothing waits for the GPU."""
 
     def __init__(self, run, steps, start):
         self.file = open(run / "log.jsonl", "a") if run else None
@@ -341,18 +328,16 @@ class Log:
             print(f"{len(self.unusable)} unusable file(s) were skipped")
 
 
-if __name__ == "__main__":
-    parser = HfArgumentParser(Config, description=__doc__.splitlines()[0], allow_abbrev=False)
-    if "--toy" in sys.argv:
-        parser.set_defaults(**TOY)
+def main(cfg):
     diffusers_logging.disable_progress_bar()
-    try:
-        cfg = Config(**vars(parser.parse_args()))
-        if cfg.toy:
-            from toy import world
-            world.ensure_data(cfg.images, cfg.videos)
-        train(cfg)
-    except (ValueError, FileNotFoundError) as e:
-        if os.environ.get("TRACEBACK"):
-            raise
-        sys.exit(f"train.py: error: {e}")
+    if cfg.toy:
+        from toy import world
+        world.ensure_data(cfg.images, cfg.videos)
+    train(cfg)
+    if dist.is_initialized():  # after train() has returned: its DDP model must go before the group does
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    command_line(main, Config, __doc__, **(TOY if "--toy" in sys.argv else {}))

@@ -10,12 +10,10 @@ sometimes are empty (for classifier-free guidance). It never sees a reference: t
 """
 import copy
 import math
-import os
-import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,29 +22,31 @@ import torch.nn.functional as F
 from diffusers import (AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel)
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXResnetBlock3D
 from sentencepiece import sentencepiece_model_pb2
-from transformers import HfArgumentParser, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from tqdm import tqdm
 
-from model import encode_prompt, encode_video, v_loss
+from data import command_line, knob
+from model import SubjectTransformer, encode_prompt, encode_video, v_loss
 from toy import world
 
 
 @dataclass
 class Config:
-    out: str = field(default="toy/base", metadata={"help": "folder to write"})
-    vae_steps: int = field(default=2000, metadata={"help": "steps of VAE training"})
-    vae_batch: int = field(default=4, metadata={"help": "clips per VAE step"})
-    vae_lr: float = field(default=3e-3, metadata={"help": "peak learning rate of the VAE"})
-    steps: int = field(default=14000, metadata={"help": "steps of transformer training"})
-    batch: int = field(default=48, metadata={"help": "clips per transformer step; three times as many stills"})
-    lr: float = field(default=1.5e-3, metadata={"help": "peak learning rate of the transformer"})
-    stills: float = field(default=0.25, metadata={"help": "share of steps on still pictures"})
-    pool: int = field(default=12_000, metadata={"help": "clips, and as many stills, that are drawn and encoded once"})
-    vae_minutes: float = field(default=1e9, metadata={"help": "stop the VAE after this time (the schedule adapts)"})
-    minutes: float = field(default=1e9, metadata={"help": "stop the transformer after this time (the schedule adapts)"})
-    compile: bool = field(default=False, metadata={"help": "torch.compile the transformer: faster on CPU and GPU"})
-    vae: str = field(default="", metadata={"help": "take the VAE of this base instead of training one"})
-    seed: int = field(default=0, metadata={"help": "seed"})
+    out: str = knob("toy/base", "folder to write")
+    vae_steps: int = knob(2000, "steps of VAE training")
+    vae_batch: int = knob(4, "clips per VAE step")
+    vae_lr: float = knob(3e-3, "peak learning rate of the VAE")
+    steps: int = knob(14000, "steps of transformer training")
+    batch: int = knob(48, "clips per transformer step; three times as many stills")
+    lr: float = knob(1.5e-3, "peak learning rate of the transformer")
+    stills: float = knob(0.25, "share of steps on still pictures")
+    pool: int = knob(12_000, "clips, and as many stills, that are drawn and encoded once")
+    vae_minutes: float = knob(1e9, "stop the VAE after this time (the schedule adapts)")
+    minutes: float = knob(1e9, "stop the transformer after this time (the schedule adapts)")
+    compile: bool = knob(False, "torch.compile the transformer: faster on CPU and GPU")
+    init: str = knob("", "start the transformer from this base's")
+    vae: str = knob("", "take the VAE of this base instead of training one")
+    seed: int = knob(0, "seed")
 
 
 def build_tokenizer(folder):
@@ -84,9 +84,10 @@ def build(seed):
         if isinstance(block, CogVideoXResnetBlock3D):  # start as a linear map: learns twice as fast
             torch.nn.init.zeros_(block.conv2.conv.weight)
     transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=4, attention_head_dim=32, in_channels=4, out_channels=4, patch_size=4, temporal_compression_ratio=2, time_embed_dim=64,
-        text_embed_dim=64, num_layers=5, sample_width=world.SIZE // 2, sample_height=world.SIZE // 2,
-        sample_frames=world.FRAMES, max_text_seq_length=16, use_rotary_positional_embeddings=True)
+        num_attention_heads=4, attention_head_dim=32, num_layers=5, in_channels=4, out_channels=4, patch_size=4,
+        time_embed_dim=64, text_embed_dim=64, temporal_compression_ratio=2, sample_frames=world.FRAMES,
+        sample_width=world.SIZE // 2, sample_height=world.SIZE // 2, max_text_seq_length=16,
+        use_rotary_positional_embeddings=True)
     scheduler = CogVideoXDDIMScheduler(  # CogVideoX-5b's
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
         prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True, snr_shift_scale=1.0)
@@ -116,8 +117,8 @@ def encode_pool(pipe, rng, n, still, device, autocast):
     """n scenes as latents (n, 5 or 1, 4, 16, 16), with their caption rows (n, 2): without and with colours named."""
     _, row = all_captions()
     latents, rows = [], []
-    for _ in range(0, n, 500):
-        pixels, (fields, directions, colours) = draw(rng, 500, still, device)
+    for _ in range(0, n, 250):
+        pixels, (fields, directions, colours) = draw(rng, 250, still, device)
         with autocast():
             latents.append(encode_video(pipe.vae, pixels).half())
         d = 4 if still else directions
@@ -170,7 +171,11 @@ def train_transformer(pipe, cfg, device, autocast, bfloat16):
     captions = all_captions()[0] + [""]
     texts = torch.cat([encode_prompt(pipe, captions[i:i + 256]) for i in range(0, len(captions), 256)])  # (2601,16,64)
     forward = torch.compile(transformer) if cfg.compile else transformer
-    call = lambda *a, reference, keep, **k: forward(*a, **k)  # the base knows no reference
+    side = transformer.config.sample_height
+    rope = {f: SubjectTransformer.rotary_tables(transformer, f, side, side, device) for f in (1, len(world.BEATS))}
+
+    def call(noisy, *args, reference, keep, **kwargs):  # the stock model: no reference, frames 0..T-1
+        return forward(noisy, *args, image_rotary_emb=rope[noisy.shape[1]], **kwargs)
     torch.manual_seed(cfg.seed + 1)
     start, losses = time.time(), []
     for step in (bar := tqdm(range(cfg.steps), desc="transformer", mininterval=10)):
@@ -196,13 +201,13 @@ def train_transformer(pipe, cfg, device, autocast, bfloat16):
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in transformer.parameters()],
                              1 - min(0.999, (step + 1) / (step + 10)))
         losses.append(loss.detach())
-        if step % 100 == 99:  # new creatures all the time: a twentieth of the pool every 500 steps or so
+        if step % 100 == 99:  # new creatures all the time: the pool turns over slowly
             for still, (latents, rows) in pools.items():
-                new = torch.randperm(len(latents), device=device)[:500]
-                latents[new], rows[new] = encode_pool(pipe, rng, 500, still, device, bfloat16)
-        if step % 5000 == 4999:
+                new = torch.randperm(len(latents), device=device)[:250]
+                latents[new], rows[new] = encode_pool(pipe, rng, 250, still, device, bfloat16)
+        if step % 1000 == 999:
             save(pipe, ema, cfg.out)
-        if step % 500 == 499:
+        if step % 250 == 249:
             bar.set_postfix_str(f"{progress:.0%} loss {torch.stack(losses).mean().item():.4f}")
             losses = []
     transformer.load_state_dict(ema.state_dict())
@@ -221,13 +226,13 @@ def save(pipe, transformer, out):
     (Path(out) / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
 
 
-if __name__ == "__main__":
-    parser = HfArgumentParser(Config, description=__doc__.splitlines()[0], allow_abbrev=False)
-    (cfg,) = parser.parse_args_into_dataclasses()
+def main(cfg):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bfloat16 = lambda: torch.autocast(device, torch.bfloat16)
     autocast = bfloat16 if device == "cuda" else nullcontext  # so small a transformer is no faster in bf16 on a CPU
     pipe = build(cfg.seed).to(device)
+    if cfg.init:
+        pipe.transformer = CogVideoXTransformer3DModel.from_pretrained(cfg.init, subfolder="transformer").to(device)
     if cfg.vae:
         pipe.vae = AutoencoderKLCogVideoX.from_pretrained(cfg.vae, subfolder="vae").to(device).requires_grad_(False)
     else:
@@ -235,3 +240,7 @@ if __name__ == "__main__":
     train_transformer(pipe, cfg, device, autocast, bfloat16)
     save(pipe, pipe.transformer, cfg.out)
     print(f"wrote {cfg.out}")
+
+
+if __name__ == "__main__":
+    command_line(main, Config, __doc__)

@@ -3,6 +3,7 @@
     python -m toy.world data              toy/data: pairs as a parquet, clips as mp4 + txt, as the real data sets
     python -m toy.world refs              toy/refs: reference pictures of creatures that no training step sees
     python -m toy.world score --lora DIR  sample 96 unseen creatures and score the videos exactly
+    python -m toy.world picture           assets/toy.png: references and frames of their videos
 
 A creature is a random left-right symmetric bitmap of 8x8 cells in two colours: every identity is new, and no
 caption can describe it, so a model can only get it right by looking at the reference. Cells are 2 px, a creature is
@@ -27,10 +28,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
-from transformers import HfArgumentParser
+from PIL import Image, ImageDraw
 
-from data import save_video
+from data import command_line, save_video
 
 SIZE, TILE, CELL, CELLS = 32, 8, 2, 8  # px per frame side, per tile, per cell; cells per creature side
 FRAMES, FPS, BEATS = 9, 4, (1, 2, 2, 2, 2)       # frames of a clip, and how many the VAE puts into each latent frame
@@ -76,7 +76,7 @@ def draw_creatures(rng, n):
 
 
 def render_cells(creatures, fields, tiles):
-    """Creature n on field n at tile positions tiles (N,F,2) (row, column) -> uint8 (N,F,16,16,3), one value per cell."""
+    """Creature n on field n at tile positions tiles (N,F,2) (row, column) -> uint8 (N,F,16,16,3), in cells."""
     n, f = tiles.shape[:2]
     canvas = np.zeros((n, f, SIZE // CELL, SIZE // CELL), np.int64)
     offset = tiles[..., None] * (TILE // CELL) + np.arange(CELLS)  # (N,F,2,8): the rows and the columns it covers
@@ -278,7 +278,7 @@ def through_vae(pipe, clips):
 @dataclass
 class Score:
     lora: list[str] = field(default_factory=lambda: ["toy/lora"],
-                            metadata={"help": "LoRA files, folders or runs; several are averaged (seeds of one setting)"})
+                            metadata={"help": "LoRA files, folders or runs; several (seeds) are averaged"})
     n: int = field(default=96, metadata={"help": "unseen creatures and prompts"})
     steps: int = field(default=50, metadata={"help": "sampling steps"})
     guidance: float = field(default=6.0, metadata={"help": "classifier-free guidance scale"})
@@ -287,6 +287,7 @@ class Score:
 
 
 def score(cfg):
+    """Sample the test set with each LoRA and print the exact scores as a table."""
     from sample import load
     test, rows = draw_test_set(cfg.n), {}
     options = dict(steps=cfg.steps, guidance=cfg.guidance)
@@ -313,7 +314,7 @@ def score(cfg):
     for name, row in rows.items():
         print(f"| {name} | " + " | ".join(f"{row[k]:.1f}" for k in names) + " |")
     if cfg.out:
-        Path(cfg.out).write_text(json.dumps({"n": cfg.n, "steps": cfg.steps, "guidance": cfg.guidance, "rows": rows}, indent=1))
+        Path(cfg.out).write_text(json.dumps({**dataclasses.asdict(cfg), "rows": rows}, indent=1))
 
 
 def write_refs(folder, n=6):
@@ -326,17 +327,47 @@ def write_refs(folder, n=6):
         (Path(folder) / f"creature-{i}.txt").write_text(test.prompts[i] + "\n")
 
 
+@dataclass
+class Picture:
+    lora: list[str] = field(default_factory=lambda: ["toy/lora"], metadata={"help": "LoRAs to show side by side"})
+    titles: list[str] = field(default_factory=lambda: ["ours"], metadata={"help": "a title for each"})
+    n: int = field(default=6, metadata={"help": "creatures: the first of the test set"})
+    out: str = field(default="assets/toy.png", metadata={"help": "file to write"})
+
+
+def picture(cfg, scale=5):
+    """Reference pictures in the first column; beside them one frame per latent frame of each LoRA's video."""
+    from sample import load
+    test = draw_test_set(cfg.n)
+    shown = np.cumsum(BEATS) - 1  # the last frame of each latent frame
+    side, gap, top = SIZE * scale, 12, 24
+    block = len(shown) * (side + 2)
+    sheet = Image.new("RGB", (side + gap + len(cfg.lora) * (block + gap), top + cfg.n * (side + 2)), "white")
+    write = ImageDraw.Draw(sheet)
+    write.text((4, 4), "reference", "black", font_size=14)
+    for i in range(cfg.n):
+        sheet.paste(Image.fromarray(test.references[i]).resize((side, side), 0), (0, top + i * (side + 2)))
+    for k, lora in enumerate(cfg.lora):
+        pipe, _ = load(lora=lora)
+        x = side + gap + k * (block + gap)
+        write.text((x + 4, 4), cfg.titles[k], "black", font_size=14)
+        for i, video in enumerate(sample_test_set(pipe, test, test.references)):
+            for j, frame in enumerate(shown):
+                frame = Image.fromarray(video[frame]).resize((side, side), Image.NEAREST)
+                sheet.paste(frame, (x + j * (side + 2), top + i * (side + 2)))
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(cfg.out)
+    print(f"wrote {cfg.out}")
+
+
 if __name__ == "__main__":
     command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command == "score":
-        try:
-            score(Score(**vars(HfArgumentParser(Score, allow_abbrev=False, prog="python -m toy.world score")
-                               .parse_args(sys.argv[2:]))))
-        except (ValueError, FileNotFoundError) as e:
-            sys.exit(f"toy.world: error: {e}")
+    if command in ("score", "picture"):
+        config, action = (Score, score) if command == "score" else (Picture, picture)
+        command_line(action, config, action.__doc__, sys.argv[2:])
     elif command == "data" and len(sys.argv) == 2:
         ensure_data("toy/data/pairs", "toy/data/clips")
     elif command == "refs" and len(sys.argv) == 2:
         write_refs("toy/refs")
     else:
-        sys.exit("usage: python -m toy.world data | refs | score [--help]")
+        sys.exit("usage: python -m toy.world data | refs | score [--help] | picture [--help]")
