@@ -153,7 +153,14 @@ class ImagePairs(Dataset):
 @lru_cache(maxsize=8)
 def _row_group(file, group):
     """One row group's rows. A random row decodes its whole group, so files with small groups (16 rows) read fastest."""
-    return pq.ParquetFile(file).read_row_group(group, columns=["image", "description"]).to_struct_array()
+    table = _parquet(file, os.getpid()).read_row_group(group, columns=["image", "description"])
+    return table.to_struct_array()
+
+
+@lru_cache(maxsize=64)
+def _parquet(file, process):
+    """An open file, once per process: parsing the footer again for each row would cost more than reading the row."""
+    return pq.ParquetFile(file, memory_map=True)
 
 
 # ---- clips -----------------------------------------------------------------------------------------------------------

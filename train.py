@@ -98,8 +98,8 @@ class Config:
 
 TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", name="toy", rank=32, alpha=16.0,
            dropout=0.0, frames=9, fps=4.0, crop_jitter=0.0, view_drop=0.0, steps=1000, image_batch=32, image_micro=32,
-           video_batch=8, video_micro=8, lr=2e-3, warmup=50, save_every=250, gradient_checkpointing=False,
-           vae_tiling=False, workers=1)
+           video_batch=8, video_micro=8, lr=1.5e-3, warmup=50, save_every=250, gradient_checkpointing=False,
+           vae_tiling=False, workers=0)
 
 
 # ---- what a step is --------------------------------------------------------------------------------------------------

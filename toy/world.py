@@ -338,7 +338,9 @@ class Picture:
 def picture(cfg, scale=5):
     """Reference pictures in the first column; beside them one frame per latent frame of each LoRA's video."""
     from sample import load
-    test = draw_test_set(cfg.n)
+    test = draw_test_set()
+    test = TestSet(test.creatures[:cfg.n], test.references[:cfg.n], test.fields[:cfg.n], test.directions[:cfg.n],
+                   test.prompts[:cfg.n])
     shown = np.cumsum(BEATS) - 1  # the last frame of each latent frame
     side, gap, top = SIZE * scale, 12, 24
     block = len(shown) * (side + 2)
