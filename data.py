@@ -135,7 +135,7 @@ class ImagePairs(Dataset):
             file, group, i = self.rows[row]
             record = _row_group(file, group)[i].as_py()
             views, text = split_views(load_image(io.BytesIO(record["image"]["bytes"]))), record["description"]
-        captions = [text.get("description_0"), text.get("description_1")]
+        captions = [(text or {}).get("description_0"), (text or {}).get("description_1")]
         if not all(captions):
             raise ValueError(f"pair {row} of {self.folder} has no description_0 or description_1")
         return views, captions
@@ -172,8 +172,10 @@ def clip_frames(wanted, compression=4):
     return (wanted - 1) // (2 * compression) * 2 * compression + 1
 
 
-def load_clip(path, frames, fps):
-    """The first `frames` frames of a clip at `fps`, as PIL pictures. ValueError when it is unreadable or too short."""
+def load_clip(path, frames, fps, size=None):
+    """The first `frames` frames of a clip at `fps`, as PIL pictures. ValueError when it is unreadable or too short.
+
+    With a size (height, width) each frame is cut to cover it while decoding, so 4K clips need no 4K memory."""
     pictures, start = [], None
     try:
         with av.open(str(path)) as container:
@@ -184,8 +186,11 @@ def load_clip(path, frames, fps):
                 time = frame.time if frame.time is not None else n / rate
                 start = time if start is None else start
                 # This frame is shown until time + 1/rate: it serves every wanted instant k/fps before that.
+                picture = None
                 while len(pictures) < frames and len(pictures) / fps < time - start + 1 / rate - 1e-6:
-                    pictures.append(frame.to_image())
+                    if picture is None:
+                        picture = cover(frame.to_image(), *size) if size else frame.to_image()
+                    pictures.append(picture)
                 if len(pictures) == frames:
                     return pictures
     except Exception as e:  # PyAV raises many kinds for a broken file
@@ -232,7 +237,7 @@ class Clips(Dataset):
     def __getitem__(self, key):
         def make(r):
             file = self.files[r.integers(len(self.files))]
-            pictures = [cover(p, *self.size) for p in load_clip(file, self.frames, self.fps)]
+            pictures = load_clip(file, self.frames, self.fps, self.size)
             i = int(r.integers(self.frames)) if self.random_frame else 0  # RandomFrameSelect
             pixels = to_pixels(pictures)
             return {"reference": pixels[i:i + 1], "pixels": pixels,
@@ -246,7 +251,7 @@ def _first_readable(make, seed, stream, key, tries=20):
     for attempt in range(tries):
         try:
             return {**make(rng(seed, stream, *key, attempt)), "skipped": skipped}
-        except (ValueError, FileNotFoundError) as e:
+        except (ValueError, KeyError, OSError) as e:
             skipped.append(str(e))
     raise ValueError(f"{tries} {stream} samples in a row could not be used, the last: {skipped[-1]}")
 

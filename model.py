@@ -309,6 +309,7 @@ def v_loss(transformer, scheduler, latents, text, timestep, noise, reference=Non
     output. (diffusers' CogVideoX example does that to get x0_pred and weights |x0_pred - x0|^2 by 1/(1-a). It is the
     same number: x0_pred - x0 = -sqrt(1-a) (v_pred - v).)
     """
+    latents, noise = latents.float(), noise.float()  # diffusers rounds alpha-bar to their dtype: bf16 loses small t
     noisy = scheduler.add_noise(latents, noise, timestep)
     v = scheduler.get_velocity(latents, noise, timestep)
     v_pred = transformer(noisy, text, timestep, reference=reference, keep=keep, return_dict=False)[0]

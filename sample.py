@@ -74,31 +74,32 @@ def load(lora="", base="", device="cpu", use_lora=True):
     if use_lora:
         load_lora(pipe.transformer, file)
         pipe.transformer.to(dtype).eval().requires_grad_(False)
-    pipe.vae.enable_slicing()
     return pipe, header
+
+
+def encode_references(pipe, pictures, height, width):
+    """PIL pictures -> scaled latents (B,1,C,H/8,W/8) on the VAE's device.
+
+    Each picture is resized to cover the frame, as in training, and encoded by the VAE to its mean, so that nothing is
+    random but the starting noise."""
+    pixels = torch.stack([to_pixels([cover(picture, height, width)]) for picture in pictures])  # (B, 1, 3, H, W)
+    return encode_video(pipe.vae, normalise(pixels))
 
 
 def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0, height=0, width=0, cls=True,
              dynamic_cfg=False, negative_prompt=""):
     """Videos as lists of PIL pictures, one per prompt.
 
-    references: one PIL picture per prompt, or a single one for all, or None (text-to-video). Each is resized to cover
-    the frame, as in training, and encoded by the VAE (its mean, so nothing is random but the starting noise).
+    references: latents from encode_references, one per prompt or one for all, or None (text-to-video).
     """
     height, width = height or frame_size(pipe)[0], width or frame_size(pipe)[1]
     frames = clip_frames(frames or pipe.transformer.config.sample_frames, pipe.vae_scale_factor_temporal)
-    device = pipe._execution_device
-    latents = None
-    if references is not None:
-        pixels = torch.stack([to_pixels([cover(r, height, width)]) for r in references])  # (B, 1, 3, H, W)
-        pipe.vae.to(device)
-        latents = encode_video(pipe.vae, normalise(pixels)).to(device)                    # (B, 1, C, H/8, W/8)
     return pipe(
         prompt=[with_reference_token(p, cls) for p in prompts], negative_prompt=[negative_prompt] * len(prompts),
         height=height, width=width, num_frames=frames, num_inference_steps=steps, guidance_scale=guidance,
         use_dynamic_cfg=dynamic_cfg, generator=[torch.Generator().manual_seed(s) for s in seeds],
         max_sequence_length=pipe.transformer.config.max_text_seq_length,
-        attention_kwargs={"reference": latents}).frames
+        attention_kwargs={"reference": references}).frames
 
 
 def contact_sheet(video, reference=None, enlarge=1, columns=6):
@@ -116,8 +117,8 @@ def contact_sheet(video, reference=None, enlarge=1, columns=6):
 def main(cfg):
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     reference = load_image(cfg.ref) if cfg.ref else None
-    beside = Path(cfg.ref).with_suffix(".txt")
-    prompts = [cfg.prompt or (beside.read_text().strip() if cfg.ref and beside.is_file() else "")]
+    beside = Path(cfg.ref or "none").with_suffix(".txt")
+    prompts = [cfg.prompt or (beside.read_text().strip() if beside.is_file() else "")]
     if cfg.prompts:
         prompts = [line.strip() for line in Path(cfg.prompts).read_text().splitlines() if line.strip()]
         if not prompts:
@@ -133,15 +134,21 @@ def main(cfg):
         raise ValueError(f"--height and --width must be multiples of {multiple}, got {cfg.height} x {cfg.width}")
     if cfg.frames and cfg.frames != (frames := clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)):
         print(f"--frames {cfg.frames} cut to {frames}, a length that the VAE can make")
+    latents = None
+    if reference is not None:  # before any offloading: then the VAE's weights are not where they seem to be
+        pipe.vae.to(device)
+        height, width = cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1]
+        latents = encode_references(pipe, [reference], height, width).to(device)
     if cfg.offload == "none":
         pipe.to(device)
     else:
+        pipe.vae.to("cpu")
         pipe.vae.enable_tiling()
         (pipe.enable_model_cpu_offload if cfg.offload == "model" else pipe.enable_sequential_cpu_offload)(device=device)
 
     for i, prompt in enumerate(prompts):
         print(f"{prompt!r}, seed {cfg.seed}")
-        (video,) = generate(pipe, reference and [reference], [prompt], [cfg.seed], cfg.steps, cfg.guidance, cfg.frames,
+        (video,) = generate(pipe, latents, [prompt], [cfg.seed], cfg.steps, cfg.guidance, cfg.frames,
                             cfg.height, cfg.width, header.get("cls") != "False", cfg.dynamic_cfg, cfg.negative_prompt)
         file = out.with_stem(f"{out.stem}-{i}") if len(prompts) > 1 else out
         enlarge = cfg.enlarge or max(1, 256 // video[0].height)

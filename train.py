@@ -3,9 +3,9 @@
     torchrun --nproc_per_node=8 train.py      # the paper's run: CogVideoX-5B, Subjects200K, Pexels clips
     python train.py --toy                     # the same code on the toy world, minutes on two CPU cores
 
-Each step flips one coin. With probability p it takes plain clips and learns image-to-video, the reference being a
-random frame of the clip with half of its tokens dropped (motion); otherwise it takes pairs of pictures of one subject
-and learns to draw one from the other (identity). The same LoRA learns both. Nothing else is going on.
+Each step flips one coin. With probability p it takes plain clips and learns image-to-video (motion): the reference is
+a random frame of the clip with half of its tokens dropped, so that it cannot just be copied. Otherwise it takes pairs
+of pictures of one subject and learns to draw one from the other (identity). The same LoRA learns both.
 
 A run writes out/NAME/: config.json, log.jsonl (one line per step), step-000400/ (LoRA weights and training state).
 The same command again goes on from the newest checkpoint.
@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -67,7 +67,7 @@ class Config:
     weight_decay: float = knob(1e-4, "AdamW weight decay (the paper is silent)")
     warmup: int = knob(200, "steps of linear warm-up (A.2)")
     cycles: int = knob(1, "cosine restarts over the run (the paper does not say how many; 1 is a plain cosine)")
-    clip: float = knob(1.0, "gradient norm clipping (A.2)")
+    grad_clip: float = knob(1.0, "gradient norm clipping (A.2)")
     # the run
     name: str = knob("subject", "the run lives in out/NAME")
     out: str = knob("out", "where runs live")
@@ -75,7 +75,7 @@ class Config:
     save_every: int = knob(50, "steps between checkpoints (A.2)")
     keep: int = knob(3, "newest checkpoints that stay on disk")
     gradient_checkpointing: bool = knob(True, "recompute activations in backward to save memory (A.1)")
-    vae_tiling: bool = knob(True, "encode clips in tiles to save memory (A.2)")
+    vae_tiling: bool = knob(True, "encode in tiles, one sample at a time, to save memory (A.2)")
     workers: int = knob(4, "processes per rank that read data")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
 
@@ -86,7 +86,7 @@ class Config:
         if self.seed < 0:
             raise ValueError(f"--seed must not be negative, got {self.seed}")
         for name in ("rank", "alpha", "frames", "fps", "steps", "image_batch", "video_batch", "image_micro",
-                     "video_micro", "lr", "clip", "save_every", "keep", "cycles"):
+                     "video_micro", "lr", "grad_clip", "save_every", "keep", "cycles"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
         if self.schedule not in ("switch", "two_stage"):
@@ -107,13 +107,15 @@ TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", na
 def task_of(cfg, step):
     """Eq. 1: "video" with probability p, else "image". One coin per step, the same on every rank."""
     if cfg.schedule == "two_stage":
-        return "image" if step < (1 - cfg.p) * cfg.steps else "video"
+        return "image" if step < (1 - cfg.p) * cfg.steps else "video"  # as many of each as the coin would give
     u = rng(cfg.seed, "coin", step).random()
     return "video" if u < cfg.p else "image"
 
 
 def kept_tokens(cfg, task, step, g, n):
-    """TokenDrop and view drop (Algorithm 1): which of the n reference tokens micro-batch g keeps, None for all.
+    """TokenDrop and view drop (Algorithm 1): which of the n reference tokens a micro-batch keeps, None for all.
+
+    g is the micro-batch's number within its step, counted over all ranks.
 
     Video: a random (1 - token_drop) share; a fixed count, so that shapes stay the same from step to step.
     Image: all, or with probability view_drop none, so that the model also learns from the caption alone.
@@ -122,7 +124,8 @@ def kept_tokens(cfg, task, step, g, n):
     if task == "video":
         kept = round((1 - cfg.token_drop) * n)
         return None if kept == n else torch.from_numpy(r.permutation(n)[:kept]).sort().values
-    return torch.empty(0, dtype=torch.long) if r.random() < cfg.view_drop else None
+    no_reference = torch.empty(0, dtype=torch.long)
+    return no_reference if r.random() < cfg.view_drop else None
 
 
 def diffusion_loss(cfg, pipe, model, batch, task, step, g):
@@ -132,12 +135,13 @@ def diffusion_loss(cfg, pipe, model, batch, task, step, g):
     reference = encode_video(pipe.vae, normalise(batch["reference"]), noise_rng)   # (B, 1, C, H, W), encoded alone
     text = encode_prompt(pipe, [with_reference_token(t, cfg.cls) for t in batch["prompt"]])  # (B, L, D_text)
 
-    p = pipe.transformer.config.patch_size
-    keep = kept_tokens(cfg, task, step, g, (latents.shape[-2] // p) * (latents.shape[-1] // p))
+    patch = pipe.transformer.config.patch_size
+    n_reference = (latents.shape[-2] // patch) * (latents.shape[-1] // patch)      # tokens of one latent frame
+    keep = kept_tokens(cfg, task, step, g, n_reference)
 
-    steps = pipe.scheduler.config.num_train_timesteps
-    timestep = torch.randint(0, steps, (len(latents),), generator=noise_rng).to(latents.device)
-    noise = torch.randn(latents.shape, generator=noise_rng).to(latents)
+    num_timesteps = pipe.scheduler.config.num_train_timesteps
+    timestep = torch.randint(0, num_timesteps, (len(latents),), generator=noise_rng).to(latents.device)
+    noise = torch.randn(latents.shape, generator=noise_rng).to(latents.device)
     torch.manual_seed(torch_rng(cfg.seed, "dropout", step, g).initial_seed())  # LoRA dropout draws from here
     return v_loss(model, pipe.scheduler, latents, text, timestep, noise, reference, keep), timestep
 
@@ -162,7 +166,7 @@ def resume(run, cfg, transformer, optimizer, schedule):
     if checkpoint is None:
         return 0
     before, now = json.loads((run / "config.json").read_text()), asdict(cfg)
-    free = {"workers", "save_every", "keep", "device", "out"}  # these do not change what is computed
+    free = {"workers", "save_every", "keep", "out"}  # these do not change what is computed
     changed = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v and k not in free]
     if changed:
         raise ValueError(f"{run} was started with other settings ({'; '.join(changed)}): choose another --name")
@@ -188,8 +192,8 @@ def train(cfg):
     run = Path(cfg.out) / cfg.name
 
     # Micro-batches: g = 0, 1, 2, ... of a step go to ranks in turn, so that every draw belongs to g and not to a rank.
-    batch, size = ({"image": cfg.image_batch, "video": cfg.video_batch},
-                   {"image": cfg.image_micro, "video": cfg.video_micro})
+    batch = {"image": cfg.image_batch, "video": cfg.video_batch}  # samples per step
+    size = {"image": cfg.image_micro, "video": cfg.video_micro}   # samples per micro-batch
     for task in batch:
         if batch[task] % (size[task] * ranks):
             raise ValueError(f"--{task}_batch {batch[task]} is not a whole number of micro-batches of "
@@ -198,13 +202,15 @@ def train(cfg):
 
     # The model: a frozen base in bfloat16, LoRA in float32. On CPU everything is float32.
     pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
-    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)
-    pipe.vae.enable_slicing()
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # else copied there in every step
     if cfg.vae_tiling:
         pipe.vae.enable_tiling()
+        pipe.vae.enable_slicing()
     transformer = pipe.transformer.train()
-    if cfg.init_lora:
+    if cfg.init_lora:  # rank, alpha and scope are the file's
         parameters = load_lora(transformer, cfg.init_lora, cfg.dropout)
+        config = transformer.peft_config["default"]
+        cfg = replace(cfg, rank=config.r, alpha=config.lora_alpha, lora_scope=transformer.lora_scope)
     else:
         torch.manual_seed(cfg.seed)  # every rank starts from the same LoRA
         parameters = add_lora(transformer, cfg.rank, cfg.alpha, cfg.dropout, cfg.lora_scope)
@@ -230,6 +236,8 @@ def train(cfg):
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
     schedule = get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, cfg.warmup, cfg.steps, cfg.cycles)
     start = resume(run, cfg, transformer, optimizer, schedule)
+    if ranks > 1:
+        dist.barrier()  # every rank has read the run before rank 0 writes to it
     if start >= cfg.steps:
         return say(f"{run} is complete ({start} steps); choose another --name for a new run")
     if rank == 0:
@@ -260,16 +268,16 @@ def train(cfg):
         task = task_of(cfg, step)                                      # u < p ? video : image
         bins = torch.zeros(2, 4, device=device)                        # loss sums, counts; per quarter of the timesteps
         for micro in range(accumulate[task]):
-            micro_batch = next(stream)                                 # (T, V) or (I_ref, I_out, P)
+            micro_batch = next(stream)                                 # clips or pairs, with captions
             last = micro == accumulate[task] - 1
-            with autocast, nullcontext() if last or ranks == 1 else model.no_sync():
+            with autocast, (nullcontext() if last or ranks == 1 else model.no_sync()):
                 loss, t = diffusion_loss(cfg, pipe, model, micro_batch, task, step, micro * ranks + rank)
                 (loss.mean() / accumulate[task]).backward()            # g_vid or g_img
             quarter = 4 * t // pipe.scheduler.config.num_train_timesteps
             bins += torch.stack([torch.zeros_like(bins[0]).index_add_(0, quarter, v)
                                  for v in (loss.detach(), torch.ones_like(loss))])
             log.skipped(micro_batch["skipped"])
-        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
         optimizer.step()                                               # theta <- theta - eta g
         lr = schedule.get_last_lr()[0]
         schedule.step()

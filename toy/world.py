@@ -253,12 +253,14 @@ def score_videos(videos, test, seed=2024):
 
 def sample_test_set(pipe, test, references=None, seed=0, batch=16, **options):
     """Videos uint8 (n,F,32,32,3) for the test set's prompts and references (None: without any)."""
-    from sample import generate
+    from sample import encode_references, generate
     videos = []
     for i in range(0, len(test.prompts), batch):
         chunk = slice(i, min(i + batch, len(test.prompts)))
-        pixels = None if references is None else [Image.fromarray(r) for r in references[chunk]]
-        pictures = generate(pipe, pixels, test.prompts[chunk], seeds=[seed + j for j in range(chunk.start, chunk.stop)],
+        latents = None
+        if references is not None:
+            latents = encode_references(pipe, [Image.fromarray(r) for r in references[chunk]], SIZE, SIZE)
+        pictures = generate(pipe, latents, test.prompts[chunk], [seed + j for j in range(chunk.start, chunk.stop)],
                             **options)
         videos += [np.stack([np.asarray(p) for p in video]) for video in pictures]
         print(f"\r{len(videos)}/{len(test.prompts)} videos", end="", file=sys.stderr, flush=True)
