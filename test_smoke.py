@@ -255,6 +255,21 @@ def test_v_loss_closed_form(tiny, inputs):
     assert torch.allclose(got, ((x0_pred - x).square() / (1 - a)).mean((1, 2, 3, 4)), rtol=1e-4)
 
 
+def test_v_loss_keeps_small_timesteps_in_bfloat16():
+    """diffusers rounds alpha-bar to the samples' dtype, and in bf16 that is 1.0 for t = 0 and 1: no noise at all."""
+    scheduler = CogVideoXPipeline.from_pretrained(BASE).scheduler
+    x, noise = torch.randn(2, 2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    seen = {}
+
+    def model(noisy, *args, **kwargs):
+        seen["noisy"] = noisy
+        return (torch.zeros_like(noisy),)
+
+    v_loss(model, scheduler, x, None, torch.tensor([1, 1]), noise)
+    a = scheduler.alphas_cumprod[1].float()
+    assert torch.allclose(seen["noisy"], a.sqrt() * x.float() + (1 - a).sqrt() * noise.float(), atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def toy():
     return model.load_pipeline(BASE)
@@ -323,6 +338,13 @@ def test_sample_command_line(tmp_path):
     assert files[0] == files[1]
     assert len(data.load_clip(tmp_path / "a.mp4", 9, 4)) == 9
     assert Image.open(tmp_path / "a.png").size == (7 * 256 + 6 * 4, 256)
+
+
+def test_sample_several_prompts_one_frame_no_reference(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a creature walks up\n\na creature stands\n")
+    sample.main(sample.Config(prompts=str(tmp_path / "prompts.txt"), lora=str(ROOT / "toy/lora"), frames=1, steps=2,
+                              guidance=1.0, enlarge=2, device="cpu", out=str(tmp_path / "x.png")))
+    assert {f.name: Image.open(f).size for f in tmp_path.glob("*.png")} == {"x-0.png": (64, 64), "x-1.png": (64, 64)}
 
 
 def test_sample_errors(tmp_path):
