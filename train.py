@@ -244,7 +244,8 @@ def train(cfg):
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
         lines = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").is_file() else []
-        (run / "log.jsonl").write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < start))
+        lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]  # a kill can cut one
+        (run / "log.jsonl").write_text("".join(f"{line}\n" for line in lines))
     say(f"{run}: {sum(p.numel() for p in parameters):,} trainable parameters in {len(parameters) // 2} LoRA modules, "
         f"{width}x{height}, {', '.join(f'{len(d)} {t}s' for t, d in datasets.items())}, {ranks} rank(s) on {device}"
         + (f", going on from step {start}" if start else ""))

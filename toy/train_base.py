@@ -33,10 +33,10 @@ from toy import world
 @dataclass
 class Config:
     out: str = knob("toy/base", "folder to write")
-    vae_steps: int = knob(2000, "steps of VAE training")
+    vae_steps: int = knob(2500, "steps of VAE training")
     vae_batch: int = knob(4, "clips per VAE step")
     vae_lr: float = knob(3e-3, "peak learning rate of the VAE")
-    steps: int = knob(14000, "steps of transformer training")
+    steps: int = knob(9000, "steps of transformer training")
     batch: int = knob(48, "clips per transformer step; three times as many stills")
     lr: float = knob(1.5e-3, "peak learning rate of the transformer")
     stills: float = knob(0.25, "share of steps on still pictures")
