@@ -1,4 +1,4 @@
-"""Trains the toy's base model: a complete diffusers CogVideoX folder, about 9 MB, with the real classes.
+"""Trains the toy's base model: a complete diffusers CogVideoX folder, about 4.5 MB, with the real classes.
 
     python -m toy.train_base --out toy/base
 
