@@ -12,6 +12,7 @@ leaves out are chosen in train.py, where the loop can see and log it.
 import io
 import json
 import os
+import signal
 import sys
 import zlib
 from dataclasses import field
@@ -272,6 +273,11 @@ def _collate(samples):
     return batch | {"prompt": [s["prompt"] for s in samples], "skipped": sum((s["skipped"] for s in samples), [])}
 
 
+def _ignore_sigterm(worker):
+    """A SIGTERM to the whole job ends it through the loop, which still needs its data for a step or two."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def batches(datasets, schedule, workers=0):
     """An iterator over the micro-batches of a run, made ahead of time by `workers` processes.
 
@@ -280,7 +286,8 @@ def batches(datasets, schedule, workers=0):
     "prompt", "skipped"}.
     """
     return iter(DataLoader(_Tasks(datasets), batch_sampler=schedule, num_workers=workers, collate_fn=_collate,
-                           prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available()))
+                           prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available(),
+                           worker_init_fn=_ignore_sigterm))
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -290,17 +297,21 @@ def knob(default, text):
     return field(default=default, metadata={"help": text})
 
 
-def command_line(main, Config, description, argv=None, **defaults):
+def command_line(main, Config, description, argv=None, positional=None, **defaults):
     """Parse the knobs of dataclass `Config` from the command line and call main(config).
 
-    `defaults` replace the dataclass's own. A user's mistake (bad flag, value or file) is one line and exit status 1
-    or 2; with TRACEBACK=1 in the environment it is the whole traceback.
+    `defaults` replace the dataclass's own; `positional` names the list knob that leading words without -- fill.
+    A user's mistake (bad flag, value or file) is one line and exit status 1 or 2; with TRACEBACK=1 in the environment
+    it is the whole traceback.
     """
     parser = HfArgumentParser(Config, description=description.splitlines()[0], allow_abbrev=False)
     parser.set_defaults(**defaults)
+    argv = sys.argv[1:] if argv is None else argv
+    if positional and argv and not argv[0].startswith("-"):
+        argv = [f"--{positional}", *argv]
     try:
         main(Config(**vars(parser.parse_args(argv))))
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:  # OSError: a missing file, a full disk
         if os.environ.get("TRACEBACK"):
             raise
         sys.exit(f"{parser.prog}: error: {e}")

@@ -3,8 +3,11 @@ with an answer known beforehand. `pytest` needs no GPU and no download; all of i
 a few minutes on two CPU cores."""
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from PIL import Image
 
 import data
+import gradcos
 import model
 import sample
 import train
@@ -519,28 +523,51 @@ def test_kept_tokens():
 
 
 @pytest.fixture(scope="module")
-def toy_data(tmp_path_factory):
+def knobs(tmp_path_factory):
+    """The knobs of a run of seconds on a small toy world; every test that trains starts from these."""
     from toy import world
     folder = tmp_path_factory.mktemp("toy")
     world.write_pairs(folder / "pairs", n=40)
     world.write_clips(folder / "clips", n=6)
-    return ["--toy", "--base", BASE, "--images", str(folder / "pairs"), "--videos", str(folder / "clips"),
-            "--image_batch", "8", "--image_micro", "4", "--video_batch", "4", "--video_micro", "2", "--dropout", "0.1",
-            "--view_drop", "0.3", "--save_every", "3", "--p", "0.5", "--workers", "0"]
+    world.write_pairs(folder / "val_pairs", n=6, seed=1)
+    world.write_clips(folder / "val_clips", n=3, seed=1)
+    return {**train.TOY, "base": BASE, "images": str(folder / "pairs"), "videos": str(folder / "clips"),
+            "val_images": str(folder / "val_pairs"), "val_videos": str(folder / "val_clips"), "val_pairs": 6,
+            "val_clips": 3, "val_every": 0, "sample_every": 0, "image_batch": 8, "image_micro": 4, "video_batch": 4,
+            "video_micro": 2, "dropout": 0.1, "view_drop": 0.3, "save_every": 3, "p": 0.5, "steps": 6, "rank": 4,
+            "alpha": 2.0}
 
 
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def command(knobs, **more):
+    """The same as a command line, for torchrun and for what needs a process of its own."""
+    flags = [str(word) for name, value in {**knobs, **more}.items() if value != "" for word in (f"--{name}", value)]
+    return [str(ROOT / "train.py"), "--toy", *flags]
 
 
-def weights_of(folder):
-    return torch.cat([v.flatten() for _, v in sorted(model.load_file(folder / model.LORA_FILE).items())])
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
-def test_training_resume_and_two_ranks(toy_data, tmp_path):
+def log_of(run, file="log.jsonl"):
+    records = [json.loads(line) for line in (Path(run) / file).read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def weights_of(run, step=6):
+    file = Path(run) / f"step-{step:06d}" / model.LORA_FILE
+    return torch.cat([v.flatten() for _, v in sorted(model.load_file(file).items())])
+
+
+def go_back(run, step, new):
+    """A copy of `run` as if it had been killed after the checkpoint of `step`: later lines are in the logs."""
+    shutil.copytree(run, new)
+    for checkpoint in Path(new).glob("step-*"):
+        if int(checkpoint.name[5:]) > step:
+            shutil.rmtree(checkpoint)
+
+
+def test_training_resume_and_two_ranks(knobs, tmp_path):
     """The real command line: a whole run; one stopped in the middle and gone on with; one on two ranks."""
-    command = [str(ROOT / "train.py"), *toy_data, "--steps", "6"]
-    r = run(*command, "--name", "whole", cwd=tmp_path)
+    r = run(*command(knobs, name="whole"), cwd=tmp_path)
     assert r.returncode == 0, r.stderr
     whole = log_of(tmp_path / "out/whole")
     assert [line["step"] for line in whole] == list(range(6))
@@ -548,29 +575,39 @@ def test_training_resume_and_two_ranks(toy_data, tmp_path):
     assert sorted(d.name for d in (tmp_path / "out/whole").glob("step-*")) == ["step-000003", "step-000006"]
     assert model.lora_header(tmp_path / "out/whole/step-000006")["base"] == BASE
 
-    # As if killed after the checkpoint of step 3: later steps are in the log, a save is half done.
-    import shutil
-    shutil.copytree(tmp_path / "out/whole", tmp_path / "out/killed")
-    shutil.rmtree(tmp_path / "out/killed/step-000006")
-    (tmp_path / "out/killed/step-000006.tmp").mkdir()
-    config = json.loads((tmp_path / "out/killed/config.json").read_text())
-    (tmp_path / "out/killed/config.json").write_text(json.dumps({**config, "name": "killed"}))
-    r = run(*command, "--name", "killed", cwd=tmp_path)
+    go_back(tmp_path / "out/whole", 3, tmp_path / "out/killed")
+    (tmp_path / "out/killed/step-000005.tmp").mkdir()  # a save was half done
+    (tmp_path / "out/killed/log.jsonl").open("a").write('{"step": 6, "ta')  # and a line half written
+    r = run(*command(knobs, name="killed"), cwd=tmp_path)
     assert r.returncode == 0 and "going on from step 3" in r.stdout, r.stderr
-    strip = lambda log: [{k: v for k, v in line.items() if k != "seconds"} for line in log]
-    assert strip(log_of(tmp_path / "out/killed")) == strip(whole)  # bit for bit
-    assert torch.equal(weights_of(tmp_path / "out/killed/step-000006"), weights_of(tmp_path / "out/whole/step-000006"))
-    assert "complete" in run(*command, "--name", "killed", cwd=tmp_path).stdout
-    r = run(*command, "--name", "killed", "--lr", "1", cwd=tmp_path)
+    assert log_of(tmp_path / "out/killed") == whole  # bit for bit
+    assert torch.equal(weights_of(tmp_path / "out/killed"), weights_of(tmp_path / "out/whole"))
+    assert not list((tmp_path / "out/killed").glob("*.tmp"))
+    assert "complete" in run(*command(knobs, name="killed"), cwd=tmp_path).stdout
+    r = run(*command(knobs, name="killed", lr=1.0), cwd=tmp_path)
     assert r.returncode == 1 and "lr was 0.00" in r.stderr and "choose another --name" in r.stderr
 
-    r = run("-m", "torch.distributed.run", "--nproc_per_node=2", *command, "--name", "two", cwd=tmp_path)
+    # Two ranks go on where one was; and measure, which one rank below does alike.
+    go_back(tmp_path / "out/whole", 3, tmp_path / "out/two")
+    r = run(*TORCHRUN, *command(knobs, name="two", gradcos_every=2, val_every=2), cwd=tmp_path)
     assert r.returncode == 0, r.stderr
     two = log_of(tmp_path / "out/two")
     assert [line["task"] for line in two] == [line["task"] for line in whole]
     assert np.allclose([line["loss"] for line in two], [line["loss"] for line in whole], rtol=1e-5)
-    a, b = weights_of(tmp_path / "out/two/step-000006"), weights_of(tmp_path / "out/whole/step-000006")
+    a, b = weights_of(tmp_path / "out/two"), weights_of(tmp_path / "out/whole")
     assert (a - b).norm() / b.norm() < 1e-5
+
+    go_back(tmp_path / "out/whole", 3, tmp_path / "out/one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        train.train(train.Config(**{**knobs, "name": "one", "gradcos_every": 2, "val_every": 2}))
+    assert log_of(tmp_path / "out/one") == whole and torch.equal(weights_of(tmp_path / "out/one"), b)
+    for file, keys in (("gradcos.jsonl", ("cosine", "norm_img", "norm_vid")), ("val.jsonl", ())):
+        one, two = log_of(tmp_path / "out/one", file), log_of(tmp_path / "out/two", file)
+        assert [line["step"] for line in one] == [line["step"] for line in two] == [4, 6]
+        for x, y in zip(one, two):
+            pairs = [(x[k], y[k]) for k in keys] or [(x[t]["loss"], y[t]["loss"]) for t in ("image", "video")]
+            assert np.allclose(*zip(*pairs), rtol=1e-4)
 
 
 def test_train_command_line_errors(tmp_path):
@@ -581,10 +618,8 @@ def test_train_command_line_errors(tmp_path):
         assert r.returncode != 0 and message in r.stderr and "Traceback" not in r.stderr
 
 
-def test_train_errors(toy_data, tmp_path, monkeypatch):
+def test_train_errors(knobs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ok = dict(zip((f.removeprefix("--") for f in toy_data[1::2]), toy_data[2::2]))
-    ok = {**train.TOY, "base": BASE, "images": ok["images"], "videos": ok["videos"], "steps": 2}
     (tmp_path / "empty").mkdir()
     (tmp_path / "short").mkdir()
     write_clip(tmp_path / "short/a.mp4", [0] * 5, 4)
@@ -593,30 +628,224 @@ def test_train_errors(toy_data, tmp_path, monkeypatch):
                             (dict(init_lora="nowhere"), "no LoRA at"), (dict(height=20), "multiples of 8"),
                             (dict(image_batch=33), "--image_batch 33"), (dict(lora_scope="some"), "lora_scope"),
                             (dict(lora_scope="reference", token_drop=1.0), "nothing to train"),
-                            (dict(rank=0), "--rank must be positive"), (dict(schedule="x"), "--schedule")]:
+                            (dict(rank=0), "--rank must be positive"), (dict(schedule="x"), "--schedule"),
+                            (dict(pcgrad=1), "a buffer needs 2"), (dict(val_every=-1), "--val_every must not be"),
+                            (dict(val_every=1, val_images="none"), "no folder of image pairs at none")]:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
-            train.train(train.Config(**{**ok, **change}))
+            train.train(train.Config(**{**knobs, **change}))
 
 
-def test_reference_scope_and_init_lora_train(toy_data, tmp_path, monkeypatch, capsys):
+def test_reference_scope_and_init_lora_train(knobs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = dict(zip((f.removeprefix("--") for f in toy_data[1::2]), toy_data[2::2]))
-    cfg = {**train.TOY, "base": BASE, "images": flags["images"], "videos": flags["videos"], "image_batch": 4,
-           "image_micro": 4, "video_batch": 2, "video_micro": 2, "workers": 0, "p": 0.5, "steps": 3}
-    train.train(train.Config(**{**cfg, "lora_scope": "reference", "gradient_checkpointing": True, "name": "scoped"}))
+    knobs = {**knobs, "steps": 3, "view_drop": 0.0}
+    train.train(train.Config(**{**knobs, "lora_scope": "reference", "gradient_checkpointing": True, "name": "scoped"}))
     assert model.lora_header("out/scoped/step-000003")["lora_scope"] == "reference"
-    train.train(train.Config(**{**cfg, "init_lora": "out/scoped/step-000003", "name": "on", "fps": 4.0, "steps": 1}))
+    train.train(train.Config(**{**knobs, "init_lora": "out/scoped/step-000003", "name": "on", "steps": 1}))
     pipe = model.load_pipeline(BASE)
     load_lora(pipe.transformer, "out/on/step-000001")
     assert pipe.transformer.lora_scope == "reference"
 
 
-def test_nan_stops_the_run(toy_data, tmp_path, monkeypatch):
+def test_nan_stops_the_run(knobs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = dict(zip((f.removeprefix("--") for f in toy_data[1::2]), toy_data[2::2]))
     true_loss = train.v_loss
-    monkeypatch.setattr(train, "v_loss", lambda *a: true_loss(*a) * float("nan"))
+    monkeypatch.setattr(train, "v_loss", lambda *a, **k: true_loss(*a, **k) * float("nan"))
     with pytest.raises(SystemExit, match=r"step 0 \(image\): loss nan"):
-        train.train(train.Config(**{**train.TOY, "base": BASE, "images": flags["images"], "videos": flags["videos"],
-                                    "image_batch": 4, "image_micro": 4, "p": 0.0, "steps": 4, "workers": 0}))
+        train.train(train.Config(**{**knobs, "p": 0.0}))
     assert not list(Path("out/toy").glob("step-*"))
+
+
+def test_infinite_gradient_stops_the_run(knobs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def overflow(parameters, max_norm):
+        parameters[0].grad[0] = float("inf")
+        return clip(parameters, max_norm)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
+    with pytest.raises(SystemExit, match=r"step 0 \(video\): loss 0\.\d+, gradient norm inf"):
+        train.train(train.Config(**{**knobs, "p": 1.0}))
+
+
+def start_and_wait(args, run, steps, cwd):
+    """Start a command and return once its log holds this many steps."""
+    process = subprocess.Popen([sys.executable, *args], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, start_new_session=True)
+    until = time.time() + 120
+    while time.time() < until and process.poll() is None:
+        if (run / "log.jsonl").is_file() and (run / "log.jsonl").read_text().count("\n") >= steps:
+            return process
+        time.sleep(0.01)
+    raise AssertionError(process.communicate()[0])
+
+
+def test_sigterm_saves_and_the_run_goes_on(knobs, tmp_path):
+    knobs = {**knobs, "steps": 30, "save_every": 100, "workers": 1}
+    process = start_and_wait(command(knobs, name="whole"), tmp_path / "out/whole", 4, tmp_path)
+    os.killpg(process.pid, signal.SIGTERM)  # the worker gets it too
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "stopped by SIGTERM" in output, output
+    (checkpoint,) = (tmp_path / "out/whole").glob("step-*")
+    assert 4 <= int(checkpoint.name[5:]) < 30
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        train.train(train.Config(**{**knobs, "name": "whole"}))
+        train.train(train.Config(**{**knobs, "name": "again"}))
+    assert log_of(tmp_path / "out/whole") == log_of(tmp_path / "out/again")
+    assert torch.equal(weights_of(tmp_path / "out/whole", 30), weights_of(tmp_path / "out/again", 30))
+
+
+def test_full_disk_keeps_the_last_checkpoint(knobs, tmp_path):
+    """No file may grow past 1 MB: the log fits, a checkpoint of rank 4 fits, one of rank 64 does not."""
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); " \
+              "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    r = run(*command(knobs, name="full", rank=64, steps=3), cwd=tmp_path)
+    go_on = command(knobs, name="full", rank=64, steps=3)
+    assert r.returncode == 0
+    shutil.copytree(tmp_path / "out/full", tmp_path / "out/good")
+    shutil.rmtree(tmp_path / "out/full/step-000003")
+    r = run("-c", limited, *go_on, cwd=tmp_path)
+    assert r.returncode == 1 and "Traceback" not in r.stderr, r.stderr
+    assert "cannot save out/full/step-000003" in r.stderr and "goes on from the start" in r.stderr
+    assert not list((tmp_path / "out/full").glob("step-*"))
+    assert run(*go_on, cwd=tmp_path).returncode == 0
+    assert torch.equal(weights_of(tmp_path / "out/full", 3), weights_of(tmp_path / "out/good", 3))
+
+
+@pytest.mark.slow("20 kills of a two-rank run, each with a start of its own: about 6 minutes")
+def test_twenty_kills(knobs, tmp_path):
+    """SIGKILL of a whole torchrun job at random moments, five of them during a save: the same final weights."""
+    knobs = {**knobs, "steps": 120, "save_every": 2, "keep": 2, "gradcos_every": 10, "out": str(tmp_path / "out")}
+    assert run(*TORCHRUN, *command(knobs, name="whole"), cwd=tmp_path).returncode == 0
+    random, during_save, folder = np.random.default_rng(0), 0, tmp_path / "out/killed"
+    for kill in range(20):
+        done = max((int(d.name[5:]) for d in folder.glob("step-*") if d.suffix != ".tmp"), default=0)
+        process = start_and_wait([*TORCHRUN, *command(knobs, name="killed")], folder, done + 1, tmp_path)
+        if kill % 4 == 0:
+            while not list(folder.glob("step-*.tmp")) and process.poll() is None:
+                time.sleep(0.0002)
+        else:
+            time.sleep(random.uniform(0, 0.5))
+        assert process.poll() is None, process.communicate()[0]
+        subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "out")])  # torchrun and both workers
+        process.wait()
+        during_save += bool(list(folder.glob("step-*.tmp")))
+    assert during_save >= 5, f"only {during_save} kills hit a save"
+    assert run(*TORCHRUN, *command(knobs, name="killed"), cwd=tmp_path).returncode == 0
+    assert log_of(folder) == log_of(tmp_path / "out/whole")
+    assert log_of(folder, "gradcos.jsonl") == log_of(tmp_path / "out/whole", "gradcos.jsonl")
+    assert torch.equal(weights_of(folder, 120), weights_of(tmp_path / "out/whole", 120))
+    assert len(list(folder.glob("step-*"))) == 2
+
+
+# ---- gradcos ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def two_losses(tiny, inputs):
+    """A transformer with a random LoRA, and a function that makes an image loss and a video loss on it."""
+    ours, _ = tiny
+    parameters = add_lora(ours, 2, 1.0)
+    randomise_lora(ours)
+    x, text, t, reference = inputs
+    scheduler = CogVideoXPipeline.from_pretrained(BASE).scheduler
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    frames = {"image": 1, "video": T}
+
+    def losses_of(task):
+        n = frames[task]
+        for i in range(2):  # two micro-batches of one sample
+            s = slice(i, i + 1)
+            yield v_loss(ours, scheduler, x[s, :n], text[s], t[s], noise[s, :n], reference[s]).sum() / 2
+    return ours, parameters, losses_of
+
+
+def test_measured_cosine_is_that_of_two_backward_passes(two_losses):
+    ours, parameters, losses_of = two_losses
+    named = [(n, p) for n, p in ours.named_parameters() if p.requires_grad]
+    measured = gradcos.measure(losses_of, named)
+    assert all(p.grad is None for p in parameters)  # training cannot see that somebody measured
+    ours.enable_gradient_checkpointing()
+    ours.train()
+    checkpointed = gradcos.measure(losses_of, named)
+
+    by_hand = {}
+    for task in ("image", "video"):
+        sum(losses_of(task)).backward()
+        by_hand[task] = {n: p.grad.clone().double() for n, p in named}
+        ours.zero_grad()
+    flat = {task: torch.cat([g.flatten() for g in grads.values()]) for task, grads in by_hand.items()}
+    for result in (measured, checkpointed):
+        assert np.isclose(result["cosine"], F.cosine_similarity(flat["image"], flat["video"], dim=0), atol=1e-6)
+        assert np.allclose([result["norm_img"], result["norm_vid"]], [flat["image"].norm(), flat["video"].norm()])
+    block = {task: torch.cat([g.flatten() for n, g in grads.items() if "transformer_blocks.1." in n])
+             for task, grads in by_hand.items()}
+    assert np.allclose(measured["groups"]["block 1"], [F.cosine_similarity(block["image"], block["video"], dim=0),
+                                                       block["image"].norm(), block["video"].norm()], atol=1e-6)
+
+
+def test_layer_groups_partition(tiny):
+    ours, _ = tiny
+    add_lora(ours, 2, 1.0)
+    names = [n for n, p in ours.named_parameters() if p.requires_grad]
+    groups = gradcos.layer_groups(names)
+    kinds = [i for g in ("attention", "feed-forward", "norms", "embeddings") for i in groups[g]]
+    assert sorted(kinds) == list(range(len(names)))
+    blocks = sum((g for name, g in groups.items() if name.startswith("block ")), [])
+    assert len(blocks) == len(names) - len(groups["embeddings"]) and "block 2" in groups
+
+
+def test_pcgrad_closed_form():
+    """Lemma C.5.1, sharper than the paper has it: |g_PC - g_mix| / |g_mix| is |cos| exactly."""
+    g = torch.Generator().manual_seed(0)
+    for p in (0.2, 0.5, 0.9):
+        g_img, g_vid = torch.randn(2, 1000, generator=g, dtype=torch.float64)
+        g_vid -= 0.4 * g_img
+        mix = (1 - p) * g_img + p * g_vid
+        projected = (1 - p) * gradcos.project(g_img, g_vid) + p * gradcos.project(g_vid, g_img)
+        cos = F.cosine_similarity(g_img, g_vid, dim=0)
+        assert cos < -0.2 and torch.isclose((projected - mix).norm() / mix.norm(), -cos)
+        assert abs(gradcos.project(g_img, g_vid) @ g_vid) < 1e-9
+        assert torch.equal(gradcos.project(g_img, -g_vid), g_img)  # no conflict: untouched
+
+
+def test_pcgrad_buffer():
+    weight = torch.nn.Parameter(torch.zeros(1, 2))
+    pcgrad = gradcos.PCGrad(3, "cpu")
+
+    def step(task, *gradient):
+        weight.grad = torch.tensor([gradient])
+        pcgrad([weight], task)
+        return weight.grad[0].tolist()
+    assert step("image", 1.0, 0.0) == [1.0, 0.0]           # nothing of the other task yet
+    assert step("image", 1.0, 2.0) == [1.0, 2.0]
+    assert np.allclose(step("video", -3.0, 1.0), [-2.0, 2.0])  # against the mean (1, 1): dot -2, squared norm 2
+    assert step("video", -2.0, 1.0) == [-2.0, 1.0]         # (1, 0) has left, (1, 2) does not conflict
+    assert np.allclose(step("image", 3.0, 1.0), [3 - 2.5 * 6.5 / 7.25, 1 + 6.5 / 7.25])  # raw (-2.5, 1)
+    again = gradcos.PCGrad(3, "cpu")
+    again.load_state_dict(pcgrad.state_dict())
+    assert [t for t, _ in again.buffer] == ["video", "video", "image"]  # three: the oldest have left
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(again.buffer, pcgrad.buffer))
+
+
+def test_pcgrad_run_resumes_exactly_and_figures(knobs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "refs").mkdir()
+    shutil.copy(ROOT / "toy/refs/creature-0.png", tmp_path / "refs")
+    (tmp_path / "refs/creature-0.txt").write_text("a creature walks left over a green field")
+    watch = dict(gradcos_every=2, val_every=3, sample_every=6, val_refs="refs")
+    train.train(train.Config(**{**knobs, **watch, "pcgrad": 4, "name": "whole"}))
+    train.train(train.Config(**{**knobs, "name": "coin"}))
+    assert log_of("out/whole")[:2] == log_of("out/coin")[:2] != log_of("out/whole")[1:3]
+    assert log_of("out/whole") != log_of("out/coin")
+    go_back("out/whole", 3, "out/killed")
+    train.train(train.Config(**{**knobs, **watch, "pcgrad": 4, "name": "killed"}))
+    for file in ("log.jsonl", "gradcos.jsonl", "val.jsonl"):
+        assert log_of("out/killed", file) == log_of("out/whole", file)
+    assert [line["step"] for line in log_of("out/whole", "gradcos.jsonl")] == [0, 2, 4, 6]
+    assert torch.equal(weights_of("out/killed"), weights_of("out/whole"))
+    assert Image.open("out/whole/samples/creature-0-000006.png").width > 6 * 128
+
+    gradcos.main(gradcos.Config(runs=["out/whole", "out/killed"], out="figures/all.png"))
+    assert sorted(f.name for f in Path("figures").iterdir()) == ["all-groups.png", "all-losses.png", "all.png"]
+    r = run(str(ROOT / "gradcos.py"), "out/coin", cwd=tmp_path)
+    assert r.returncode == 1 and "no gradcos.jsonl in out/coin" in r.stderr and "Traceback" not in r.stderr

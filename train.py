@@ -7,13 +7,16 @@ Each step flips one coin. With probability p it takes plain clips and learns ima
 a random frame of the clip with half of its tokens dropped, so that it cannot just be copied. Otherwise it takes pairs
 of pictures of one subject and learns to draw one from the other (identity). The same LoRA learns both.
 
-A run writes out/NAME/: config.json, log.jsonl (one line per step), step-000400/ (LoRA weights and training state).
-The same command again goes on from the newest checkpoint.
+A run writes out/NAME/: config.json, log.jsonl (one line per step), step-000400/ (LoRA weights and training state); and
+what --gradcos_every, --val_every and --sample_every ask for: gradcos.jsonl, val.jsonl, samples/.
+The same command again goes on from the newest checkpoint, bit for bit. SIGTERM saves one and ends the run.
 """
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -23,11 +26,14 @@ import torch
 import torch.distributed as dist
 from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data import Clips, ImagePairs, batches, clip_frames, command_line, knob, normalise, rng, torch_rng
+import gradcos
+from data import Clips, ImagePairs, batches, clip_frames, command_line, knob, load_image, normalise, rng, torch_rng
 from model import (PAPER_BASE, add_lora, encode_prompt, encode_video, frame_size, load_lora, load_pipeline,
                    newest_checkpoint, read_lora, save_lora, v_loss, with_reference_token)
+from sample import contact_sheet, encode_references, generate
 
 
 @dataclass
@@ -78,6 +84,19 @@ class Config:
     vae_tiling: bool = knob(True, "encode in tiles, one sample at a time, to save memory (A.2)")
     workers: int = knob(4, "processes per rank that read data")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
+    # watching the run: none of this changes what is trained
+    gradcos_every: int = knob(0, "steps between measurements of the two gradients' cosine (4.1, B.1); 0 never")
+    val_every: int = knob(0, "steps between held-out losses; 0 never")
+    sample_every: int = knob(0, "steps between samples from --val_refs; 0 never")
+    val_images: str = knob("data/subjects200k_val", "image pairs of subjects that are not trained on")
+    val_videos: str = knob("data/pexels_val", "clips that are not trained on")
+    val_pairs: int = knob(64, "held-out image pairs to measure with")
+    val_clips: int = knob(32, "held-out clips to measure with")
+    val_refs: str = knob("", "folder of pictures to sample from, each with its prompt in a .txt file of its name")
+    # an alternative to the coin alone
+    pcgrad: int = knob(0, "PCGrad against the gradients of this many last steps (4.3, B.3; Table 5: 4, 8); 0 is off")
+    grad_device: str = knob("", "where flat gradients live (cosine: two, PCGrad: one per buffered step; 2 GB each); "
+                                "'cpu' keeps them off the GPU")
 
     def __post_init__(self):
         for name in ("p", "token_drop", "view_drop", "dropout", "crop_jitter"):
@@ -86,9 +105,16 @@ class Config:
         if self.seed < 0:
             raise ValueError(f"--seed must not be negative, got {self.seed}")
         for name in ("rank", "alpha", "frames", "fps", "steps", "image_batch", "video_batch", "image_micro",
-                     "video_micro", "lr", "grad_clip", "save_every", "keep", "cycles"):
+                     "video_micro", "lr", "grad_clip", "save_every", "keep", "cycles", "val_pairs", "val_clips"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
+        for name in ("gradcos_every", "val_every", "sample_every", "pcgrad", "warmup", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
+        if self.sample_every and not Path(self.val_refs or "none").is_dir():
+            raise ValueError(f"--sample_every needs a folder of pictures and prompts: no --val_refs {self.val_refs!r}")
+        if self.pcgrad == 1:
+            raise ValueError("--pcgrad 1 only ever holds the step's own task: a buffer needs 2 or more")
         if self.schedule not in ("switch", "two_stage"):
             raise ValueError(f"--schedule must be 'switch' or 'two_stage', got {self.schedule!r}")
         if self.lora_scope == "reference" and (self.view_drop > 0 or self.token_drop == 1):
@@ -99,7 +125,10 @@ class Config:
 TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", name="toy", rank=32, alpha=16.0,
            dropout=0.0, frames=9, fps=4.0, crop_jitter=0.0, view_drop=0.0, steps=1000, image_batch=32, image_micro=32,
            video_batch=8, video_micro=8, lr=1.5e-3, warmup=50, save_every=250, gradient_checkpointing=False,
-           vae_tiling=False, workers=0)
+           vae_tiling=False, workers=0, val_images="toy/data/val_pairs", val_videos="toy/data/val_clips",
+           val_refs="toy/refs", val_every=100, sample_every=500)
+SIGTERM = threading.Event()  # the job is asked to end: save a checkpoint first
+HELD_OUT_SEED = 2**31 - 1  # what is measured on the held-out data is the same in every run, whatever its seed
 
 
 # ---- what a step is --------------------------------------------------------------------------------------------------
@@ -128,8 +157,8 @@ def kept_tokens(cfg, task, step, g, n):
     return no_reference if r.random() < cfg.view_drop else None
 
 
-def diffusion_loss(cfg, pipe, model, batch, task, step, g):
-    """L_img or L_vid of micro-batch g of a step: loss per sample (B,) and the timesteps (B,) it was taken at."""
+def loss_inputs(cfg, pipe, batch, task, step, g):
+    """What v_loss takes for micro-batch g of a step: the encoded batch, the kept reference tokens, timesteps, noise."""
     noise_rng = torch_rng(cfg.seed, "noise", step, g)
     latents = encode_video(pipe.vae, normalise(batch["pixels"]), noise_rng)        # (B, T, C, H, W)
     reference = encode_video(pipe.vae, normalise(batch["reference"]), noise_rng)   # (B, 1, C, H, W), encoded alone
@@ -142,39 +171,20 @@ def diffusion_loss(cfg, pipe, model, batch, task, step, g):
     num_timesteps = pipe.scheduler.config.num_train_timesteps
     timestep = torch.randint(0, num_timesteps, (len(latents),), generator=noise_rng).to(latents.device)
     noise = torch.randn(latents.shape, generator=noise_rng).to(latents.device)
-    torch.manual_seed(torch_rng(cfg.seed, "dropout", step, g).initial_seed())  # LoRA dropout draws from here
-    return v_loss(model, pipe.scheduler, latents, text, timestep, noise, reference, keep), timestep
+    return dict(latents=latents, text=text, timestep=timestep, noise=noise, reference=reference, keep=keep)
 
 
-# ---- a run on disk ---------------------------------------------------------------------------------------------------
-
-def save_checkpoint(run, step, cfg, transformer, optimizer, schedule):
-    """LoRA weights and training state, all or nothing: written under another name, then renamed."""
-    final, part = run / f"step-{step:06d}", run / f"step-{step:06d}.tmp"
-    shutil.rmtree(part, ignore_errors=True)
-    save_lora(transformer, part, base=cfg.base, cls=str(cfg.cls), fps=str(cfg.fps), trained_by=json.dumps(asdict(cfg)))
-    torch.save({"step": step, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()},
-               part / "training_state.pt")
-    os.replace(part, final)
-    for old in sorted(d for d in run.glob("step-*") if d.suffix != ".tmp")[:-cfg.keep]:
-        shutil.rmtree(old)
+def by_timestep(loss, timestep, num_timesteps):
+    """(2, 4): the sum of a micro-batch's losses and their number, in each quarter of the timesteps."""
+    quarter = 4 * timestep // num_timesteps
+    return torch.stack([torch.zeros(4, device=loss.device).index_add_(0, quarter, values)
+                        for values in (loss.detach(), torch.ones_like(loss))])
 
 
-def resume(run, cfg, transformer, optimizer, schedule):
-    """Restore the newest checkpoint; returns the step to go on from. ValueError when the run had other settings."""
-    checkpoint = newest_checkpoint(run)
-    if checkpoint is None:
-        return 0
-    before, now = json.loads((run / "config.json").read_text()), asdict(cfg)
-    free = {"workers", "save_every", "keep", "out"}  # these do not change what is computed
-    changed = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v and k not in free]
-    if changed:
-        raise ValueError(f"{run} was started with other settings ({'; '.join(changed)}): choose another --name")
-    read_lora(transformer, checkpoint)
-    state = torch.load(checkpoint / "training_state.pt", weights_only=True, map_location="cpu")
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    return state["step"]
+def mean_and_quarters(bins):
+    """by_timestep's (2, 4) as numbers: {"loss": mean, "loss_by_timestep": 4 means, None where there was nothing}."""
+    sums, counts = bins.tolist()
+    return {"loss": sum(sums) / sum(counts), "loss_by_timestep": [s / c if c else None for s, c in zip(sums, counts)]}
 
 
 # ---- Algorithm 1 -----------------------------------------------------------------------------------------------------
@@ -187,7 +197,7 @@ def train(cfg):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 (A.2)
     if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     say = print if rank == 0 else lambda *_: None
     run = Path(cfg.out) / cfg.name
 
@@ -235,17 +245,16 @@ def train(cfg):
 
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
     schedule = get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, cfg.warmup, cfg.steps, cfg.cycles)
-    start = resume(run, cfg, transformer, optimizer, schedule)
+    state = {"optimizer": optimizer, "schedule": schedule}
+    if cfg.pcgrad:
+        state["pcgrad"] = gradcos.PCGrad(cfg.pcgrad, cfg.grad_device or device)
+    start = resume(run, cfg, transformer, **state)
     if ranks > 1:
         dist.barrier()  # every rank has read the run before rank 0 writes to it
     if start >= cfg.steps:
         return say(f"{run} is complete ({start} steps); choose another --name for a new run")
     if rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
-        lines = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").is_file() else []
-        lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]  # a kill can cut one
-        (run / "log.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        start_log(run, cfg, start)
     say(f"{run}: {sum(p.numel() for p in parameters):,} trainable parameters in {len(parameters) // 2} LoRA modules, "
         f"{width}x{height}, {', '.join(f'{len(d)} {t}s' for t, d in datasets.items())}, {ranks} rank(s) on {device}"
         + (f", going on from step {start}" if start else ""))
@@ -262,46 +271,144 @@ def train(cfg):
                 g = micro * ranks + rank
                 yield [(task, step, g * size[task] + j) for j in range(size[task])]
 
+    held_out = None
+    if cfg.gradcos_every or cfg.val_every:
+        held_out = HeldOut(cfg, pipe, (height, width), frames, autocast, rank, ranks)
+
+    def watch(step):  # looks at the model as it is after `step` steps, and leaves no trace in it
+        due = lambda every: every and (step % every == 0 or step == cfg.steps)
+        if due(cfg.gradcos_every):
+            named = [(n, q) for n, q in transformer.named_parameters() if q.requires_grad]
+            log.write("gradcos.jsonl", {"step": step, **gradcos.measure(held_out.scalars, named, cfg.grad_device)})
+        if due(cfg.val_every):
+            log.write("val.jsonl", {"step": step, **held_out.mean_losses()})
+        if due(cfg.sample_every) and step:
+            with autocast:
+                sample_references(cfg, pipe, run, step, (height, width), frames, rank, ranks)
+
     stream = batches(datasets, micro_batches(), cfg.workers)
     log = Log(run if rank == 0 else None, cfg.steps, start)
     for step in range(start, cfg.steps):
+        watch(step)
         clock = time.perf_counter()
         task = task_of(cfg, step)                                      # u < p ? video : image
-        bins = torch.zeros(2, 4, device=device)                        # loss sums, counts; per quarter of the timesteps
+        numbers = torch.zeros(9, device=device)                        # loss sums and counts per bin; requests to stop
+        bins = numbers[:8].view(2, 4)
         for micro in range(accumulate[task]):
             micro_batch = next(stream)                                 # clips or pairs, with captions
-            last = micro == accumulate[task] - 1
+            g, last = micro * ranks + rank, micro == accumulate[task] - 1
             with autocast, (nullcontext() if last or ranks == 1 else model.no_sync()):
-                loss, t = diffusion_loss(cfg, pipe, model, micro_batch, task, step, micro * ranks + rank)
+                inputs = loss_inputs(cfg, pipe, micro_batch, task, step, g)
+                torch.manual_seed(torch_rng(cfg.seed, "dropout", step, g).initial_seed())  # LoRA dropout draws here
+                loss = v_loss(model, pipe.scheduler, **inputs)         # L_vid or L_img, per sample
                 (loss.mean() / accumulate[task]).backward()            # g_vid or g_img
-            quarter = 4 * t // pipe.scheduler.config.num_train_timesteps
-            bins += torch.stack([torch.zeros_like(bins[0]).index_add_(0, quarter, v)
-                                 for v in (loss.detach(), torch.ones_like(loss))])
+            bins += by_timestep(loss, inputs["timestep"], pipe.scheduler.config.num_train_timesteps)
             log.skipped(micro_batch["skipped"])
+        if cfg.pcgrad:
+            state["pcgrad"](parameters, task)
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
         optimizer.step()                                               # theta <- theta - eta g
         lr = schedule.get_last_lr()[0]
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
+        if SIGTERM.is_set():
+            numbers[8] = 1  # the others learn of it with the losses, one step later
         if ranks > 1:
-            dist.all_reduce(bins)
-        log.step(step, task, bins, norm, lr, time.perf_counter() - clock)
+            dist.all_reduce(numbers)
+        log.step(step, task, numbers, norm, lr, time.perf_counter() - clock)
 
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:  # once in a while: save
+        if step + 1 == cfg.steps:
+            watch(step + 1)
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or log.stop:  # once in a while: save
             log.flush()
             if rank == 0:
-                save_checkpoint(run, step + 1, cfg, transformer, optimizer, schedule)
+                save_checkpoint(run, step + 1, cfg, transformer, **state)
+        if log.stop and step + 1 < cfg.steps:
+            log.close()
+            return say(f"stopped by SIGTERM after step {step}; the same command goes on")
     log.close()
     say(f"done: {newest_checkpoint(run)}. Next: python sample.py --ref PICTURE --prompt '...'")
+
+
+# ---- watching a run --------------------------------------------------------------------------------------------------
+
+class HeldOut:
+    """The fixed held-out batches of B.1: fixed samples, noise, timesteps and kept tokens, without view drop.
+
+    Encoded once and kept in RAM (6 MB a clip at full size). Each rank has a share, whatever the number of ranks.
+    """
+
+    def __init__(self, cfg, pipe, size, frames, autocast, rank, ranks):
+        self.transformer, self.scheduler, self.autocast = pipe.transformer, pipe.scheduler, autocast
+        self.count = {"image": cfg.val_pairs, "video": cfg.val_clips}
+        self.share = {"image": [], "video": []}
+        cfg = replace(cfg, seed=HELD_OUT_SEED, view_drop=0.0)
+        datasets = {"image": ImagePairs(cfg.val_images, size, cfg.crop_jitter, cfg.seed),
+                    "video": Clips(cfg.val_videos, size, frames, cfg.fps, cfg.random_frame, cfg.seed)}
+        for task, micro in (("image", cfg.image_micro), ("video", cfg.video_micro)):
+            n = self.count[task]
+            for g in range(rank, -(-n // micro), ranks):
+                keys = [(task, 0, i) for i in range(g * micro, min(n, (g + 1) * micro))]
+                inputs = loss_inputs(cfg, pipe, next(batches(datasets, [keys])), task, 0, g)
+                self.share[task].append({k: None if v is None else v.cpu() for k, v in inputs.items()})
+
+    def losses(self, task):
+        """(loss per sample, its timestep) of each micro-batch in this rank's share; LoRA dropout is off."""
+        device = next(self.transformer.parameters()).device
+        self.transformer.eval()
+        for inputs in self.share[task]:
+            inputs = {k: None if v is None else v.to(device) for k, v in inputs.items()}
+            with self.autocast:
+                loss = v_loss(self.transformer, self.scheduler, **inputs)
+            yield loss, inputs["timestep"]
+        self.transformer.train()
+
+    def scalars(self, task):
+        """The same as scalars that sum to the mean over the whole batch, all ranks together: for the gradient."""
+        return (loss.sum() / self.count[task] for loss, _ in self.losses(task))
+
+    @torch.no_grad()
+    def mean_losses(self):
+        """{task: {"loss", "loss_by_timestep": 4 means}} over the whole batch, all ranks together."""
+        means = {}
+        for task in self.share:
+            bins = torch.zeros(2, 4, device=next(self.transformer.parameters()).device)
+            for loss, timestep in self.losses(task):
+                bins += by_timestep(loss, timestep, self.scheduler.config.num_train_timesteps)
+            if dist.is_initialized():
+                dist.all_reduce(bins)
+            means[task] = mean_and_quarters(bins)
+        return means
+
+
+def sample_references(cfg, pipe, run, step, size, frames, rank, ranks):
+    """A contact sheet for each picture in --val_refs, with a fixed seed: run/samples/NAME-000400.png."""
+    pictures = sorted(f for f in Path(cfg.val_refs).glob("*") if f.with_suffix(".txt").is_file() and f.suffix != ".txt")
+    (run / "samples").mkdir(exist_ok=True)
+    pipe.transformer.eval()
+    pipe.set_progress_bar_config(disable=True)
+    for file in pictures[rank::ranks]:
+        picture = load_image(file)
+        prompt = file.with_suffix(".txt").read_text().strip()
+        (video,) = generate(pipe, encode_references(pipe, [picture], *size), [prompt], [0],
+                            frames=frames, height=size[0], width=size[1], cls=cfg.cls)
+        contact_sheet(video, picture, max(1, 128 // video[0].height)).save(run / f"samples/{file.stem}-{step:06d}.png")
+    pipe.transformer.train()
 
 
 class Log:
     """log.jsonl and the progress bar. A step's numbers are read one step late: nothing waits for the GPU."""
 
     def __init__(self, run, steps, start):
-        self.file = open(run / "log.jsonl", "a") if run else None
+        self.run = run
         self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=1, disable=run is None)
         self.pending, self.shown, self.unusable = None, {}, set()
+        self.stop = False  # some rank got a SIGTERM, and all ranks know
+
+    def write(self, file, record):
+        if self.run:
+            with open(self.run / file, "a") as f:
+                f.write(json.dumps(record) + "\n")
 
     def step(self, *values):
         self.flush()
@@ -310,16 +417,15 @@ class Log:
     def flush(self):
         if self.pending is None:
             return
-        (step, task, bins, norm, lr, seconds), self.pending = self.pending, None
-        sums, counts = bins.tolist()
-        loss, norm = sum(sums) / sum(counts), norm.item()
+        (step, task, numbers, norm, lr, seconds), self.pending = self.pending, None
+        numbers = numbers.cpu()
+        means, norm = mean_and_quarters(numbers[:8].view(2, 4)), norm.item()
+        self.stop |= numbers[8].item() > 0
+        loss = means["loss"]
         if not (abs(loss) < float("inf") and norm < float("inf")):  # NaN fails both
             sys.exit(f"step {step} ({task}): loss {loss}, gradient norm {norm}. Stopped; the last checkpoint is good")
-        if self.file:
-            per_bin = [s / c if c else None for s, c in zip(sums, counts)]
-            self.file.write(json.dumps({"step": step, "task": task, "loss": loss, "lr": lr, "grad_norm": norm,
-                                        "seconds": round(seconds, 4), "loss_by_timestep": per_bin}) + "\n")
-            self.file.flush()
+        self.write("log.jsonl", {"step": step, "task": task, **means, "lr": lr, "grad_norm": norm,
+                                 "seconds": round(seconds, 4)})
         mean = self.shown.get(task, loss)
         self.shown[task] = 0.95 * mean + 0.05 * loss
         self.bar.set_postfix({k: f"{v:.4f}" for k, v in self.shown.items()}, refresh=False)
@@ -337,11 +443,81 @@ class Log:
             print(f"{len(self.unusable)} unusable file(s) were skipped")
 
 
+# ---- a run on disk ---------------------------------------------------------------------------------------------------
+
+def write(path, text):
+    """Write a small file, all or nothing."""
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def save_checkpoint(run, step, cfg, transformer, **state):
+    """LoRA weights and training state, all or nothing: written under another name, flushed to disk, then renamed.
+
+    A kill at any moment leaves the old checkpoints and at most a .tmp folder. A full disk ends the run with one line.
+    """
+    final, part = run / f"step-{step:06d}", run / f"step-{step:06d}.tmp"
+    clear(run)
+    try:
+        save_lora(transformer, part, base=cfg.base, cls=str(cfg.cls), fps=str(cfg.fps),
+                  trained_by=json.dumps(asdict(cfg)))
+        torch.save({"step": step, **{k: v.state_dict() for k, v in state.items()}}, part / "training_state.pt")
+        for file in [*part.iterdir(), part]:  # on the disk before it gets its name: a power cut cannot leave it empty
+            handle = os.open(file, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        os.replace(part, final)
+    except (OSError, RuntimeError, SafetensorError) as e:  # each library reports a full disk in its own way
+        clear(run)
+        sys.exit(f"cannot save {final}: {e}. Free some space and run the same command: it goes on from "
+                 f"{newest_checkpoint(run) or 'the start'}")
+    for old in sorted(d for d in run.glob("step-*") if d.suffix != ".tmp")[:-cfg.keep]:
+        os.replace(old, f"{old}.tmp")  # never half a checkpoint under a good name
+        shutil.rmtree(f"{old}.tmp")
+
+
+def clear(run):
+    """Remove what a killed save left."""
+    for part in run.glob("step-*.tmp"):
+        shutil.rmtree(part)
+
+
+def resume(run, cfg, transformer, **state):
+    """Restore the newest checkpoint; returns the step to go on from. ValueError when the run had other settings."""
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None:
+        return 0
+    before, now = json.loads((run / "config.json").read_text()), asdict(cfg)
+    free = {"toy", "name", "out", "workers", "save_every", "keep", "grad_device", "gradcos_every", "val_every",
+            "sample_every", "val_images", "val_videos", "val_pairs", "val_clips", "val_refs"}  # these do not change what is trained
+    changed = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v and k not in free]
+    if changed:
+        raise ValueError(f"{run} was started with other settings ({'; '.join(changed)}): choose another --name")
+    read_lora(transformer, checkpoint)
+    saved = torch.load(checkpoint / "training_state.pt", weights_only=True, map_location="cpu")
+    for name, part in state.items():
+        part.load_state_dict(saved[name])
+    return saved["step"]
+
+
+def start_log(run, cfg, start):
+    """config.json, and the logs without what they say of steps that will be run again."""
+    run.mkdir(parents=True, exist_ok=True)
+    clear(run)
+    write(run / "config.json", json.dumps(asdict(cfg), indent=1))
+    for log in run.glob("*.jsonl"):
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # a kill can cut one
+        write(log, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] < start))
+
+
 def main(cfg):
+    signal.signal(signal.SIGTERM, lambda *_: SIGTERM.set())
     diffusers_logging.disable_progress_bar()
     if cfg.toy:
         from toy import world
         world.ensure_data(cfg.images, cfg.videos)
+        world.ensure_data(cfg.val_images, cfg.val_videos, pairs=200, clips=60, seed=1)
     train(cfg)
     if dist.is_initialized():  # after train() has returned: its DDP model must go before the group does
         dist.barrier()

@@ -152,18 +152,18 @@ def write_clips(folder, n=400, seed=0):
         (Path(folder) / f"{i:04d}.txt").write_text(caption(fields[i], directions[i]))
 
 
-def ensure_data(images, videos, wait=300):
-    """Write the toy's training data where it is missing; under torchrun rank 0 writes and the others wait.
+def ensure_data(images, videos, pairs=4000, clips=400, seed=0, wait=300):
+    """Write the toy's data where it is missing; under torchrun rank 0 writes and the others wait.
 
     Each folder is written under another name and renamed, so that a killed run leaves nothing half-written."""
-    for folder, write in ((Path(images), write_pairs), (Path(videos), write_clips)):
+    for folder, write, n in ((Path(images), write_pairs, pairs), (Path(videos), write_clips, clips)):
         if folder.exists():
             continue
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"writing {folder}", flush=True)
             part = folder.with_name(folder.name + ".tmp")
             shutil.rmtree(part, ignore_errors=True)
-            write(part)
+            write(part, n, seed)
             os.replace(part, folder)
         for _ in range(wait * 10):
             if folder.exists():

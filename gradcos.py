@@ -1,0 +1,229 @@
+"""The paper's explanation, measured: do the gradients of the two tasks conflict? (Sec. 4, Appendix B)
+
+    python train.py --toy --gradcos_every 25        # measures while it trains: out/RUN/gradcos.jsonl
+    python gradcos.py out/RUN [out/RUN ...]         # draws Figure 5: the cosine left, the two norms right
+
+Runs that differ only in their seed are drawn as one line, their mean, in a band from the lowest to the highest.
+Also here: PCGrad (Sec. 4.3, B.3), the method that the paper's coin is compared with.
+"""
+import json
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data import command_line, knob
+
+
+# ---- the measurement (B.1) -------------------------------------------------------------------------------------------
+
+def cosine(g_img, g_vid, eps=1e-12):
+    """phi = <g_img, g_vid> / (|g_img| |g_vid| + eps), and the two norms (4.1, B.1).
+
+    A gradient is given as its pieces, one tensor per parameter in a fixed order: the flat vector, never copied. The
+    sums are taken in float64: 500 million float32 products would lose digits. Returns (phi, |g_img|, |g_vid|).
+    """
+    dot = lambda a, b: sum(x.flatten().double() @ y.flatten().double() for x, y in zip(a, b))
+    norm_img, norm_vid = dot(g_img, g_img).sqrt(), dot(g_vid, g_vid).sqrt()
+    phi = dot(g_img, g_vid) / (norm_img * norm_vid + eps)
+    return phi.item(), norm_img.item(), norm_vid.item()
+
+
+def flat_gradient(losses, parameters, device=None):
+    """The gradient of the sum of `losses` over all ranks, as one float32 vector (sum of numel,) on `device`.
+
+    losses: an iterator of scalars; each graph is freed before the next one is built. autograd.grad leaves `.grad` and
+    DDP's hooks alone, so this is B.1's pre-sync gradient, and training cannot notice it. A parameter without a
+    gradient counts as zero.
+    """
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=device or parameters[0].device)
+    pieces = split(flat, parameters)
+    for loss in losses:
+        for piece, g in zip(pieces, torch.autograd.grad(loss, parameters, allow_unused=True)):
+            if g is not None:
+                piece += g.flatten().to(flat.device)
+    if dist.is_initialized():
+        dist.all_reduce(flat)
+    return flat
+
+
+def split(flat, parameters):
+    """The flat vector as one view per parameter."""
+    return flat.split([p.numel() for p in parameters])
+
+
+def layer_groups(names):
+    """Group name -> indices of the parameters in it: by kind of layer, and by depth ("block 0", ...)."""
+    kinds = {"attention": "attn1.to_", "feed-forward": "ff.net", "norms": ".linear", "embeddings": "patch_embed"}
+    groups = {kind: [i for i, n in enumerate(names) if part in n] for kind, part in kinds.items()}
+    for i, name in enumerate(names):
+        if "transformer_blocks." in name:
+            block = name.split("transformer_blocks.")[1].split(".")[0]
+            groups.setdefault(f"block {block}", []).append(i)
+    return {name: indices for name, indices in groups.items() if indices}
+
+
+def measure(losses_of, named_parameters, device=None):
+    """One measurement: {"cosine", "norm_img", "norm_vid", "groups": {name: [cosine, norm_img, norm_vid]}}.
+
+    losses_of(task) iterates over the scalar losses of the fixed held-out batch of "image" or "video", this rank's
+    share. named_parameters: (name, tensor) of what is trained. The two flat gradients (2 GB each at rank 128 on
+    CogVideoX-5B) live on `device`; "cpu" keeps them off the GPU.
+    """
+    names, parameters = zip(*named_parameters)
+    g_img, g_vid = (split(flat_gradient(losses_of(task), parameters, device), parameters)
+                    for task in ("image", "video"))
+    phi, norm_img, norm_vid = cosine(g_img, g_vid)
+    groups = {name: cosine([g_img[i] for i in indices], [g_vid[i] for i in indices])
+              for name, indices in layer_groups(names).items()}
+    return {"cosine": phi, "norm_img": norm_img, "norm_vid": norm_vid, "groups": groups}
+
+
+# ---- PCGrad (4.3, B.3) -----------------------------------------------------------------------------------------------
+
+def project(g, other, eps=1e-12):
+    """Eq. 5: g without its component against `other`; g itself where they do not conflict. Flat vectors."""
+    conflict = torch.dot(g, other).clamp(max=0)  # 0 without a conflict: a branch would wait for the GPU
+    return torch.addcmul(g, conflict / (torch.dot(other, other) + eps), other, value=-1)
+
+
+class PCGrad:
+    """PCGrad with a buffer (B.3): a step has one task's gradient, the other's comes from earlier steps.
+
+    Called between backward and clipping, it projects this step's gradient against the mean of the other task's
+    gradients in the buffer (the last `size` steps, this one included), once there are any. Both tasks are projected (Eq. 5, C.5); as the coin takes an image step
+    with probability 1-p, the mean update is C.5's (1-p) g~_img + p g~_vid. The buffer holds gradients as they came, in
+    float32, averaged over ranks: `size` x 2 GB at full size, on `device`.
+    """
+
+    def __init__(self, size, device):
+        self.buffer, self.device = deque(maxlen=size), device
+
+    def __call__(self, parameters, task):
+        flat = torch.cat([p.grad.flatten().to(self.device) for p in parameters])
+        self.buffer.append((task, flat))
+        others = [g for t, g in self.buffer if t != task]
+        if others:
+            mean = torch.zeros_like(flat)
+            for g in others:
+                mean.add_(g, alpha=1 / len(others))
+            flat = project(flat, mean)
+            for p, piece in zip(parameters, split(flat, parameters)):
+                p.grad.copy_(piece.view_as(p))
+
+    def state_dict(self):
+        return [(task, g.cpu()) for task, g in self.buffer]
+
+    def load_state_dict(self, state):
+        self.buffer.extend((task, g.to(self.device)) for task, g in state)
+
+
+# ---- the figures -----------------------------------------------------------------------------------------------------
+
+@dataclass
+class Config:
+    runs: list[str] = field(default_factory=list, metadata={"help": "runs (out/NAME) trained with --gradcos_every"})
+    out: str = knob("gradcos.png", "picture to write; the others take its name: -groups, and -losses with --val_every")
+
+
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f"]  # for colour-blind eyes too
+
+
+def read_runs(folders, file):
+    """{label: one list of records per seed}. Runs whose settings differ only in the seed share a label."""
+    configs, records = [], []
+    for folder in folders:
+        if not (Path(folder) / file).is_file() or not (Path(folder) / "config.json").is_file():
+            raise FileNotFoundError(f"no {file} in {folder}: was it trained with --gradcos_every (or --val_every)?")
+        config = json.loads((Path(folder) / "config.json").read_text())
+        configs.append({k: v for k, v in config.items() if k not in ("seed", "name", "out", "workers", "keep")})
+        records.append([json.loads(line) for line in (Path(folder) / file).read_text().splitlines()])
+    differ = [k for k in configs[0] if any(c.get(k) != configs[0][k] for c in configs)]
+    groups = {}
+    for folder, config, record in zip(folders, configs, records):
+        label = ", ".join(f"{k} = {config.get(k)}" for k in differ) or Path(folder).name
+        groups.setdefault(label, []).append(record)
+    return groups
+
+
+def band(axis, seeds, value, **style):
+    """Mean over seeds of value(record), against the step, in a band from the lowest to the highest."""
+    steps = sorted(set.intersection(*({r["step"] for r in records} for records in seeds)))
+    table = torch.tensor([[value(r) for r in records if r["step"] in steps] for records in seeds])
+    axis.fill_between(steps, table.amin(0).numpy(), table.amax(0).numpy(), color=style["color"], alpha=0.2, linewidth=0)
+    axis.plot(steps, table.mean(0).numpy(), **style)
+
+
+def draw_figure_5(plt, groups):
+    """Cosine left, norms right, as in Figure 5 (and 9 and 10)."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    left.axhline(0, color="black", linewidth=0.6)
+    for (label, seeds), colour in zip(groups.items(), COLOURS * 9):
+        n = f" ({len(seeds)} seeds)" if len(seeds) > 1 else ""
+        band(left, seeds, lambda r: r["cosine"], color=colour, label=label + n)
+        band(right, seeds, lambda r: r["norm_img"], color=colour, label=r"$\|g_{img}\|$, " + label)
+        band(right, seeds, lambda r: r["norm_vid"], color=colour, linestyle="--", label=r"$\|g_{vid}\|$, " + label)
+    left.set(xlabel="step", ylabel=r"cosine of $g_{img}$ and $g_{vid}$", ylim=(-1, 1))
+    right.set(xlabel="step", ylabel="gradient norm", yscale="log")
+    for axis in (left, right):
+        axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def draw_groups(plt, groups):
+    """The cosine per layer group (B.1): kinds of layer left, depth right, mean over seeds; a row per label."""
+    figure, axes = plt.subplots(len(groups), 2, figsize=(10, 3.2 * len(groups)), layout="constrained", squeeze=False)
+    for (label, seeds), (left, right) in zip(groups.items(), axes):
+        names = list(seeds[0][0]["groups"])
+        left.axhline(0, color="black", linewidth=0.6)
+        for name, colour in zip([n for n in names if not n.startswith("block ")], COLOURS):
+            band(left, seeds, lambda r: r["groups"][name][0], color=colour, label=name)
+        left.set(title=label, xlabel="step", ylabel="cosine", ylim=(-1, 1))
+        left.legend(fontsize=8, frameon=False)
+        blocks = [n for n in names if n.startswith("block ")]
+        steps = [r["step"] for r in min(seeds, key=len)]
+        table = torch.tensor([[[r["groups"][b][0] for r in records[:len(steps)]] for b in blocks] for records in seeds])
+        image = right.imshow(table.mean(0).numpy(), aspect="auto", cmap="RdBu", vmin=-1, vmax=1, origin="lower",
+                             interpolation="nearest", extent=(steps[0], steps[-1] or 1, -0.5, len(blocks) - 0.5))
+        right.set(title="by depth", xlabel="step", ylabel="block")
+        figure.colorbar(image, ax=right, label="cosine")
+    return figure
+
+
+def draw_losses(plt, groups):
+    """The held-out loss per task: whole (thick) and for each quarter of the timesteps (thin, 4 has the most noise)."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for axis, task in zip(axes, ("image", "video")):
+        for (label, seeds), colour in zip(groups.items(), COLOURS * 9):
+            band(axis, seeds, lambda r: r[task]["loss"], color=colour, label=label, linewidth=2)
+            for quarter, style in enumerate((":", "-.", "--", "-")):
+                name = f"quarter {quarter + 1} of the timesteps" if colour == COLOURS[0] else None
+                band(axis, seeds, lambda r: r[task]["loss_by_timestep"][quarter] or math.nan, color=colour,
+                     linewidth=0.8, linestyle=style, label=name)
+        axis.set(title=f"held-out {task} loss", xlabel="step", ylabel="loss")
+        axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def main(cfg):
+    if not cfg.runs:
+        raise ValueError("which runs? python gradcos.py out/RUN [out/RUN ...]")
+    import matplotlib  # only here: training does not need it
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    out = Path(cfg.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figures = [(out, draw_figure_5, "gradcos.jsonl"),
+               (out.with_stem(out.stem + "-groups"), draw_groups, "gradcos.jsonl")]
+    if all((Path(run) / "val.jsonl").is_file() for run in cfg.runs):
+        figures.append((out.with_stem(out.stem + "-losses"), draw_losses, "val.jsonl"))
+    for path, draw, file in figures:
+        draw(plt, read_runs(cfg.runs, file)).savefig(path, dpi=130)
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    command_line(main, Config, __doc__, positional="runs")
