@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageOps
+from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 from transformers import HfArgumentParser
 
@@ -105,11 +106,13 @@ class ImagePairs(Dataset):
     """D_img: (I_ref, I_out, P). Each pair serves in both directions: view d with its own caption, the other as I_ref.
 
     folder, size (height, width), crop_jitter, seed. Item (step, index) -> {"reference" (1,3,H,W) uint8,
-    "pixels" (1,3,H,W) uint8, "prompt", "skipped": one line for each unreadable pair met on the way}.
+    "pixels" (1,3,H,W) uint8, "prompt", "skipped": one line for each unreadable pair met on the way}. With a `cache`
+    (see Cache) the first two are VAE moments (1,2C,h,w) instead, and "text" may hold the prompt's embedding.
     """
 
-    def __init__(self, folder, size, crop_jitter=0.0, seed=0):
+    def __init__(self, folder, size, crop_jitter=0.0, seed=0, cache=None):
         self.folder, self.size, self.crop_jitter, self.seed = Path(folder), size, crop_jitter, seed
+        self.cache = cache
         if not self.folder.is_dir():
             raise FileNotFoundError(f"no folder of image pairs at {folder}")
         self.rows = []  # (file, row group, row in it) of parquet, or a dict of pairs.jsonl
@@ -126,6 +129,11 @@ class ImagePairs(Dataset):
 
     def __len__(self):
         return len(self.rows)
+
+    def name(self, row):
+        """Where the cache keeps this pair."""
+        where = self.rows[row]
+        return f"{row:06d}" if isinstance(where, dict) else f"{where[0].stem}-{where[1]:05d}-{where[2]:03d}"
 
     def load(self, row):
         """The two views and the two captions of one pair."""
@@ -144,8 +152,12 @@ class ImagePairs(Dataset):
     def __getitem__(self, key):
         def make(r):
             pick = int(r.integers(2 * len(self.rows)))
-            views, captions = self.load(pick // 2)
             d = pick % 2  # direction: view d is the target
+            if self.cache:
+                cached = self.cache.read(self.name(pick // 2))
+                crop = cached["moments"][int(r.integers(len(cached["moments"])))]  # (2, 1, 2C, h, w)
+                return {"reference": crop[1 - d], "pixels": crop[d], **_text(cached, d)}
+            views, captions = self.load(pick // 2)
             target, reference = (cover(view, *self.size, self.crop_jitter, r) for view in (views[d], views[1 - d]))
             return {"reference": to_pixels([reference]), "pixels": to_pixels([target]), "prompt": captions[d]}
         return _first_readable(make, self.seed, "image", key)
@@ -218,11 +230,14 @@ class Clips(Dataset):
     """D_vid: (T, V), with a reference frame out of the clip itself (Sec. 3.4).
 
     folder, size (height, width), frames (8k+1), fps, random_frame (False: always the first frame), seed.
-    Item (step, index) -> {"reference" (1,3,H,W) uint8, "pixels" (F,3,H,W) uint8, "prompt", "skipped"}.
+    Item (step, index) -> {"reference" (1,3,H,W) uint8, "pixels" (F,3,H,W) uint8, "prompt", "skipped"}. With a `cache`
+    "pixels" are VAE moments (T,2C,h,w); the reference is always decoded, because a frame encoded alone is not a slice
+    of the clip's latents, and there are as many as frames.
     """
 
-    def __init__(self, folder, size, frames, fps, random_frame=True, seed=0):
+    def __init__(self, folder, size, frames, fps, random_frame=True, seed=0, cache=None):
         self.size, self.frames, self.fps, self.random_frame, self.seed = size, frames, fps, random_frame, seed
+        self.folder, self.cache = Path(folder), cache
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"no folder of clips at {folder}")
         self.files = sorted(f for f in Path(folder).glob("**/*") if f.suffix.lower() in CLIP_SUFFIXES)
@@ -235,12 +250,19 @@ class Clips(Dataset):
     def __len__(self):
         return len(self.files)
 
+    def name(self, file):
+        """Where the cache keeps this clip."""
+        return str(file.relative_to(self.folder).with_suffix(""))
+
     def __getitem__(self, key):
         def make(r):
             file = self.files[r.integers(len(self.files))]
-            pictures = load_clip(file, self.frames, self.fps, self.size)
             i = int(r.integers(self.frames)) if self.random_frame else 0  # RandomFrameSelect
-            pixels = to_pixels(pictures)
+            if self.cache:
+                cached = self.cache.read(self.name(file))
+                reference = load_clip(file, i + 1, self.fps, self.size)[i:]
+                return {"reference": to_pixels(reference), "pixels": cached["moments"], **_text(cached, 0)}
+            pixels = to_pixels(load_clip(file, self.frames, self.fps, self.size))
             return {"reference": pixels[i:i + 1], "pixels": pixels,
                     "prompt": file.with_suffix(".txt").read_text().strip()}
         return _first_readable(make, self.seed, "video", key)
@@ -257,6 +279,39 @@ def _first_readable(make, seed, stream, key, tries=20):
     raise ValueError(f"{tries} {stream} samples in a row could not be used, the last: {skipped[-1]}")
 
 
+# ---- cached latents --------------------------------------------------------------------------------------------------
+
+class Cache:
+    """Reads what `python -m paper.prepare cache` wrote: folder/index.json and a safetensors file per clip or pair.
+
+    key: a dict of everything that the cached numbers depend on. ValueError when the cache is not finished, or was made
+    with another key: a stale cache would train on the wrong latents without a sign.
+    """
+
+    def __init__(self, folder, key):
+        self.folder = Path(folder)
+        index = self.folder / "index.json"
+        made = json.loads(index.read_text()) if index.is_file() else {}
+        if not made.get("complete"):
+            raise ValueError(f"the cache {folder} is not there or not finished: run python -m paper.prepare cache")
+        differ = [f"{k} was {made[k]!r}, now {v!r}" for k, v in key.items() if k in made and made[k] != v]
+        if differ:
+            raise ValueError(f"the cache {folder} was made with other settings ({'; '.join(differ)}): make it again")
+
+    def read(self, name):
+        """{"moments", "prompt_0", ...} of one sample; ValueError when it is not cached."""
+        file = self.folder / f"{name}.safetensors"
+        if not file.is_file():
+            raise ValueError(f"{name} is not in the cache {self.folder}: it could not be read when that was made")
+        with safe_open(file, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()} | (f.metadata() or {})
+
+
+def _text(cached, d):
+    """The prompt d of a cached sample, and its embedding where that is cached too."""
+    return {"prompt": cached[f"prompt_{d}"]} | ({"text": cached[f"text_{d}"]} if f"text_{d}" in cached else {})
+
+
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 class _Tasks(Dataset):
@@ -269,7 +324,7 @@ class _Tasks(Dataset):
 
 
 def _collate(samples):
-    batch = {k: torch.stack([s[k] for s in samples]) for k in ("reference", "pixels")}
+    batch = {k: torch.stack([s[k] for s in samples]) for k in ("reference", "pixels", "text") if k in samples[0]}
     return batch | {"prompt": [s["prompt"] for s in samples], "skipped": sum((s["skipped"] for s in samples), [])}
 
 

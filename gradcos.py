@@ -94,9 +94,10 @@ class PCGrad:
     """PCGrad with a buffer (B.3): a step has one task's gradient, the other's comes from earlier steps.
 
     Called between backward and clipping, it projects this step's gradient against the mean of the other task's
-    gradients in the buffer (the last `size` steps, this one included), once there are any. Both tasks are projected (Eq. 5, C.5); as the coin takes an image step
-    with probability 1-p, the mean update is C.5's (1-p) g~_img + p g~_vid. The buffer holds gradients as they came, in
-    float32, averaged over ranks: `size` x 2 GB at full size, on `device`.
+    gradients in the buffer (the last `size` steps, this one included), once there are any. Both tasks are projected
+    (Eq. 5, C.5); as the coin takes an image step with probability 1-p, the mean update is C.5's
+    (1-p) g~_img + p g~_vid. The buffer holds gradients as they came, in float32, averaged over ranks: `size` x 2 GB at
+    full size, on `device`.
     """
 
     def __init__(self, size, device):

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import CogVideoXLayerNormZero
@@ -215,7 +216,11 @@ def _reference_only_norm(norm, holder):
 
 def fingerprint(transformer):
     """12 hex digits that tell one base from another. LoRA never touches proj_out, so it is the same after training."""
-    weight = transformer.proj_out.weight.detach().to("cpu", torch.bfloat16)  # bf16: the same whatever it was loaded as
+    return weight_fingerprint(transformer.proj_out.weight)
+
+
+def weight_fingerprint(weight):
+    weight = weight.detach().to("cpu", torch.bfloat16)  # bf16: the same whatever it was loaded as
     return hashlib.sha256(weight.view(torch.int16).numpy().tobytes()).hexdigest()[:12]
 
 
@@ -331,16 +336,27 @@ def encode_prompt(pipe, prompts):
 
 
 @torch.no_grad()
-def encode_video(vae, pixels, generator=None):
-    """Pixels (B,F,3,H,W) in [-1,1] -> scaled latents (B,T,C,H/8,W/8). F = 1 for pictures, 8k+1 for clips.
+def encode_moments(vae, pixels):
+    """Pixels (B,F,3,H,W) in [-1,1] -> the VAE posterior's mean and log-variance, (B,T,2C,H/8,W/8): what a cache holds.
 
-    A draw from the posterior, as in CogVideoX's training; with generator=None its mean.
-    """
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype).transpose(1, 2)).latent_dist  # the VAE takes (B,3,F,H,W)
+    F = 1 for pictures, 8k+1 for clips."""
+    pixels = pixels.to(vae.device, vae.dtype).transpose(1, 2)  # the VAE takes (B,3,F,H,W)
+    return vae.encode(pixels).latent_dist.parameters.transpose(1, 2)
+
+
+def draw_latents(vae, moments, generator=None):
+    """Moments (B,T,2C,H,W) -> scaled latents (B,T,C,H,W): a draw from the posterior, as in CogVideoX's training; with
+    generator=None its mean."""
+    posterior = DiagonalGaussianDistribution(moments.transpose(1, 2))
     z = posterior.mode()
     if generator is not None:  # drawn on the generator's device, so that a seed means the same on CPU and GPU
         z = posterior.mean + posterior.std * torch.randn(z.shape, generator=generator).to(z)
     return z.transpose(1, 2) * vae.config.scaling_factor
+
+
+def encode_video(vae, pixels, generator=None):
+    """Pixels (B,F,3,H,W) in [-1,1] -> scaled latents (B,T,C,H/8,W/8), drawn with the generator or (None) the mean."""
+    return draw_latents(vae, encode_moments(vae, pixels), generator)
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------

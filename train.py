@@ -30,9 +30,11 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import gradcos
-from data import Clips, ImagePairs, batches, clip_frames, command_line, knob, load_image, normalise, rng, torch_rng
-from model import (PAPER_BASE, add_lora, encode_prompt, encode_video, frame_size, load_lora, load_pipeline,
-                   newest_checkpoint, read_lora, save_lora, v_loss, with_reference_token)
+from data import (Cache, Clips, ImagePairs, batches, clip_frames, command_line, knob, load_image, normalise, rng,
+                  torch_rng)
+from model import (PAPER_BASE, add_lora, draw_latents, encode_moments, encode_prompt, frame_size, load_lora,
+                   load_pipeline, newest_checkpoint, read_lora, save_lora, v_loss, weight_fingerprint,
+                   with_reference_token)
 from sample import contact_sheet, encode_references, generate
 
 
@@ -49,6 +51,7 @@ class Config:
     # data
     images: str = knob("data/subjects200k", "folder of image pairs: D_img")
     videos: str = knob("data/pexels", "folder of clips with captions: D_vid")
+    cache: str = knob("", "folder of latents that python -m paper.prepare cache wrote; empty encodes on the fly")
     height: int = knob(0, "frame height in pixels; 0 takes the base's (480)")
     width: int = knob(0, "frame width in pixels; 0 takes the base's (720)")
     frames: int = knob(49, "frames of a training clip, cut to 8k+1 (A.2)")
@@ -159,10 +162,17 @@ def kept_tokens(cfg, task, step, g, n):
 
 def loss_inputs(cfg, pipe, batch, task, step, g):
     """What v_loss takes for micro-batch g of a step: the encoded batch, the kept reference tokens, timesteps, noise."""
-    noise_rng = torch_rng(cfg.seed, "noise", step, g)
-    latents = encode_video(pipe.vae, normalise(batch["pixels"]), noise_rng)        # (B, T, C, H, W)
-    reference = encode_video(pipe.vae, normalise(batch["reference"]), noise_rng)   # (B, 1, C, H, W), encoded alone
-    text = encode_prompt(pipe, [with_reference_token(t, cfg.cls) for t in batch["prompt"]])  # (B, L, D_text)
+    noise_rng, device = torch_rng(cfg.seed, "noise", step, g), pipe.transformer.device
+
+    def encode(x):  # uint8 pixels; or, from a cache, moments
+        moments = encode_moments(pipe.vae, normalise(x)) if x.dtype == torch.uint8 else x.to(device)
+        return draw_latents(pipe.vae, moments, noise_rng)
+    latents = encode(batch["pixels"])        # (B, T, C, H, W)
+    reference = encode(batch["reference"])   # (B, 1, C, H, W), encoded alone
+    if "text" in batch:
+        text = batch["text"].to(device)      # (B, L, D_text)
+    else:
+        text = encode_prompt(pipe, [with_reference_token(t, cfg.cls) for t in batch["prompt"]]).to(device)
 
     patch = pipe.transformer.config.patch_size
     n_reference = (latents.shape[-2] // patch) * (latents.shape[-1] // patch)      # tokens of one latent frame
@@ -185,6 +195,25 @@ def mean_and_quarters(bins):
     """by_timestep's (2, 4) as numbers: {"loss": mean, "loss_by_timestep": 4 means, None where there was nothing}."""
     sums, counts = bins.tolist()
     return {"loss": sum(sums) / sum(counts), "loss_by_timestep": [s / c if c else None for s, c in zip(sums, counts)]}
+
+
+def cache_key(cfg, pipe, task, size, frames):
+    """Everything that cached latents depend on: they are refused when any of it has changed."""
+    key = {"vae": weight_fingerprint(pipe.vae.encoder.conv_in.conv.weight), "dtype": str(pipe.vae.dtype),
+           "text_encoder": weight_fingerprint(pipe.text_encoder.get_input_embeddings().weight[:100]), "cls": cfg.cls,
+           "height": size[0], "width": size[1]}
+    return key | ({"crop_jitter": cfg.crop_jitter} if task == "image" else {"frames": frames, "fps": cfg.fps})
+
+
+def open_caches(cfg, pipe, size, frames):
+    """{"image": Cache or None, "video": Cache or None}: what lies in --cache."""
+    caches = {"image": None, "video": None}
+    for task in caches:
+        if cfg.cache and (Path(cfg.cache) / task).is_dir():
+            caches[task] = Cache(Path(cfg.cache) / task, cache_key(cfg, pipe, task, size, frames))
+    if cfg.cache and not any(caches.values()):
+        raise FileNotFoundError(f"no cache at {cfg.cache}: run python -m paper.prepare cache")
+    return caches
 
 
 # ---- Algorithm 1 -----------------------------------------------------------------------------------------------------
@@ -211,7 +240,7 @@ def train(cfg):
     accumulate = {task: batch[task] // (size[task] * ranks) for task in batch}
 
     # The model: a frozen base in bfloat16, LoRA in float32. On CPU everything is float32.
-    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32)
     pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # else copied there in every step
     if cfg.vae_tiling:
         pipe.vae.enable_tiling()
@@ -235,13 +264,17 @@ def train(cfg):
     frames = clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)
     if frames != cfg.frames:
         say(f"--frames {cfg.frames} cut to {frames}, a length that the VAE gives back unchanged")
-    datasets = {}
+    datasets, caches = {}, open_caches(cfg, pipe, (height, width), frames)
     if cfg.p < 1:
-        datasets["image"] = ImagePairs(cfg.images, (height, width), cfg.crop_jitter, cfg.seed)
+        datasets["image"] = ImagePairs(cfg.images, (height, width), cfg.crop_jitter, cfg.seed, caches["image"])
     if cfg.p > 0:
-        datasets["video"] = Clips(cfg.videos, (height, width), frames, cfg.fps, cfg.random_frame, cfg.seed)
-    for dataset in datasets.values():
-        dataset[0, 0]  # a folder with nothing readable in it should fail here, not in a worker
+        datasets["video"] = Clips(cfg.videos, (height, width), frames, cfg.fps, cfg.random_frame, cfg.seed,
+                                  caches["video"])
+    first = [dataset[0, 0] for dataset in datasets.values()]  # nothing readable? Then fail here, not in a worker
+    pipe.transformer.to(device)
+    pipe.vae.to(device)
+    if not all("text" in sample for sample in first):  # else it stays in RAM, for the held-out prompts and the samples
+        pipe.text_encoder.to(device)
 
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
     schedule = get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, cfg.warmup, cfg.steps, cfg.cycles)
@@ -490,7 +523,7 @@ def resume(run, cfg, transformer, **state):
         return 0
     before, now = json.loads((run / "config.json").read_text()), asdict(cfg)
     free = {"toy", "name", "out", "workers", "save_every", "keep", "grad_device", "gradcos_every", "val_every",
-            "sample_every", "val_images", "val_videos", "val_pairs", "val_clips", "val_refs"}  # these do not change what is trained
+            "sample_every", "val_images", "val_videos", "val_pairs", "val_clips", "val_refs"}  # not what is trained
     changed = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v and k not in free]
     if changed:
         raise ValueError(f"{run} was started with other settings ({'; '.join(changed)}): choose another --name")

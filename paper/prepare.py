@@ -1,0 +1,443 @@
+"""The paper's data sets, from the hub to disk (Sec. 5.1, A.2), and cached latents.
+
+    python -m paper.prepare subjects200k --out data/subjects200k     image pairs: filtered, split by subject
+    python -m paper.prepare pexels --out data/pexels --n 4000        clips: downloaded, checked, with captions
+    python -m paper.prepare cache --videos data/pexels --out data/cache      VAE latents, encoded once
+
+Each can be stopped at any moment; the same command goes on where it was and fetches only what is missing. Beside OUT
+there is OUT_val, the held-out part that training never sees. Counts of what was kept and why the rest was not are
+printed at the end and kept in OUT/prepare.json.
+"""
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import requests
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from tqdm import tqdm
+from urllib3.exceptions import HTTPError
+
+import train
+from data import (CLIP_SUFFIXES, Clips, ImagePairs, clip_frames, command_line, cover, knob, load_clip, load_image,
+                  normalise, rng, split_views, to_pixels)
+from model import PAPER_BASE, encode_moments, encode_prompt, frame_size, load_pipeline, with_reference_token
+
+
+def share(text):
+    """A fixed number in [0, 1) for a text: the same on every machine, whatever else is in the data set."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) / 16**12
+
+
+def parquet_files(source, folder):
+    """Paths of a data set's parquet files, one after the other: local (a file or a folder), or a hub id's downloads.
+
+    Downloads go to `folder` by huggingface_hub, which resumes and verifies them."""
+    if Path(source).exists():
+        files = sorted(Path(source).glob("**/*.parquet")) if Path(source).is_dir() else [Path(source)]
+        if not files:
+            raise FileNotFoundError(f"no *.parquet in {source}")
+        yield from ((str(f.relative_to(source) if f != Path(source) else f.name), lambda f=f: f) for f in files)
+    elif source.count("/") == 1 and not source.startswith((".", "/")):
+        from huggingface_hub import HfApi, hf_hub_download
+        for name in sorted(f for f in HfApi().list_repo_files(source, repo_type="dataset") if f.endswith(".parquet")):
+            yield name, lambda name=name: Path(hf_hub_download(source, name, repo_type="dataset", local_dir=folder))
+    else:
+        raise FileNotFoundError(f"no data at {source}: expected a parquet file, a folder of them, or a hub id")
+
+
+class Manifest:
+    """OUT/prepare.json: the options, and what became of each piece of work. Written whole after each piece."""
+
+    def __init__(self, out, options):
+        self.file = Path(out) / "prepare.json"
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.content = {"options": options, "done": {}}
+        if self.file.is_file():
+            self.content = json.loads(self.file.read_text())
+            differ = [f"{k} was {self.content['options'].get(k)!r}, now {v!r}" for k, v in options.items()
+                      if self.content["options"].get(k) != v]
+            if differ:
+                raise ValueError(f"{out} was prepared with other options ({'; '.join(differ)}): choose another --out")
+        self.done = self.content["done"]
+
+    def save(self):
+        train.write(self.file, json.dumps(self.content, indent=1))
+
+
+# ---- Subjects200K ----------------------------------------------------------------------------------------------------
+
+@dataclass
+class Subjects200K:
+    out: str = knob("data/subjects200k", "folder to write; OUT_val gets the held-out subjects")
+    source: str = knob("Yuanshi/Subjects200K", "hub id, or a folder of its parquet files")
+    n: int = knob(0, "pairs to keep for training, 0 for all; the paper's small sets have 2000 and 4000 (Table 4)")
+    min_score: int = knob(5, "smallest of the three quality scores that is kept (OminiControl's choice); 0 keeps all")
+    category: str = knob("", "keep only this category of the data set's descriptions")
+    val: float = knob(0.01, "share of subjects that is held out")
+
+
+def refuse(row, cfg):
+    """Why a row is not kept ("score", "description", ...), or None."""
+    description, scores = row["description"] or {}, row.get("quality_assessment") or {}
+    if not (description.get("description_0") and description.get("description_1")
+            and description.get("description_valid", True)):
+        return "description"
+    if min([scores.get(k) or 0 for k in ("compositeStructure", "objectConsistency", "imageQuality")]) < cfg.min_score:
+        return "score"
+    if cfg.category and cfg.category.lower() not in (description.get("category") or "").lower():
+        return "category"
+    try:
+        image = load_image(io.BytesIO(row["image"]["bytes"]))
+    except (ValueError, TypeError, KeyError):
+        return "unreadable"
+    a, b = split_views(image)
+    if a.size != b.size or not 0.8 < a.width / a.height < 1.25:
+        return "layout"  # not two square views side by side: a blind split would cut through a picture
+    return None
+
+
+def prepare_subjects(cfg):
+    """Filter Subjects200K and split it by subject. Each source file becomes one in OUT and one in OUT_val."""
+    options = {k: v for k, v in asdict(cfg).items() if k not in ("out", "source")}
+    manifest = Manifest(cfg.out, options)
+    outs, downloads = {"train": Path(cfg.out), "val": Path(cfg.out + "_val")}, Path(cfg.out + "_download")
+    for folder in outs.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    kept = sum(counts["train"] for counts in manifest.done.values())
+    for name, fetch in tqdm(parquet_files(cfg.source, downloads), desc="files", unit="file"):
+        if cfg.n and kept >= cfg.n:
+            break
+        paths = {side: folder / (name.replace("/", "-")) for side, folder in outs.items()}
+        if name in manifest.done and all(whole(paths[side], manifest.done[name][side]) for side in paths):
+            continue
+        kept -= manifest.done.pop(name, {"train": 0})["train"]
+        counts = filter_file(fetch(), paths, cfg, kept)
+        kept += counts["train"]
+        manifest.done[name] = counts
+        manifest.save()
+        shutil.rmtree(downloads, ignore_errors=True)
+    total = sum((Counter(c) for c in manifest.done.values()), Counter())
+    print(f"{cfg.out}: {total.pop('train', 0)} pairs for training, {total.pop('val', 0)} held out; left out: "
+          + (", ".join(f"{n} for their {why}" for why, n in total.items()) or "none"))
+
+
+def whole(path, rows):
+    """Is this output there with all its rows? A file without rows is not written."""
+    return pq.ParquetFile(path).metadata.num_rows == rows if path.is_file() else rows == 0
+
+
+def filter_file(source, paths, cfg, kept):
+    """Write the rows of one source file that are kept to paths["train"] and ["val"], 16 rows a group. Counts."""
+    parquet, counts, writers = pq.ParquetFile(source), Counter(train=0, val=0), {}
+    columns = [c for c in ("image", "collection", "quality_assessment", "description")
+               if c in parquet.schema_arrow.names]
+    missing = {"image", "description"} - set(columns)
+    if missing:
+        raise ValueError(f"{source} lacks the Subjects200K column(s) {', '.join(sorted(missing))}")
+    rows = {"train": [], "val": []}
+
+    def write(side, least):
+        if len(rows[side]) >= least:
+            if side not in writers:
+                writers[side] = pq.ParquetWriter(f"{paths[side]}.tmp", schema)
+            writers[side].write_table(pa.Table.from_pylist(rows[side], schema), row_group_size=16)
+            rows[side].clear()
+    schema = pa.schema([parquet.schema_arrow.field(c) for c in columns])
+    for batch in parquet.iter_batches(batch_size=64, columns=columns):
+        for row in batch.to_pylist():
+            why = refuse(row, cfg)
+            side = "val" if why is None and share(subject(row)) < cfg.val else "train"
+            if why is None and side == "train" and cfg.n and kept + counts["train"] >= cfg.n:
+                break
+            counts[why or side] += 1
+            if why is None:
+                rows[side].append(row)
+        for side in rows:
+            write(side, 64)
+        if cfg.n and kept + counts["train"] >= cfg.n:
+            break
+    for side in rows:
+        write(side, 1)
+        if side in writers:
+            writers[side].close()
+            os.replace(f"{paths[side]}.tmp", paths[side])
+        else:
+            paths[side].unlink(missing_ok=True)
+    return dict(counts)
+
+
+def subject(row):
+    """What decides whether a pair is held out: all pairs of one item fall on the same side."""
+    description = row["description"]
+    return (description.get("item") or description["description_0"]).strip().lower()
+
+
+# ---- Pexels ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Pexels:
+    out: str = knob("data/pexels", "folder to write; OUT_val gets the held-out clips")
+    source: str = knob("jovianzm/Pexels-400k", "hub id or parquet file with the columns video (a URL) and title")
+    n: int = knob(4000, "clips for training (5.1)")
+    val: int = knob(64, "clips that are held out")
+    frames: int = knob(49, "frames that a clip must have ...")
+    fps: float = knob(8.0, "... at this rate")
+    seed: int = knob(0, "which clips, out of all")
+    threads: int = knob(16, "downloads at a time")
+    timeout: float = knob(30.0, "seconds without an answer after which a try is given up")
+    max_seconds: float = knob(600.0, "seconds after which one download is given up")
+    tries: int = knob(3, "tries for a download that fails in a way that may pass")
+
+
+def seconds(duration):
+    """A duration as a number of seconds: numbers, "PT1M7S", "1:07"; None when it is something else."""
+    if isinstance(duration, (int, float)):
+        return float(duration)
+    match = re.fullmatch(r"(?:P\d*D?T)(?:(\d+)H)?(?:(\d+)M)?(?:([\d.]+)S)?", str(duration))
+    parts = match.groups() if match else re.fullmatch(r"(?:(\d+):)?(\d+):([\d.]+)", str(duration) or "")
+    parts = parts if match or parts is None else parts.groups()
+    return None if parts is None else sum(float(x or 0) * f for x, f in zip(parts, (3600, 60, 1)))
+
+
+class Dead(Exception):
+    """The link leads nowhere and will not come back."""
+
+
+def download(url, path, cfg):
+    """Fetch url to path. Dead for 4xx; OSError, or requests' or urllib3's errors, for what another try may mend."""
+    start = time.monotonic()
+    with requests.get(url, stream=True, timeout=cfg.timeout) as answer:
+        if 400 <= answer.status_code < 500 and answer.status_code not in (408, 425, 429):
+            raise Dead(f"HTTP {answer.status_code}")
+        answer.raise_for_status()
+        expected = answer.headers.get("Content-Length")
+        size = 0
+        with open(path, "wb") as file:
+            while chunk := answer.raw.read1(1 << 18):  # what has arrived: iter_content would wait for a full chunk
+                size += file.write(chunk)
+                if time.monotonic() - start > cfg.max_seconds:
+                    raise OSError(f"not done after {cfg.max_seconds:g} s")
+        if expected is not None and size != int(expected) and "Content-Encoding" not in answer.headers:
+            raise OSError(f"{size} of {expected} bytes")
+
+
+def fetch_clip(folder, name, url, title, cfg):
+    """Download and check one clip. Returns (status, why): kept, filtered, dead, or failed (worth another run)."""
+    suffix = Path(urlparse(url).path).suffix.lower()
+    final = folder / f"{name}{suffix if suffix in CLIP_SUFFIXES else '.mp4'}"
+    if final.is_file():  # killed between the rename and the manifest
+        return "kept", ""
+    part = folder / f"{name}.part"
+    for attempt in range(cfg.tries):
+        try:
+            download(url, part, cfg)
+            load_clip(part, cfg.frames, cfg.fps, (64, 64))
+            final.with_suffix(".txt").write_text(title + "\n")  # before the clip: no clip without its caption
+            os.replace(part, final)
+            return "kept", ""
+        except Dead as e:
+            return "dead", str(e)
+        except ValueError as e:  # too short, or not a video
+            return "filtered", str(e).replace(str(part), url)
+        except (OSError, requests.RequestException, HTTPError) as e:
+            error = f"{type(e).__name__}: {e}"
+            time.sleep(min(2**attempt, cfg.timeout) * (attempt + 1 < cfg.tries))
+        finally:
+            part.unlink(missing_ok=True)
+    return "failed", error
+
+
+def prepare_pexels(cfg):
+    """Download clips until there are n for training and val held out, drawn at random from the whole list."""
+    options = {k: getattr(cfg, k) for k in ("frames", "fps", "seed", "val")}
+    manifest = Manifest(cfg.out, options)
+    rows = []
+    for _, fetch in parquet_files(cfg.source, Path(cfg.out + "_download")):
+        table = pq.read_table(fetch())
+        missing = {"video", "title"} - set(table.column_names)
+        if missing:
+            raise ValueError(f"{cfg.source} lacks the Pexels-400k column(s) {', '.join(sorted(missing))}")
+        columns = [c for c in ("video", "title", "duration", "sfw") if c in table.column_names]
+        rows += table.select(columns).to_pylist()
+    unfit = Counter()
+    candidates = {"train": [], "val": []}
+    for row in rows:
+        length = seconds(row.get("duration"))
+        why = ("not safe for work" if row.get("sfw") is False else "no title" if not (row["title"] or "").strip()
+               else "no link" if not row["video"]
+               else "too short" if length and length < (cfg.frames - 1) / cfg.fps else None)
+        if why:
+            unfit[why] += 1
+        else:  # held-out clips come from a fixed hundredth of the list (more of a short one), however large n is
+            part = min(0.5, max(0.01, 4 * cfg.val / len(rows)))
+            candidates["val" if share("val" + row["video"]) < part else "train"].append(row)
+    print(f"{len(rows)} clips listed; left out: {', '.join(f'{n} {why}' for why, n in unfit.items()) or 'none'}")
+    for side, wanted, folder in (("val", cfg.val, Path(cfg.out + "_val")), ("train", cfg.n, Path(cfg.out))):
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in folder.glob("*.part"):
+            part.unlink()
+        queue = sorted(candidates[side], key=lambda row: share(f"{cfg.seed} {row['video']}"))
+        done = manifest.done.setdefault(side, {})
+        counts = fetch_all(queue, wanted, folder, done, manifest, cfg)
+        print(f"{folder}: {counts['kept']} of {wanted} clips kept; {counts['filtered']} filtered, {counts['dead']} "
+              f"dead links, {counts['failed']} failed (run again to retry)")
+        if counts["kept"] < wanted:
+            print(f"{folder}: the list has no more candidates", file=sys.stderr)
+
+
+def fetch_all(queue, wanted, folder, done, manifest, cfg):
+    """Work down the queue until `wanted` clips are kept. `done`: {name: [status, why, url]}, saved as it grows."""
+    def there(name):
+        return done.get(name, [""])[0] == "kept" and any(f.suffix in CLIP_SUFFIXES for f in folder.glob(f"{name}.*"))
+
+    named = {hashlib.sha256(row["video"].encode()).hexdigest()[:16]: row for row in queue}
+    kept = sum(map(there, named))
+    todo = iter([n for n in named if not there(n) and done.get(n, [""])[0] not in ("filtered", "dead")])
+    pending, saved = {}, time.monotonic()
+    bar = tqdm(total=wanted, initial=min(kept, wanted), desc=str(folder), unit="clip")
+    with ThreadPoolExecutor(cfg.threads) as pool:
+        try:
+            while True:
+                room = min(cfg.threads, wanted - kept) - len(pending)  # never more than can still be needed
+                for name in islice(todo, max(room, 0)):
+                    title = named[name]["title"].strip()
+                    pending[pool.submit(fetch_clip, folder, name, named[name]["video"], title, cfg)] = name
+                if not pending:
+                    break
+                for future in wait(pending, return_when=FIRST_COMPLETED)[0]:
+                    name = pending.pop(future)
+                    done[name] = [*future.result(), named[name]["video"]]
+                    if done[name][0] == "kept":
+                        kept += 1
+                        bar.update()
+                if time.monotonic() - saved > 5:
+                    manifest.save()
+                    saved = time.monotonic()
+        finally:  # Ctrl-C too
+            manifest.save()
+    bar.close()
+    return Counter(kept=0, filtered=0, dead=0, failed=0) + Counter(done[n][0] for n in named if n in done)
+
+
+# ---- cached latents --------------------------------------------------------------------------------------------------
+
+@dataclass
+class Latents:
+    out: str = knob("data/cache", "folder to write; train.py reads it with --cache")
+    base: str = knob(PAPER_BASE, "diffusers CogVideoX folder or hub id whose VAE (and text encoder) encode")
+    videos: str = knob("", "folder of clips; empty leaves them out")
+    images: str = knob("", "folder of image pairs; empty leaves them out")
+    crops: int = knob(1, "random crops of each pair (with --crop_jitter)")
+    crop_jitter: float = knob(0.1, "as in train.py")
+    prompts: bool = knob(False, "also cache the prompts' embeddings (1.9 MB each for T5-XXL)")
+    cls: bool = knob(True, "as in train.py")
+    height: int = knob(0, "as in train.py")
+    width: int = knob(0, "as in train.py")
+    frames: int = knob(49, "as in train.py")
+    fps: float = knob(8.0, "as in train.py")
+    tiling: bool = knob(True, "as train.py's --vae_tiling")
+    seed: int = knob(0, "seed of the random crops")
+    device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
+
+
+def prepare_cache(cfg):
+    """Encode each clip (and pair) once. Under torchrun each rank takes its share of the files."""
+    if not cfg.videos and not cfg.images:
+        raise ValueError("nothing to cache: pass --videos, --images or both")
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = cfg.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if ranks > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
+    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    pipe.vae.to(device)
+    if cfg.tiling:
+        pipe.vae.enable_tiling()
+        pipe.vae.enable_slicing()
+    if cfg.prompts:
+        pipe.text_encoder.to(device)
+    size = (cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1])
+    frames = clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)
+    for task, folder in (("image", cfg.images), ("video", cfg.videos)):
+        if folder:
+            cache_task(cfg, pipe, task, folder, size, frames, rank, ranks)
+
+
+def encode_item(cfg, pipe, task, dataset, item, size):
+    """({"moments"}, prompts) of one clip (T,2C,h,w) or of the crops of one pair (crops,2,1,2C,h,w)."""
+    if task == "video":
+        pixels = to_pixels(load_clip(item, dataset.frames, dataset.fps, size))
+        moments = encode_moments(pipe.vae, normalise(pixels[None]))[0]
+        return {"moments": moments}, [item.with_suffix(".txt").read_text().strip()]
+    views, prompts = dataset.load(item)
+    r = rng(cfg.seed, "crops", item)
+    crops = [to_pixels([cover(view, *size, cfg.crop_jitter, r)]) for _ in range(cfg.crops) for view in views]
+    moments = encode_moments(pipe.vae, normalise(torch.stack(crops)))  # (crops*2, 1, 2C, h, w)
+    return {"moments": moments.unflatten(0, (cfg.crops, 2))}, prompts
+
+
+def cache_task(cfg, pipe, task, folder, size, frames, rank, ranks):
+    out = Path(cfg.out) / task
+    key = train.cache_key(cfg, pipe, task, size, frames)
+    if task == "image":
+        key |= {"crops": cfg.crops, "seed": cfg.seed}
+    if not cfg.prompts:
+        key = {k: v for k, v in key.items() if k not in ("text_encoder", "cls")}
+    dataset = ImagePairs(folder, size) if task == "image" else Clips(folder, size, frames, cfg.fps)
+    items = list(range(len(dataset))) if task == "image" else dataset.files
+    index = out / "index.json"
+    out.mkdir(parents=True, exist_ok=True)
+    if index.is_file():
+        made = {k: v for k, v in json.loads(index.read_text()).items() if k != "complete"}
+        if made != key:
+            differ = [f"{k} was {made.get(k)!r}, now {key.get(k)!r}" for k in made | key if made.get(k) != key.get(k)]
+            raise ValueError(f"{out} was made with other settings ({'; '.join(differ)}): choose another --out")
+    elif rank == 0:
+        train.write(index, json.dumps(key | {"complete": False}, indent=1))
+    for item in tqdm(items[rank::ranks], desc=f"caching {task}s", disable=rank > 0):
+        file = out / f"{dataset.name(item)}.safetensors"
+        if file.is_file():
+            continue
+        try:
+            tensors, prompts = encode_item(cfg, pipe, task, dataset, item, size)
+        except (ValueError, KeyError, OSError) as e:
+            print(f"skipped: {e}", file=sys.stderr)
+            continue
+        if cfg.prompts:
+            texts = encode_prompt(pipe, [with_reference_token(p, cfg.cls) for p in prompts])
+            tensors |= {f"text_{d}": text for d, text in enumerate(texts)}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, f"{file}.tmp",
+                  metadata={f"prompt_{d}": p for d, p in enumerate(prompts)})
+        os.replace(f"{file}.tmp", file)
+    if ranks > 1:
+        dist.barrier()
+    if rank == 0:
+        train.write(index, json.dumps(key | {"complete": True}, indent=1))
+        print(f"{out}: {sum(1 for _ in out.glob('**/*.safetensors'))} of {len(items)} {task}s cached")
+
+
+if __name__ == "__main__":
+    commands = {"subjects200k": (Subjects200K, prepare_subjects), "pexels": (Pexels, prepare_pexels),
+                "cache": (Latents, prepare_cache)}
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        sys.exit("usage: python -m paper.prepare subjects200k | pexels | cache [--help]")
+    config, action = commands[sys.argv[1]]
+    command_line(action, config, action.__doc__, sys.argv[2:])
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,232 @@
+"""The preparers against a hostile local server and against files of the real schemas; the cache against no cache."""
+import http.server
+import json
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import train
+from data import Clips, ImagePairs
+from paper import prepare
+from toy import world
+
+BASE = str(Path(__file__).parents[1] / "toy/base")
+
+
+# ---- Subjects200K ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory):
+    """Two parquet files of the real schema: 60 good pairs of 30 items, and one row for each reason to refuse."""
+    folder = tmp_path_factory.mktemp("hub")
+    world.write_pairs(folder, n=60)
+    rows = pq.read_table(folder / "pairs.parquet").to_pylist()
+    (folder / "pairs.parquet").unlink()
+    for i, row in enumerate(rows):
+        row["description"]["item"] = f"item {i % 30}"
+    bad = [json.loads(json.dumps({**row, "image": None}, default=str)) | {"image": row["image"]} for row in rows[:6]]
+    bad[0]["quality_assessment"]["objectConsistency"] = 4
+    bad[1]["description"]["description_1"] = None
+    bad[2]["description"]["description_valid"] = False
+    bad[3]["image"] = {"bytes": b"not a picture", "path": "x.png"}
+    bad[4]["image"] = {"bytes": row_of_one_square(), "path": "y.png"}
+    bad[5]["quality_assessment"] = None
+    (folder / "data").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows[:40]), folder / "data/train-00000.parquet")
+    pq.write_table(pa.Table.from_pylist(bad + rows[40:]), folder / "data/train-00001.parquet")
+    return folder
+
+
+def row_of_one_square():
+    import io
+
+    from PIL import Image
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "PNG")
+    return file.getvalue()
+
+
+def items(folder):
+    rows = (row for file in Path(folder).glob("*.parquet") for row in pq.read_table(file).to_pylist())
+    return Counter(row["description"]["item"] for row in rows)
+
+
+def test_subjects_are_filtered_and_split_by_subject(subjects, tmp_path, capsys, monkeypatch):
+    out = str(tmp_path / "pairs")
+    cfg = prepare.Subjects200K(out=out, source=str(subjects), val=0.2)
+    prepare.prepare_subjects(cfg)
+    kept, held_out = items(out), items(out + "_val")
+    assert kept.total() + held_out.total() == 60 and held_out and not kept.keys() & held_out.keys()
+    assert all(n == 2 for n in (kept + held_out).values())
+    said = capsys.readouterr().out
+    assert f"{kept.total()} pairs for training, {held_out.total()} held out" in said
+    for part in ("2 for their score", "2 for their description", "1 for their unreadable", "1 for their layout"):
+        assert part in said
+    assert len(ImagePairs(out, (32, 32))) == kept.total() and ImagePairs(out, (32, 32))[0, 0]["prompt"]
+
+    # A second run does nothing; a lost output is made again, and only that.
+    worked = []
+    filter_file = prepare.filter_file
+    monkeypatch.setattr(prepare, "filter_file", lambda file, *a: worked.append(file.name) or filter_file(file, *a))
+    prepare.prepare_subjects(cfg)
+    assert worked == []
+    next(Path(out).glob("*00001.parquet")).unlink()
+    prepare.prepare_subjects(cfg)
+    assert worked == ["train-00001.parquet"] and items(out) == kept
+    with pytest.raises(ValueError, match="min_score was 5, now 0"):
+        prepare.prepare_subjects(prepare.Subjects200K(out=out, source=str(subjects), val=0.2, min_score=0))
+
+
+def test_small_sets_stop_at_n(subjects, tmp_path):
+    out = str(tmp_path / "pairs")
+    prepare.prepare_subjects(prepare.Subjects200K(out=out, source=str(subjects), val=0.2, n=10))
+    assert items(out).total() == 10 and not list(Path(out).glob("*00001*"))
+    whole = str(tmp_path / "whole")
+    prepare.prepare_subjects(prepare.Subjects200K(out=whole, source=str(subjects), val=0.2, n=45))
+    assert items(whole).total() == 45
+
+
+# ---- Pexels ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def server(tmp_path):
+    """Serves /good*.mp4 and every way in which a link can disappoint. `hits` counts requests per path."""
+    world.write_clips(tmp_path / "clips", n=1)
+    clip, hits = (tmp_path / "clips/0000.mp4").read_bytes(), Counter()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            kind = self.path.strip("/").rstrip("0123456789").split(".")[0].rstrip("0123456789")
+            hits[self.path] += 1
+            if kind == "moved":
+                self.send_response(302)
+                self.send_header("Location", "/target.mp4")
+                return self.end_headers()
+            if kind in ("missing", "broken") or kind == "flaky" and hits[self.path] == 1:
+                self.send_response(404 if kind == "missing" else 503)
+                return self.end_headers()
+            body = b"<html>come back later</html>" if kind == "page" else clip[:300] if kind == "corrupt" else clip
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            for byte in body if kind == "slow" else b"":
+                time.sleep(0.05)
+                try:
+                    self.wfile.write(bytes([byte]))
+                except OSError:
+                    return  # the other side has had enough
+            self.wfile.write(body[:len(body) // 2] if kind == "truncated" else body)
+
+        def log_message(self, *_):
+            pass
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.daemon_threads = True
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}", hits
+    httpd.shutdown()
+
+
+def listing(tmp_path, url, kinds, **more):
+    rows = [{"thumbnail": "", "title": f"a thing {k}", "video": f"{url}/{k}", "duration": "PT00M12S", "view_count": 1,
+             "sfw": True, **more} for k in kinds]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pexels.parquet")
+    return str(tmp_path / "pexels.parquet")
+
+
+def test_pexels_against_a_hostile_server(server, tmp_path, capsys):
+    url, hits = server
+    kinds = [f"good{i}.mp4" for i in range(6)] + ["moved1.mp4", "flaky1.mp4", "missing1.mp4", "missing2.mp4",
+                                                  "truncated1.mp4", "slow1.mp4", "broken1.mp4", "page1.mp4",
+                                                  "corrupt1.mp4"]
+    source, out = listing(tmp_path, url, kinds), tmp_path / "pexels"
+    cfg = prepare.Pexels(out=str(out), source=source, n=99, val=0, frames=9, fps=4.0, threads=4, timeout=0.3,
+                         max_seconds=1.0, tries=2)
+    prepare.prepare_pexels(cfg)
+    assert "8 of 99 clips kept; 2 filtered, 2 dead links, 3 failed" in capsys.readouterr().out
+    clips = Clips(out, (32, 32), 9, 4)
+    assert len(clips) == 8 and clips[0, 0]["prompt"].startswith("a thing") and not list(out.glob("*.part"))
+    why = {v[2].split("/")[-1]: v[:2] for v in json.loads((out / "prepare.json").read_text())["done"]["train"].values()}
+    assert why["missing1.mp4"] == ["dead", "HTTP 404"] and "not done after" in why["slow1.mp4"][1]
+    assert why["page1.mp4"][0] == why["corrupt1.mp4"][0] == "filtered"
+    assert why["truncated1.mp4"][0] == "failed" and "503" in why["broken1.mp4"][1]
+
+    # The second run asks only for what may still come; a clip that was lost is fetched again.
+    hits.clear()
+    lost = next(f for f in out.glob("*.mp4"))
+    lost.unlink()
+    prepare.prepare_pexels(cfg)
+    asked = {p.strip("/") for p in hits} - {"target.mp4"}
+    assert asked >= {"truncated1.mp4", "slow1.mp4", "broken1.mp4"} and len(asked) == 4 and lost.is_file()
+    assert "8 of 99 clips kept" in capsys.readouterr().out
+
+
+def test_pexels_stops_at_n_and_holds_out(server, tmp_path, capsys):
+    url, hits = server
+    source = listing(tmp_path, url, [f"good{i}.mp4" for i in range(40)])
+    cfg = prepare.Pexels(out=str(tmp_path / "p"), source=source, n=5, val=3, frames=9, fps=4.0, threads=8)
+    prepare.prepare_pexels(cfg)
+    clips = {side: {f.stem for f in (tmp_path / folder).glob("*.mp4")} for side, folder in (("t", "p"), ("v", "p_val"))}
+    assert len(clips["t"]) == 5 and len(clips["v"]) == 3 and not clips["t"] & clips["v"] and hits.total() == 8
+    prepare.prepare_pexels(prepare.Pexels(**{**vars(cfg), "n": 7}))
+    assert hits.total() == 10 and clips["t"] < {f.stem for f in (tmp_path / "p").glob("*.mp4")}
+
+
+def test_pexels_rows_that_are_not_fetched(server, tmp_path, capsys):
+    url, hits = server
+    source = listing(tmp_path, url, ["good1.mp4"], sfw=False)
+    rows = pq.read_table(source).to_pylist()
+    rows += [{**rows[0], "sfw": True, "duration": "PT00M01S"}, {**rows[0], "sfw": True, "title": " "}]
+    pq.write_table(pa.Table.from_pylist(rows), source)
+    prepare.prepare_pexels(prepare.Pexels(out=str(tmp_path / "p"), source=source, n=1, val=0))
+    assert not hits
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("1 not safe for work", "1 no title", "1 too short", "0 of 1 clips kept"))
+
+
+@pytest.mark.parametrize("text, value", [(12, 12.0), ("PT1M7S", 67.0), ("PT00H00M15S", 15.0), ("0:12", 12.0),
+                                         ("P0DT0H0M9.5S", 9.5), ("1:02:03", 3723.0), ("soon", None), (None, None)])
+def test_durations(text, value):
+    assert prepare.seconds(text) == value
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    world.write_pairs("pairs", n=20)
+    world.write_clips("clips", n=4)
+    Path("clips/9.mp4").write_bytes(b"not a clip")
+    Path("clips/9.txt").write_text("nothing")
+    knobs = {**train.TOY, "base": BASE, "images": "pairs", "videos": "clips", "image_batch": 4, "image_micro": 4,
+             "video_batch": 4, "video_micro": 2, "p": 0.5, "steps": 6, "val_every": 0, "sample_every": 0}
+    cache = prepare.Latents(out="cache", base=BASE, videos="clips", images="pairs", crop_jitter=0.0, prompts=True,
+                            frames=9, fps=4.0, tiling=False)
+    prepare.prepare_cache(cache)
+    said = capsys.readouterr()
+    assert "20 of 20 images cached" in said.out and "4 of 5 videos cached" in said.out and "9.mp4" in said.err
+    train.train(train.Config(**{**knobs, "name": "plain"}))
+    train.train(train.Config(**{**knobs, "name": "cached", "cache": "cache"}))
+    losses = [[json.loads(line)["loss"] for line in Path(f"out/{name}/log.jsonl").read_text().splitlines()]
+              for name in ("plain", "cached")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+    made = {f: f.stat().st_mtime_ns for f in Path("cache").glob("**/*.safetensors")}
+    next(iter(made)).unlink()
+    prepare.prepare_cache(cache)  # only what is missing
+    again = {f: f.stat().st_mtime_ns for f in Path("cache").glob("**/*.safetensors")}
+    assert made.keys() == again.keys() and sum(made[f] != again[f] for f in made) == 1
+    for change, message in [(dict(width=24), "width was 32, now 24"), (dict(fps=8.0), "fps was 4.0, now 8.0"),
+                            (dict(cls=False), "cls was True, now False"), (dict(cache="no"), "no cache at no")]:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train.train(train.Config(**{**knobs, "name": "x", "cache": "cache", **change}))
+    with pytest.raises(ValueError, match="choose another --out"):
+        prepare.prepare_cache(prepare.Latents(**{**vars(cache), "fps": 8.0}))
+    index = Path("cache/video/index.json")
+    index.write_text(index.read_text().replace('"complete": true', '"complete": false'))
+    with pytest.raises(ValueError, match="not finished"):
+        train.train(train.Config(**{**knobs, "name": "x", "cache": "cache"}))
