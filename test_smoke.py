@@ -827,6 +827,48 @@ def test_pcgrad_buffer():
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(again.buffer, pcgrad.buffer))
 
 
+@pytest.fixture
+def quadratic():
+    """Commuting Hessians (l_1, l_2 on the diagonal) and a starting point."""
+    g = np.random.default_rng(0)
+    return g.uniform(0.05, 1, 8), g.uniform(0, 1, 8), g.standard_normal(8)
+
+
+def test_inner_product_decays_as_C31_says_and_is_never_negative(quadratic):
+    l_1, l_2, c = quadratic
+    p, eta, t = 0.2, 0.5, np.arange(201)[:, None]
+    g_1, g_2 = gradcos.descend((np.diag(l_1), np.diag(l_2)), c, p, eta, 200)
+    mu = (1 - p) * l_1 + p * l_2
+    inner = (g_1 * g_2).sum(1)
+    assert np.allclose(inner, (l_1 * l_2 * (1 - eta * mu) ** (2 * t) * c**2).sum(1), rtol=1e-9, atol=0)
+    assert (inner <= (l_1 * l_2).max() * (c @ c) * (1 - eta * mu.min()) ** (2 * t[:, 0])).all()
+    assert (inner >= 0).all()  # so in the paper's own model no conflict occurs, and PCGrad never acts
+    coin = gradcos.descend((np.diag(l_1), np.diag(l_2)), c, p, eta, 200, rng=np.random.default_rng(1))
+    assert (np.prod(coin, 0).sum(1) >= 0).all()
+
+
+def test_cosine_goes_to_one_with_and_without_the_video_loss(quadratic):
+    l_1, l_2, c = quadratic
+    for p in (0.2, 0.0):
+        phi = gradcos.cosines(*gradcos.descend((np.diag(l_1), np.diag(l_2)), c, p, 0.5, 5000))
+        assert phi[0] < 0.9 and phi[-1] > 1 - 1e-9
+
+
+def test_the_slowest_mode_survives_in_C41():
+    """C.4.1 has the fastest: that needs a step size above 2/(l_min + l_max)."""
+    l_1, l_2 = np.array([0.2, 0.5, 1.0]), np.array([1.0, 0.5, 0.0])
+    for eta, limit in ((0.5, 1.0), (1.6, 1.0), (1.8, 0.0)):  # 2 / 1.2 = 1.67; the paper's limit is sign(1.0 * 0.0) = 0
+        phi = gradcos.cosines(*gradcos.descend((np.diag(l_1), np.diag(l_2)), np.ones(3), 0.0, eta, 600))
+        assert abs(phi[-1] - limit) < 1e-6
+
+
+def test_different_optima_end_in_opposite_gradients(quadratic):
+    l_1, l_2, c = quadratic
+    g_1, g_2 = gradcos.descend((np.diag(l_1), np.diag(l_2 + 0.1)), c, 0.2, 0.5, 5000, optima=(c + 1, 2 - c))
+    assert np.allclose(g_1[-1], -0.25 * g_2[-1]) and gradcos.cosines(g_1, g_2)[-1] < -1 + 1e-9
+    assert np.linalg.norm(g_1[-1]) > 0.1  # neither vanishes
+
+
 def test_pcgrad_run_resumes_exactly_and_figures(knobs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "refs").mkdir()
@@ -847,5 +889,6 @@ def test_pcgrad_run_resumes_exactly_and_figures(knobs, tmp_path, monkeypatch, ca
 
     gradcos.main(gradcos.Config(runs=["out/whole", "out/killed"], out="figures/all.png"))
     assert sorted(f.name for f in Path("figures").iterdir()) == ["all-groups.png", "all-losses.png", "all.png"]
+    gradcos.main(gradcos.Config(theory=True, out="figures/theory.png"))
     r = run(str(ROOT / "gradcos.py"), "out/coin", cwd=tmp_path)
     assert r.returncode == 1 and "no gradcos.jsonl in out/coin" in r.stderr and "Traceback" not in r.stderr
