@@ -128,6 +128,37 @@ def test_full_size_counts():
     parameters = add_lora(transformer, 128, 64)
     assert sum(p.numel() for p in parameters) == 502_276_096 and len(parameters) == 2 * 338
     assert model.SubjectTransformer.rotary_tables(transformer, 14, 60, 90, "cpu")[0].shape == (14 * 1350, 64)
+    assert frame_size_of(transformer) == (480, 720)
+    lengths = []
+    transformer.transformer_blocks[-1].attn1.register_forward_pre_hook(
+        lambda m, a, kw: lengths.append(kw["encoder_hidden_states"].shape[1] + kw["hidden_states"].shape[1]),
+        with_kwargs=True)
+    with torch.no_grad():
+        for frames, keep in ((1, None), (13, None), (13, torch.arange(675)), (13, torch.arange(0))):
+            latents = torch.empty(1, frames, 16, 60, 90, device="meta")  # 1 picture; 49 frames: 13 latent frames
+            out = transformer(latents, torch.empty(1, 226, 4096, device="meta"), torch.empty(1, device="meta"),
+                              reference=latents[:, :1], keep=keep).sample
+            assert out.shape == latents.shape
+    assert lengths == [226 + 1350 + 1350, 226 + 1350 + 17550, 226 + 675 + 17550, 226 + 17550]
+
+
+def frame_size_of(transformer):
+    from types import SimpleNamespace
+    return model.frame_size(SimpleNamespace(transformer=transformer, vae_scale_factor_spatial=8))
+
+
+def test_cls_has_a_row_in_t5_xxl(tmp_path):
+    """A tokenizer of T5's size (32,000 pieces and 100 sentinels): <cls> takes id 32100 of 32,128 rows."""
+    from sentencepiece import sentencepiece_model_pb2
+    from transformers import T5Tokenizer
+    spiece = sentencepiece_model_pb2.ModelProto.FromString(Path(BASE, "tokenizer/spiece.model").read_bytes())
+    for i in range(32_000 - len(spiece.pieces)):
+        spiece.pieces.add(piece=f"\u2581w{i}", score=-20.0)
+    (tmp_path / "spiece.model").write_bytes(spiece.SerializeToString())
+    tokenizer = T5Tokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == 32_100
+    tokenizer.add_tokens([model.REFERENCE_TOKEN], special_tokens=True)
+    assert tokenizer.convert_tokens_to_ids(model.REFERENCE_TOKEN) == 32_100 < 32_128
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
