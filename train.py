@@ -550,7 +550,7 @@ def main(cfg):
     if cfg.toy:
         from toy import world
         world.ensure_data(cfg.images, cfg.videos)
-        world.ensure_data(cfg.val_images, cfg.val_videos, pairs=200, clips=60, seed=1)
+        world.ensure_data(cfg.val_images, cfg.val_videos, *world.HELD_OUT)
     train(cfg)
     if dist.is_initialized():  # after train() has returned: its DDP model must go before the group does
         dist.barrier()

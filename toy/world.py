@@ -35,6 +35,7 @@ from data import command_line, save_video
 SIZE, TILE, CELL, CELLS = 32, 8, 2, 8  # px per frame side, per tile, per cell; cells per creature side
 FRAMES, FPS, BEATS = 9, 4, (1, 2, 2, 2, 2)       # frames of a clip, and how many the VAE puts into each latent frame
 GRID = SIZE // TILE - 1                           # tile positions of a 2x2-tile creature along one axis: 3
+HELD_OUT = (200, 60, 1)                           # pairs, clips and seed of the held-out data
 ENLARGE = 8                                       # mp4 files are 8x larger: yuv420p would mix 2-px cells
 
 FIELDS = {"green": (60, 130, 60), "brown": (120, 75, 40), "grey": (128, 128, 128), "navy": (25, 30, 80),
@@ -161,10 +162,12 @@ def ensure_data(images, videos, pairs=4000, clips=400, seed=0, wait=300):
             continue
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"writing {folder}", flush=True)
-            part = folder.with_name(folder.name + ".tmp")
-            shutil.rmtree(part, ignore_errors=True)
+            part = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
             write(part, n, seed)
-            os.replace(part, folder)
+            try:
+                os.replace(part, folder)
+            except OSError:  # another run, started beside this one, was faster
+                shutil.rmtree(part)
         for _ in range(wait * 10):
             if folder.exists():
                 break
@@ -371,6 +374,7 @@ if __name__ == "__main__":
         command_line(action, config, action.__doc__, sys.argv[2:])
     elif command == "data" and len(sys.argv) == 2:
         ensure_data("toy/data/pairs", "toy/data/clips")
+        ensure_data("toy/data/val_pairs", "toy/data/val_clips", *HELD_OUT)
     elif command == "refs" and len(sys.argv) == 2:
         write_refs("toy/refs")
     else:

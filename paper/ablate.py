@@ -1,0 +1,268 @@
+"""The paper's ablations, each from one command, on the toy world; the same rows are flags for the real run.
+
+    python -m paper.ablate table9 --seeds 3      # trains and scores what is missing, prints it beside the paper's table
+    python -m paper.ablate --seeds 3             # every table and the findings
+    python -m paper.ablate table9 --real         # prints the commands for CogVideoX-5B instead
+
+A row is a run of train.py with other flags (ROWS). It trains for --steps steps on one thread and is scored on --n
+unseen creatures; each (row, seed) leaves one file in --results, which is reused. --jobs rows run side by side.
+
+A finding of the paper (FINDINGS) says that one row is higher than another in one column. With d the difference of the
+two rows in each seed: it is "reproduced" when d is positive in every seed and its mean is larger than its standard
+deviation, "not reproduced" when d is negative in the same sense, and otherwise "not decidable".
+"""
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import train
+from data import command_line, knob
+
+ROWS = {  # name: flags of train.py. Sizes of data sets are shares of the toy's 4,000 pairs and 400 clips.
+    "ours": {},
+    "image-only": {"p": 0.0},
+    "two-stage": {"schedule": "two_stage"},
+    "pairs-1pct": {"images": "toy/data/pairs-40"},   # 2,000 of 200K
+    "pairs-2pct": {"images": "toy/data/pairs-80"},   # 4,000 of 200K
+    "pcgrad-4": {"pcgrad": 4},
+    "pcgrad-8": {"pcgrad": 8},
+    "no-cls": {"cls": False},
+    "text-to-video": {"token_drop": 1.0},
+    "clips-25pct": {"videos": "toy/data/clips-100"},  # 1K of 4K
+    "clips-50pct": {"videos": "toy/data/clips-200"},
+    "clips-75pct": {"videos": "toy/data/clips-300"},
+    "p-0.4": {"p": 0.4},
+    "p-0.6": {"p": 0.6},
+    "first-frame-no-drop": {"random_frame": False, "token_drop": 0.0},
+    "random-frame-no-drop": {"token_drop": 0.0},
+    "first-frame-drop": {"random_frame": False},
+    "t2v-finetuning": {"p": 1.0, "token_drop": 1.0},  # for a fifth of the steps: Table 11's baseline
+    "scope-reference": {"lora_scope": "reference"},
+    "scope-reference-image-only": {"lora_scope": "reference", "p": 0.0},
+}
+WATCHED = ("ours", "image-only", "pcgrad-4", "pcgrad-8")  # measured with gradcos: Figures 5, 9 and 10
+
+PAPER_COLUMNS = ("Motion Smoothness", "Dynamic Degree", "CLIP-T", "CLIP-I", "DINO-I")
+TABLES = {  # table: (row, the paper's name, the paper's numbers in PAPER_COLUMNS)
+    "table3": [("image-only", "Image-only", (99.60, 0.84, 32.67, 71.15, 43.19)),
+               ("two-stage", "Two-stage", (96.04, 81.51, 28.96, 84.73, 76.13)),
+               ("ours", "Ours (200K; the image-only row is Table 9's 4K run)", (98.45, 69.64, 32.69, 77.14, 62.88))],
+    "table4": [("pairs-1pct", "2,000 pairs", (98.72, 60.71, 33.38, 74.72, 57.03)),
+               ("pairs-2pct", "4,000 pairs", (97.99, 78.33, 33.22, 75.87, 58.86)),
+               ("ours", "200K pairs", (98.45, 69.64, 32.69, 77.14, 62.88))],
+    "table5": [("pcgrad-8", "PCGrad, buffer 8", (98.86, 50.83, 31.28, 82.17, 74.32)),
+               ("pcgrad-4", "PCGrad, buffer 4", (97.74, 70.83, 33.44, 74.52, 56.15)),
+               ("ours", "without PCGrad", (98.45, 69.64, 32.69, 77.14, 62.88))],
+    "table6": [("no-cls", "without <cls>", (98.84, 54.55, 32.87, 73.36, 57.51)),
+               ("ours", "with <cls>", (97.99, 78.33, 33.22, 75.87, 58.86))],
+    "table7": [("text-to-video", "T2I + T2V", (98.85, 44.14, 33.41, 72.71, 48.68)),
+               ("ours", "Ours", (97.99, 78.33, 33.22, 75.87, 58.86))],
+    "table8": [("clips-25pct", "1K clips", (99.03, 59.66, 32.16, 72.69, 56.98)),
+               ("clips-50pct", "2K clips", (98.96, 52.25, 32.49, 72.13, 54.42)),
+               ("clips-75pct", "3K clips", (98.79, 55.46, 32.04, 72.79, 55.57)),
+               ("ours", "4K clips", (97.99, 78.33, 33.22, 75.87, 58.86))],
+    "table9": [("image-only", "p = 0.0", (99.60, 0.84, 32.67, 71.15, 43.19)),
+               ("ours", "p = 0.2", (97.99, 78.33, 33.22, 75.70, 58.86)),
+               ("p-0.4", "p = 0.4", (98.31, 59.12, 31.94, 73.53, 56.60)),
+               ("p-0.6", "p = 0.6", (98.33, 60.87, 31.31, 76.71, 62.84))],
+    "table11": [("t2v-finetuning", "CogVideoX fine-tuned on clips (scored by FVD in the paper)", None),
+                ("ours", "Ours", None)],
+    "figure12": [("first-frame-no-drop", "first frame, no drop (pictures in the paper)", None),
+                 ("random-frame-no-drop", "random frame, no drop", None),
+                 ("first-frame-drop", "first frame, drop", None), ("ours", "random frame, drop", None)],
+    "scope": [("ours", "LoRA on all tokens (our own row)", None),
+              ("scope-reference", "LoRA on reference tokens", None),
+              ("image-only", "all tokens, p = 0", None),
+              ("scope-reference-image-only", "reference tokens, p = 0", None)],
+}
+FINDINGS = [  # where, what the paper says, column, the higher row, the lower row
+    ("table3", "dual-task moves more than image-only", "dynamic_degree", "ours", "image-only"),
+    ("table3", "image-only is smoother", "smoothness", "image-only", "ours"),
+    ("table3", "two-stage keeps more identity than dual-task", "identity_16", "two-stage", "ours"),
+    ("table3", "two-stage moves more than dual-task", "dynamic_degree", "two-stage", "ours"),
+    ("table3", "two-stage follows the text less", "direction", "ours", "two-stage"),
+    ("table4", "more pairs, more identity (all against 1%)", "identity_16", "ours", "pairs-1pct"),
+    ("table5", "PCGrad with buffer 8 raises identity", "identity_16", "pcgrad-8", "ours"),
+    ("table5", "PCGrad with buffer 8 lowers motion", "dynamic_degree", "ours", "pcgrad-8"),
+    ("table6", "<cls> raises identity", "identity_16", "ours", "no-cls"),
+    ("table6", "<cls> raises motion", "dynamic_degree", "ours", "no-cls"),
+    ("table7", "text-to-video instead costs identity", "identity_16", "ours", "text-to-video"),
+    ("table7", "text-to-video instead costs motion", "dynamic_degree", "ours", "text-to-video"),
+    ("table8", "more clips, more motion (all against 25%)", "dynamic_degree", "ours", "clips-25pct"),
+    ("table9", "p = 0.2 moves more than p = 0", "dynamic_degree", "ours", "image-only"),
+    ("table9", "p = 0.2 moves more than p = 0.6", "dynamic_degree", "ours", "p-0.6"),
+    ("table9", "p = 0.2 keeps more identity than p = 0", "identity_16", "ours", "image-only"),
+    ("table9", "p = 0.6 keeps more identity than p = 0.2", "identity_16", "p-0.6", "ours"),
+    ("figure12", "random frame and drop move more than neither", "dynamic_degree", "ours", "first-frame-no-drop"),
+    ("figure5, 9", "the cosine is nearer to zero than image-only's", "abs_cosine", "image-only", "ours"),
+    ("figure5, 9", "image-only's video gradient is larger", "norm_vid", "image-only", "ours"),
+    ("scope", "(ours, not the paper's) scoping LoRA alone protects motion at p = 0", "dynamic_degree",
+     "scope-reference-image-only", "image-only"),
+]
+
+
+@dataclass
+class Config:
+    tables: list[str] = field(default_factory=list, metadata={"help": f"of {', '.join(TABLES)}; none means all"})
+    seeds: int = knob(3, "seeds 0, 1, ...")
+    jobs: int = knob(2, "rows side by side, one thread each")
+    steps: int = knob(350, "training steps of a row")
+    n: int = knob(48, "unseen creatures that score a row")
+    sample_steps: int = knob(25, "denoising steps when scoring")
+    results: str = knob("paper/results", "folder with one file per row and seed")
+    out: str = knob("out/ablate", "where the runs live")
+    real: bool = knob(False, "print the commands for CogVideoX-5B instead of running anything")
+    row: str = knob("", "train and score this one row with seed --seeds (used for the rows side by side)")
+
+    def __post_init__(self):
+        for table in self.tables:
+            if table not in TABLES:
+                raise ValueError(f"no table {table!r}: choose from {', '.join(TABLES)}")
+        if self.row and self.row not in ROWS:
+            raise ValueError(f"no row {self.row!r}: choose from {', '.join(ROWS)}")
+
+
+def flags_of(row, steps):
+    """The flags of a row, and its number of steps: Table 11's baseline has a fifth (800 of 4,000)."""
+    return ROWS[row], steps // 5 if row == "t2v-finetuning" else steps
+
+
+def train_and_score(cfg):
+    """One row with one seed, in this process: --results/ROW-SEED.json."""
+    from sample import load
+    from toy import world
+    seed = cfg.seeds
+    flags, steps = flags_of(cfg.row, cfg.steps)
+    name = f"{cfg.row}-{seed}"
+    watched = {"gradcos_every": 25} if cfg.row in WATCHED else {}
+    config = train.Config(**{**train.TOY, "toy": True, "seed": seed, "steps": steps, "name": name, "out": cfg.out,
+                             "save_every": steps, "val_every": 0, "sample_every": 0, **watched, **flags})
+    world.ensure_data("toy/data/val_pairs", "toy/data/val_clips", *world.HELD_OUT)
+    world.ensure_data(config.images, config.videos, *(size_of(path) for path in (config.images, config.videos)))
+    train.train(config)
+    pipe, _ = load(lora=str(Path(cfg.out) / name))
+    test = world.draw_test_set(cfg.n)
+    scores = world.score_videos(world.sample_test_set(pipe, test, test.references, steps=cfg.sample_steps), test)
+    if watched:
+        lines = (Path(cfg.out) / name / "gradcos.jsonl").read_text().splitlines()
+        late = [r for r in map(json.loads, lines) if r["step"] >= steps / 2]  # the second half of the run
+        scores |= {"abs_cosine": float(np.mean([abs(r["cosine"]) for r in late])),
+                   "norm_vid": float(np.mean([r["norm_vid"] for r in late]))}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    record = {"row": cfg.row, "seed": seed, "flags": flags, **settings(cfg), "commit": commit, "scores": scores}
+    Path(cfg.results).mkdir(parents=True, exist_ok=True)
+    train.write(Path(cfg.results) / f"{name}.json", json.dumps(record, indent=1) + "\n")
+
+
+def settings(cfg):
+    """What all results that are compared must share."""
+    return {k: getattr(cfg, k) for k in ("steps", "n", "sample_steps")}
+
+
+def size_of(path):
+    """toy/data/pairs-40 -> 40; toy/data/pairs -> all 4,000; toy/data/clips -> 400."""
+    name, _, number = Path(path).name.partition("-")
+    return int(number or {"pairs": 4000, "clips": 400}[name])
+
+
+def run_missing(cfg, rows):
+    """Train and score every (row, seed) that has no result yet, cfg.jobs at a time, each in a process of one thread."""
+    todo = [(row, seed) for seed in range(cfg.seeds) for row in rows
+            if not (Path(cfg.results) / f"{row}-{seed}.json").is_file()]
+    logs = Path(cfg.out)
+    logs.mkdir(parents=True, exist_ok=True)
+
+    def run(job):
+        row, seed = job
+        own = [f"--{k}={getattr(cfg, k)}" for k in ("steps", "n", "sample_steps", "results", "out")]
+        with open(logs / f"{row}-{seed}.log", "w") as log:
+            code = subprocess.run([sys.executable, "-m", "paper.ablate", "--row", row, "--seeds", str(seed), *own],
+                                  stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+        return job, code
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        for (row, seed), code in tqdm(pool.map(run, todo), total=len(todo), desc="rows", unit="row"):
+            if code:
+                print(f"{row}, seed {seed} failed: see {logs}/{row}-{seed}.log", file=sys.stderr)
+
+
+def load_results(cfg):
+    """{row: {seed: scores}} of what there is. ValueError for results with another number of steps or creatures."""
+    results = {}
+    for file in sorted(Path(cfg.results).glob("*.json")):
+        record = json.loads(file.read_text())
+        differ = [f"--{k} {record[k]}" for k, v in settings(cfg).items() if record[k] != v]
+        if differ:
+            raise ValueError(f"{file} was made with {', '.join(differ)}: choose another --results")
+        if record["seed"] < cfg.seeds:
+            results.setdefault(record["row"], {})[record["seed"]] = record["scores"]
+    return results
+
+
+def print_table(table, results):
+    columns = ("smoothness", "dynamic_degree", "field", "direction", "identity_16", "identity_16_same")
+    print(f"\n### {table}\n\n| row | seeds | {' | '.join(columns)} | paper: {' / '.join(PAPER_COLUMNS)} |")
+    print("|---" * (len(columns) + 3) + "|")
+    for row, name, paper in TABLES[table]:
+        scores = list(results.get(row, {}).values())
+        cells = ["-"] * len(columns)
+        if scores:
+            values = [[s[c] for s in scores] for c in columns]
+            cells = [f"{np.mean(v):.1f}" + (f" ± {np.std(v, ddof=1):.1f}" if len(v) > 1 else "") for v in values]
+        print(f"| {name} | {len(scores)} | {' | '.join(cells)} | {' / '.join(map(str, paper)) if paper else '-'} |")
+
+
+def verdict(differences):
+    """The rule of this file's first lines."""
+    d = np.array(differences)
+    if len(d) < 2 or abs(d.mean()) <= d.std(ddof=1) or not (np.all(d > 0) or np.all(d < 0)):
+        return "not decidable"
+    return "reproduced" if d.mean() > 0 else "not reproduced"
+
+
+def print_findings(rows, results):
+    print("\n### Findings\n\n| where | the paper says | column | difference per seed | verdict |\n" + "|---" * 5 + "|")
+    for where, claim, column, high, low in FINDINGS:
+        if not {high, low} <= rows:
+            continue
+        seeds = sorted(results.get(high, {}).keys() & results.get(low, {}).keys())
+        d = [results[high][s][column] - results[low][s][column] for s in seeds]
+        digits = 3 if column in ("abs_cosine", "norm_vid") else 1
+        print(f"| {where} | {claim} | {column} | {', '.join(f'{x:+.{digits}f}' for x in d) or '-'} | {verdict(d)} |")
+
+
+def print_real(rows):
+    """The same rows for CogVideoX-5B. The small sets come from paper.prepare --n."""
+    sizes = {"pairs-40": "subjects200k-2000", "pairs-80": "subjects200k-4000", "clips-100": "pexels-1000",
+             "clips-200": "pexels-2000", "clips-300": "pexels-3000"}
+    for row in rows:
+        flags, steps = flags_of(row, 4000)
+        words = [f"--{k} " + ("data/" + sizes[Path(v).name] if k in ("images", "videos") else str(v))
+                 for k, v in flags.items()]
+        words += [f"--steps {steps}"] * (steps != 4000) + ["--view_drop 0"] * ("lora_scope" in flags)
+        print(f"torchrun --nproc_per_node=8 train.py --name {row} {' '.join(words)}".rstrip())
+
+
+def main(cfg):
+    if cfg.row:
+        return train_and_score(cfg)
+    tables = cfg.tables or list(TABLES)
+    rows = list(dict.fromkeys(row for table in tables for row, _, _ in TABLES[table]))
+    if cfg.real:
+        return print_real(rows)
+    load_results(cfg)  # results that cannot be compared stop here, not after hours
+    run_missing(cfg, rows)
+    results = load_results(cfg)
+    for table in tables:
+        print_table(table, results)
+    print_findings(set(rows), results)
+
+
+if __name__ == "__main__":
+    command_line(main, Config, __doc__, positional="tables")

@@ -1,0 +1,42 @@
+"""The ablation tables: every row is a valid run, and the rule for a verdict has known answers."""
+import json
+
+import pytest
+from transformers import HfArgumentParser
+
+import train
+from paper import ablate
+
+
+def test_every_row_is_a_run():
+    used = {row for rows in ablate.TABLES.values() for row, _, _ in rows}
+    assert used == set(ablate.ROWS)
+    for flags in ablate.ROWS.values():
+        train.Config(**{**train.TOY, "steps": 10, "val_refs": ".", **flags})
+    for where, _, _, high, low in ablate.FINDINGS:
+        assert {high, low} <= used
+    assert len({json.dumps(flags, sort_keys=True) for flags in ablate.ROWS.values()}) == len(ablate.ROWS)
+
+
+@pytest.mark.parametrize("differences, verdict", [
+    ([10.0, 12.0, 11.0], "reproduced"), ([-10.0, -12.0, -11.0], "not reproduced"),
+    ([10.0, 12.0, -1.0], "not decidable"),
+    ([1.0, 30.0, 0.5], "not decidable"), ([], "not decidable"), ([5.0], "not decidable")])
+def test_verdict(differences, verdict):
+    assert ablate.verdict(differences) == verdict
+
+
+def test_real_commands_are_valid_flags(capsys):
+    ablate.main(ablate.Config(real=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(ablate.ROWS) and any("--schedule two_stage" in line for line in lines)
+    parser = HfArgumentParser(train.Config)
+    for line in lines:
+        train.Config(**vars(parser.parse_args(line.split("train.py ")[1].split())))
+
+
+def test_results_with_other_settings_are_refused(tmp_path):
+    record = {"row": "ours", "seed": 0, "steps": 10, "n": 48, "sample_steps": 25, "scores": {}}
+    (tmp_path / "ours-0.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="was made with --steps 10"):
+        ablate.load_results(ablate.Config(results=str(tmp_path)))
