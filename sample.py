@@ -39,6 +39,7 @@ class Config:
     width: int = knob(0, "width in pixels; 0 takes the base's (720)")
     enlarge: int = knob(0, "enlarge the file by this whole number; 0 picks one that makes tiny videos visible")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
+    int8: bool = knob(False, "keep the transformer in 8 bits (torchao): half the memory, another picture")
     offload: str = knob("none", "'model' or 'sequential' keeps weights in RAM until needed (for a small GPU)")
 
     def __post_init__(self):
@@ -59,7 +60,7 @@ def find_lora(path=""):
     return lora_path(max(files, key=lambda f: f.stat().st_mtime, default=HERE / "toy/lora"))
 
 
-def load(lora="", base="", device="cpu", use_lora=True):
+def load(lora="", base="", device="cpu", use_lora=True, int8=False):
     """(pipeline, header): the base, with the LoRA on it unless use_lora is False. `lora` as for find_lora.
 
     The base is the one asked for, else the one named in the LoRA's header, else the paper's."""
@@ -70,10 +71,13 @@ def load(lora="", base="", device="cpu", use_lora=True):
         base = HERE / base  # "toy/base" means ours, wherever we are called from
     print(f"base {base}, LoRA {file if use_lora else 'none'}", file=sys.stderr)
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    pipe = load_pipeline(base, dtype)  # stays in RAM here: the caller moves it, or lets it be offloaded
+    pipe = load_pipeline(base, dtype, int8=int8)  # stays in RAM here: the caller moves it, or lets it be offloaded
     if use_lora:
         load_lora(pipe.transformer, file)
-        pipe.transformer.to(dtype).eval().requires_grad_(False)
+        for name, parameter in pipe.transformer.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+        pipe.transformer.eval().requires_grad_(False)
     return pipe, header
 
 
@@ -128,7 +132,7 @@ def main(cfg):
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    pipe, header = load(cfg.lora, cfg.base, device)
+    pipe, header = load(cfg.lora, cfg.base, device, int8=cfg.int8)
     multiple = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
     if cfg.height % multiple or cfg.width % multiple:
         raise ValueError(f"--height and --width must be multiples of {multiple}, got {cfg.height} x {cfg.width}")

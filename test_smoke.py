@@ -677,6 +677,17 @@ def test_reference_scope_and_init_lora_train(knobs, tmp_path, monkeypatch):
     assert pipe.transformer.lora_scope == "reference"
 
 
+def test_int8_base_trains_and_its_lora_fits_the_full_one(knobs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    knobs = {**knobs, "steps": 2, "gradient_checkpointing": True}
+    train.train(train.Config(**{**knobs, "name": "full"}))
+    train.train(train.Config(**{**knobs, "name": "int8", "int8": True}))
+    full, int8 = log_of("out/full"), log_of("out/int8")
+    assert full[0]["loss"] != int8[0]["loss"] and np.isclose(full[0]["loss"], int8[0]["loss"], rtol=0.02)
+    assert np.isclose(full[0]["grad_norm"], int8[0]["grad_norm"], rtol=0.1)
+    load_lora(model.load_pipeline(BASE).transformer, "out/int8")
+
+
 def test_nan_stops_the_run(knobs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     true_loss = train.v_loss

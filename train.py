@@ -43,6 +43,7 @@ class Config:
     toy: bool = knob(False, "take the defaults of the toy world (TOY below); other flags still count")
     # model
     base: str = knob(PAPER_BASE, "diffusers CogVideoX folder or hub id")
+    int8: bool = knob(False, "keep the frozen transformer in 8 bits (torchao): half the memory, for a 24 GB GPU")
     rank: int = knob(128, "LoRA rank (A.1)")
     alpha: float = knob(64.0, "LoRA alpha; the update is scaled by alpha/rank (A.1)")
     dropout: float = knob(0.1, "LoRA dropout (5.1)")
@@ -240,7 +241,7 @@ def train(cfg):
     accumulate = {task: batch[task] // (size[task] * ranks) for task in batch}
 
     # The model: a frozen base in bfloat16, LoRA in float32. On CPU everything is float32.
-    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32, int8=cfg.int8)
     pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # else copied there in every step
     if cfg.vae_tiling:
         pipe.vae.enable_tiling()
