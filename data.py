@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageOps
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset
 from transformers import HfArgumentParser
 
@@ -130,10 +130,14 @@ class ImagePairs(Dataset):
     def __len__(self):
         return len(self.rows)
 
-    def name(self, row):
-        """Where the cache keeps this pair."""
+    def source(self, row):
+        """(name, stamp): where the cache keeps this pair, and what changes when the pair's files do."""
         where = self.rows[row]
-        return f"{row:06d}" if isinstance(where, dict) else f"{where[0].stem}-{where[1]:05d}-{where[2]:03d}"
+        if isinstance(where, dict):
+            stamp = [f"{where[k]} {_size(self.folder / where[k])}" for k in ("image_0", "image_1")]
+            return f"{row:06d}", " ".join([*stamp, where["description_0"], where["description_1"]])
+        file, group, i = where
+        return f"{file.relative_to(self.folder)}/{group:05d}-{i:03d}", str(_size(file))
 
     def load(self, row):
         """The two views and the two captions of one pair."""
@@ -154,9 +158,9 @@ class ImagePairs(Dataset):
             pick = int(r.integers(2 * len(self.rows)))
             d = pick % 2  # direction: view d is the target
             if self.cache:
-                cached = self.cache.read(self.name(pick // 2))
+                cached, prompts = self.cache.read(*self.source(pick // 2))
                 crop = cached["moments"][int(r.integers(len(cached["moments"])))]  # (2, 1, 2C, h, w)
-                return {"reference": crop[1 - d], "pixels": crop[d], **_text(cached, d)}
+                return {"reference": crop[1 - d], "pixels": crop[d], "prompt": prompts[d], **_text(cached, d)}
             views, captions = self.load(pick // 2)
             target, reference = (cover(view, *self.size, self.crop_jitter, r) for view in (views[d], views[1 - d]))
             return {"reference": to_pixels([reference]), "pixels": to_pixels([target]), "prompt": captions[d]}
@@ -250,18 +254,19 @@ class Clips(Dataset):
     def __len__(self):
         return len(self.files)
 
-    def name(self, file):
-        """Where the cache keeps this clip."""
-        return str(file.relative_to(self.folder).with_suffix(""))
+    def source(self, file):
+        """(name, stamp): where the cache keeps this clip, and what changes when the clip or its caption does."""
+        return str(file.relative_to(self.folder)), f"{_size(file)} {file.with_suffix('.txt').read_text().strip()}"
 
     def __getitem__(self, key):
         def make(r):
             file = self.files[r.integers(len(self.files))]
             i = int(r.integers(self.frames)) if self.random_frame else 0  # RandomFrameSelect
             if self.cache:
-                cached = self.cache.read(self.name(file))
+                cached, prompts = self.cache.read(*self.source(file))
                 reference = load_clip(file, i + 1, self.fps, self.size)[i:]
-                return {"reference": to_pixels(reference), "pixels": cached["moments"], **_text(cached, 0)}
+                return {"reference": to_pixels(reference), "pixels": cached["moments"], "prompt": prompts[0],
+                        **_text(cached, 0)}
             pixels = to_pixels(load_clip(file, self.frames, self.fps, self.size))
             return {"reference": pixels[i:i + 1], "pixels": pixels,
                     "prompt": file.with_suffix(".txt").read_text().strip()}
@@ -298,18 +303,30 @@ class Cache:
         if differ:
             raise ValueError(f"the cache {folder} was made with other settings ({'; '.join(differ)}): make it again")
 
-    def read(self, name):
-        """{"moments", "prompt_0", ...} of one sample; ValueError when it is not cached."""
+    def read(self, name, stamp):
+        """({"moments", perhaps "text_0", ...}, prompts) of one sample.
+
+        ValueError when it is not there, broken, or was made from another file (its stamp differs)."""
         file = self.folder / f"{name}.safetensors"
         if not file.is_file():
             raise ValueError(f"{name} is not in the cache {self.folder}: it could not be read when that was made")
-        with safe_open(file, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()} | (f.metadata() or {})
+        try:
+            with safe_open(file, "pt") as f:
+                header, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+        except SafetensorError as e:
+            raise ValueError(f"cannot read {file}: {e}; delete it and run python -m paper.prepare cache again")
+        if header["stamp"] != stamp:
+            raise ValueError(f"{file} was made from another {name}: delete it and run paper.prepare cache again")
+        return tensors, json.loads(header["prompts"])
+
+
+def _size(file):
+    return Path(file).stat().st_size
 
 
 def _text(cached, d):
-    """The prompt d of a cached sample, and its embedding where that is cached too."""
-    return {"prompt": cached[f"prompt_{d}"]} | ({"text": cached[f"text_{d}"]} if f"text_{d}" in cached else {})
+    """The embedding of prompt d, where that is cached."""
+    return {"text": cached[f"text_{d}"]} if f"text_{d}" in cached else {}
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

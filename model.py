@@ -25,7 +25,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import CogVideoXLayerNormZero
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
-from diffusers.utils import apply_lora_scale
+from diffusers.utils import apply_lora_scale, is_torchao_available
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -372,9 +372,15 @@ def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False):
                                 f"or a hub id such as {PAPER_BASE}")
     quantization = {}
     if int8:
+        if not is_torchao_available():  # not in requirements.txt: its mere presence makes diffusers slow and noisy
+            raise ValueError("--int8 needs torchao: pip install torchao==0.18.0")
         from torchao.quantization import Int8WeightOnlyConfig
         quantization["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["proj_out"])
     transformer = SubjectTransformer.from_pretrained(base, subfolder="transformer", dtype=dtype, **quantization)
+    if int8:
+        for module in transformer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(_autocast_input)
     pipe = CogVideoXPipeline.from_pretrained(base, transformer=transformer, dtype=dtype)
     pipe.tokenizer.add_tokens([REFERENCE_TOKEN], special_tokens=True)
     rows = pipe.text_encoder.get_input_embeddings().num_embeddings
@@ -383,6 +389,12 @@ def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False):
     for module in (pipe.transformer, pipe.vae, pipe.text_encoder):
         module.requires_grad_(False).eval()
     return pipe.to(device)
+
+
+def _autocast_input(module, args):
+    """torchao's linear layers pass autocast by and answer in the input's dtype: float32 after each norm."""
+    device = args[0].device.type
+    return (args[0].to(torch.get_autocast_dtype(device)),) if torch.is_autocast_enabled(device) else None
 
 
 def frame_size(pipe):

@@ -91,15 +91,20 @@ def encode_references(pipe, pictures, height, width):
 
 
 def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0, height=0, width=0, cls=True,
-             dynamic_cfg=False, negative_prompt=""):
+             dynamic_cfg=False, negative_prompt="", text=None):
     """Videos as lists of PIL pictures, one per prompt.
 
-    references: latents from encode_references, one per prompt or one for all, or None (text-to-video).
+    references: latents from encode_references, one per prompt or one for all, or None (text-to-video). text: embeddings
+    (positive, negative) in place of the prompts, when the text encoder is not on the pipeline's device.
     """
     height, width = height or frame_size(pipe)[0], width or frame_size(pipe)[1]
     frames = clip_frames(frames or pipe.transformer.config.sample_frames, pipe.vae_scale_factor_temporal)
+    words = dict(prompt=[with_reference_token(p, cls) for p in prompts],
+                 negative_prompt=[negative_prompt] * len(prompts))
+    if text is not None:
+        words = dict(prompt_embeds=text[0], negative_prompt_embeds=text[1])
     return pipe(
-        prompt=[with_reference_token(p, cls) for p in prompts], negative_prompt=[negative_prompt] * len(prompts),
+        **words,
         height=height, width=width, num_frames=frames, num_inference_steps=steps, guidance_scale=guidance,
         use_dynamic_cfg=dynamic_cfg, generator=[torch.Generator().manual_seed(s) for s in seeds],
         max_sequence_length=pipe.transformer.config.max_text_seq_length,

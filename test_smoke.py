@@ -1,6 +1,7 @@
 """Tests of the five scripts. Everything is compared with something we did not write (stock diffusers, closed forms) or
 with an answer known beforehand. `pytest` needs no GPU and no download; all of it takes
 a few minutes on two CPU cores."""
+import importlib.util
 import json
 import os
 import shutil
@@ -12,17 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
-from PIL import Image
 
-import data
-import gradcos
-import model
-import sample
-import train
-from model import SubjectTransformer, add_lora, load_lora, save_lora, v_loss
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: the tests compare bits, on a CPU
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import data  # noqa: E402
+import gradcos  # noqa: E402
+import model  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from model import SubjectTransformer, add_lora, load_lora, save_lora, v_loss  # noqa: E402
 
 ROOT = Path(__file__).parent
 BASE = str(ROOT / "toy/base")
@@ -677,6 +681,36 @@ def test_reference_scope_and_init_lora_train(knobs, tmp_path, monkeypatch):
     assert pipe.transformer.lora_scope == "reference"
 
 
+needs_torchao = pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="--int8: pip install torchao")
+
+
+def test_int8_without_torchao_says_so(monkeypatch):
+    monkeypatch.setattr(model, "is_torchao_available", lambda: False)
+    with pytest.raises(ValueError, match="--int8 needs torchao: pip install"):
+        model.load_pipeline(BASE, int8=True)
+
+
+@needs_torchao
+def test_int8_layers_follow_autocast():
+    transformer = model.load_pipeline(BASE, int8=True).transformer
+    add_lora(transformer, 4, 2.0)
+    dtypes = set()
+    for block in transformer.transformer_blocks:
+        block.attn1.to_q.register_forward_hook(lambda m, args, out: dtypes.add(out.dtype))
+        block.ff.net[2].register_forward_hook(lambda m, args, out: dtypes.add(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        transformer(torch.randn(1, 3, 4, 16, 16), torch.randn(1, 16, 64), torch.tensor([500]))
+    assert dtypes == {torch.bfloat16}
+
+
+@needs_torchao
+@pytest.mark.slow("a torchrun job")
+def test_int8_on_two_ranks(knobs, tmp_path):
+    r = run(*TORCHRUN, *command(knobs, name="x", int8=True), cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+
+
+@needs_torchao
 def test_int8_base_trains_and_its_lora_fits_the_full_one(knobs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     knobs = {**knobs, "steps": 2, "gradient_checkpointing": True}
@@ -778,6 +812,30 @@ def test_twenty_kills(knobs, tmp_path):
     assert log_of(folder, "gradcos.jsonl") == log_of(tmp_path / "out/whole", "gradcos.jsonl")
     assert torch.equal(weights_of(folder, 120), weights_of(tmp_path / "out/whole", 120))
     assert len(list(folder.glob("step-*"))) == 2
+
+
+@pytest.mark.slow("three torchrun jobs: a minute")
+def test_a_lost_rank_restarts_by_itself(knobs, tmp_path):
+    """torchrun --max-restarts: one of two ranks is killed, torchrun starts both again, the run ends as if untouched."""
+    knobs = {**knobs, "steps": 40, "out": str(tmp_path / "out")}
+    assert run(*TORCHRUN, *command(knobs, name="whole"), cwd=tmp_path).returncode == 0
+    process = start_and_wait([*TORCHRUN, "--max-restarts=1", *command(knobs, name="lost")], tmp_path / "out/lost", 10,
+                             tmp_path)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "going on from step" in output, output
+    assert log_of(tmp_path / "out/lost") == log_of(tmp_path / "out/whole")
+    assert torch.equal(weights_of(tmp_path / "out/lost", 40), weights_of(tmp_path / "out/whole", 40))
+
+
+@pytest.mark.slow("a torchrun job")
+def test_sigterm_to_torchrun_saves(knobs, tmp_path):
+    knobs = {**knobs, "steps": 400, "save_every": 1000, "out": str(tmp_path / "out")}
+    process = start_and_wait([*TORCHRUN, *command(knobs, name="x")], tmp_path / "out/x", 5, tmp_path)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it to its workers (and itself ends with an error)
+    output = process.communicate(timeout=120)[0]
+    assert "stopped by SIGTERM" in output and len(list((tmp_path / "out/x").glob("step-*"))) == 1, output
 
 
 # ---- gradcos ---------------------------------------------------------------------------------------------------------
@@ -916,10 +974,11 @@ def test_pcgrad_run_resumes_exactly_and_figures(knobs, tmp_path, monkeypatch, ca
     (tmp_path / "refs").mkdir()
     shutil.copy(ROOT / "toy/refs/creature-0.png", tmp_path / "refs")
     (tmp_path / "refs/creature-0.txt").write_text("a creature walks left over a green field")
-    watch = dict(gradcos_every=2, val_every=3, sample_every=6, val_refs="refs")
+    watch = dict(gradcos_every=2, val_every=3, sample_every=2, val_refs="refs")
     train.train(train.Config(**{**knobs, **watch, "pcgrad": 4, "name": "whole"}))
+    train.train(train.Config(**{**knobs, "pcgrad": 4, "name": "unwatched"}))
+    assert log_of("out/whole") == log_of("out/unwatched")  # measuring and sampling leave no trace
     train.train(train.Config(**{**knobs, "name": "coin"}))
-    assert log_of("out/whole")[:2] == log_of("out/coin")[:2] != log_of("out/whole")[1:3]
     assert log_of("out/whole") != log_of("out/coin")
     go_back("out/whole", 3, "out/killed")
     train.train(train.Config(**{**knobs, **watch, "pcgrad": 4, "name": "killed"}))
@@ -927,6 +986,8 @@ def test_pcgrad_run_resumes_exactly_and_figures(knobs, tmp_path, monkeypatch, ca
         assert log_of("out/killed", file) == log_of("out/whole", file)
     assert [line["step"] for line in log_of("out/whole", "gradcos.jsonl")] == [0, 2, 4, 6]
     assert torch.equal(weights_of("out/killed"), weights_of("out/whole"))
+    train.train(train.Config(**{**knobs, "pcgrad": 4, "name": "unwatched", "val_every": 3}))  # complete: only measures
+    assert log_of("out/unwatched", "val.jsonl") == log_of("out/whole", "val.jsonl")[-1:]
     assert Image.open("out/whole/samples/creature-0-000006.png").width > 6 * 128
 
     gradcos.main(gradcos.Config(runs=["out/whole", "out/killed"], out="figures/all.png"))

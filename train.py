@@ -155,7 +155,7 @@ def kept_tokens(cfg, task, step, g, n):
     """
     r = rng(cfg.seed, "drop", step, g)
     if task == "video":
-        kept = round((1 - cfg.token_drop) * n)
+        kept = max(round((1 - cfg.token_drop) * n), cfg.lora_scope == "reference")  # that scope needs one to train on
         return None if kept == n else torch.from_numpy(r.permutation(n)[:kept]).sort().values
     no_reference = torch.empty(0, dtype=torch.long)
     return no_reference if r.random() < cfg.view_drop else None
@@ -202,7 +202,7 @@ def cache_key(cfg, pipe, task, size, frames):
     """Everything that cached latents depend on: they are refused when any of it has changed."""
     key = {"vae": weight_fingerprint(pipe.vae.encoder.conv_in.conv.weight), "dtype": str(pipe.vae.dtype),
            "text_encoder": weight_fingerprint(pipe.text_encoder.get_input_embeddings().weight[:100]), "cls": cfg.cls,
-           "height": size[0], "width": size[1]}
+           "tiling": cfg.vae_tiling, "height": size[0], "width": size[1]}
     return key | ({"crop_jitter": cfg.crop_jitter} if task == "image" else {"frames": frames, "fps": cfg.fps})
 
 
@@ -278,14 +278,18 @@ def train(cfg):
         pipe.text_encoder.to(device)
 
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
-    schedule = get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, cfg.warmup, cfg.steps, cfg.cycles)
-    state = {"optimizer": optimizer, "schedule": schedule}
+    lr_schedule = get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, cfg.warmup, cfg.steps, cfg.cycles)
+    state = {"optimizer": optimizer, "lr_schedule": lr_schedule}
     if cfg.pcgrad:
         state["pcgrad"] = gradcos.PCGrad(cfg.pcgrad, cfg.grad_device or device)
     start = resume(run, cfg, transformer, **state)
-    if ranks > 1:
-        dist.barrier()  # every rank has read the run before rank 0 writes to it
-    if start >= cfg.steps:
+    if ranks > 1:  # every rank has read the run before rank 0 writes to it, and all have read the same
+        ends = torch.tensor([start, -start])
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        if ends[0] != -ends[1]:
+            raise ValueError(f"ranks resume from steps {-ends[1]} to {ends[0]}: is {run} on a disk that all share?")
+    watched = [file for file, every in (("gradcos.jsonl", cfg.gradcos_every), ("val.jsonl", cfg.val_every)) if every]
+    if start >= cfg.steps and all(any(r["step"] == start for r in records(run / file)) for file in watched):
         return say(f"{run} is complete ({start} steps); choose another --name for a new run")
     if rank == 0:
         start_log(run, cfg, start)
@@ -295,7 +299,8 @@ def train(cfg):
 
     model = transformer
     if ranks > 1:
-        model = torch.nn.parallel.DistributedDataParallel(transformer, gradient_as_bucket_view=True)
+        # Every rank made the same LoRA on the same base: nothing to broadcast (8-bit weights could not be).
+        model = torch.nn.parallel.DistributedDataParallel(transformer, gradient_as_bucket_view=True, init_sync=False)
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
     def micro_batches():  # what this rank will ask for, in order: lists of (task, step, index of the sample)
@@ -321,10 +326,10 @@ def train(cfg):
                 sample_references(cfg, pipe, run, step, (height, width), frames, rank, ranks)
 
     stream = batches(datasets, micro_batches(), cfg.workers)
-    log = Log(run if rank == 0 else None, cfg.steps, start)
+    log = Log(run if rank == 0 else None, cfg.steps, start, device)
     for step in range(start, cfg.steps):
         watch(step)
-        clock = time.perf_counter()
+        log.start()
         task = task_of(cfg, step)                                      # u < p ? video : image
         numbers = torch.zeros(9, device=device)                        # loss sums and counts per bin; requests to stop
         bins = numbers[:8].view(2, 4)
@@ -342,17 +347,15 @@ def train(cfg):
             state["pcgrad"](parameters, task)
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
         optimizer.step()                                               # theta <- theta - eta g
-        lr = schedule.get_last_lr()[0]
-        schedule.step()
+        lr = lr_schedule.get_last_lr()[0]
+        lr_schedule.step()
         optimizer.zero_grad(set_to_none=True)
         if SIGTERM.is_set():
             numbers[8] = 1  # the others learn of it with the losses, one step later
         if ranks > 1:
             dist.all_reduce(numbers)
-        log.step(step, task, numbers, norm, lr, time.perf_counter() - clock)
+        log.step(step, task, torch.cat([numbers, norm[None]]), lr)
 
-        if step + 1 == cfg.steps:
-            watch(step + 1)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or log.stop:  # once in a while: save
             log.flush()
             if rank == 0:
@@ -360,6 +363,7 @@ def train(cfg):
         if log.stop and step + 1 < cfg.steps:
             log.close()
             return say(f"stopped by SIGTERM after step {step}; the same command goes on")
+    watch(cfg.steps)  # after the last save: whatever happens here costs no training
     log.close()
     say(f"done: {newest_checkpoint(run)}. Next: python sample.py --ref PICTURE --prompt '...'")
 
@@ -424,17 +428,35 @@ def sample_references(cfg, pipe, run, step, size, frames, rank, ranks):
     for file in pictures[rank::ranks]:
         picture = load_image(file)
         prompt = file.with_suffix(".txt").read_text().strip()
+        text = [encode_prompt(pipe, [t]).to(pipe.transformer.device)  # the text encoder may be in RAM
+                for t in (with_reference_token(prompt, cfg.cls), "")]
         (video,) = generate(pipe, encode_references(pipe, [picture], *size), [prompt], [0],
-                            frames=frames, height=size[0], width=size[1], cls=cfg.cls)
+                            frames=frames, height=size[0], width=size[1], text=text)
         contact_sheet(video, picture, max(1, 128 // video[0].height)).save(run / f"samples/{file.stem}-{step:06d}.png")
     pipe.transformer.train()
+
+
+class Clock:
+    """A moment on the device: `later - earlier` is seconds, and only asking for them waits."""
+
+    def __init__(self, device):
+        self.time, self.event = time.perf_counter(), None
+        if device.type == "cuda":
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+
+    def __sub__(self, earlier):
+        if self.event is None:
+            return self.time - earlier.time
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1000
 
 
 class Log:
     """log.jsonl and the progress bar. A step's numbers are read one step late: nothing waits for the GPU."""
 
-    def __init__(self, run, steps, start):
-        self.run = run
+    def __init__(self, run, steps, start, device):
+        self.run, self.device = run, device
         self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=1, disable=run is None)
         self.pending, self.shown, self.unusable = None, {}, set()
         self.stop = False  # some rank got a SIGTERM, and all ranks know
@@ -444,16 +466,22 @@ class Log:
             with open(self.run / file, "a") as f:
                 f.write(json.dumps(record) + "\n")
 
-    def step(self, *values):
+    def start(self):
+        self.started = Clock(self.device)
+
+    def step(self, step, task, numbers, lr):
+        """numbers (10,): by_timestep's 8, requests to stop, the gradient norm."""
+        numbers = numbers.to("cpu", non_blocking=True)  # sent now, behind this step's work, and read one step later
+        ended = Clock(self.device)
         self.flush()
-        self.pending = values
+        self.pending = step, task, numbers, lr, self.started, ended
 
     def flush(self):
         if self.pending is None:
             return
-        (step, task, numbers, norm, lr, seconds), self.pending = self.pending, None
-        numbers = numbers.cpu()
-        means, norm = mean_and_quarters(numbers[:8].view(2, 4)), norm.item()
+        (step, task, numbers, lr, started, ended), self.pending = self.pending, None
+        seconds = ended - started  # waits for the end of that step
+        means, norm = mean_and_quarters(numbers[:8].view(2, 4)), numbers[9].item()
         self.stop |= numbers[8].item() > 0
         loss = means["loss"]
         if not (abs(loss) < float("inf") and norm < float("inf")):  # NaN fails both
@@ -541,8 +569,18 @@ def start_log(run, cfg, start):
     clear(run)
     write(run / "config.json", json.dumps(asdict(cfg), indent=1))
     for log in run.glob("*.jsonl"):
-        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # a kill can cut one
-        write(log, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] < start))
+        write(log, "".join(json.dumps(record) + "\n" for record in records(log) if record["step"] < start))
+
+
+def records(log):
+    """The records of a .jsonl file that are whole: a kill can cut the last line."""
+    whole = []
+    for line in log.read_text().splitlines() if log.is_file() else []:
+        try:
+            whole.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return whole
 
 
 def main(cfg):
@@ -559,4 +597,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__, **(TOY if "--toy" in sys.argv else {}))
+    command_line(main, Config, __doc__, **(TOY if any(a.split("=")[0] == "--toy" for a in sys.argv) else {}))

@@ -155,7 +155,7 @@ def train_and_score(cfg):
         late = [r for r in map(json.loads, lines) if r["step"] >= steps / 2]  # the second half of the run
         scores |= {"abs_cosine": float(np.mean([abs(r["cosine"]) for r in late])),
                    "norm_vid": float(np.mean([r["norm_vid"] for r in late]))}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     record = {"row": cfg.row, "seed": seed, "flags": flags, **settings(cfg), "commit": commit, "scores": scores}
     Path(cfg.results).mkdir(parents=True, exist_ok=True)
     train.write(Path(cfg.results) / f"{name}.json", json.dumps(record, indent=1) + "\n")
@@ -198,6 +198,8 @@ def load_results(cfg):
     for file in sorted(Path(cfg.results).glob("*.json")):
         record = json.loads(file.read_text())
         differ = [f"--{k} {record[k]}" for k, v in settings(cfg).items() if record[k] != v]
+        if record["flags"] != ROWS.get(record["row"]):
+            differ.append(f"other flags: {record['flags']}")
         if differ:
             raise ValueError(f"{file} was made with {', '.join(differ)}: choose another --results")
         if record["seed"] < cfg.seeds:

@@ -8,6 +8,7 @@ Each can be stopped at any moment; the same command goes on where it was and fet
 there is OUT_val, the held-out part that training never sees. Counts of what was kept and why the rest was not are
 printed at the end and kept in OUT/prepare.json.
 """
+import errno
 import hashlib
 import io
 import json
@@ -55,10 +56,18 @@ def parquet_files(source, folder):
         yield from ((str(f.relative_to(source) if f != Path(source) else f.name), lambda f=f: f) for f in files)
     elif source.count("/") == 1 and not source.startswith((".", "/")):
         from huggingface_hub import HfApi, hf_hub_download
-        for name in sorted(f for f in HfApi().list_repo_files(source, repo_type="dataset") if f.endswith(".parquet")):
+        names = sorted(f for f in HfApi().list_repo_files(source, repo_type="dataset") if f.endswith(".parquet"))
+        if not names:
+            raise FileNotFoundError(f"no *.parquet in the hub's data set {source}")
+        for name in names:
             yield name, lambda name=name: Path(hf_hub_download(source, name, repo_type="dataset", local_dir=folder))
     else:
         raise FileNotFoundError(f"no data at {source}: expected a parquet file, a folder of them, or a hub id")
+
+
+def beside(out, suffix):
+    """data/pexels or data/pexels/ and "_val" -> data/pexels_val: never inside, where training would find it."""
+    return Path(out).with_name(Path(out).name + suffix)
 
 
 class Manifest:
@@ -114,24 +123,26 @@ def refuse(row, cfg):
 
 def prepare_subjects(cfg):
     """Filter Subjects200K and split it by subject. Each source file becomes one in OUT and one in OUT_val."""
-    options = {k: v for k, v in asdict(cfg).items() if k not in ("out", "source")}
-    manifest = Manifest(cfg.out, options)
-    outs, downloads = {"train": Path(cfg.out), "val": Path(cfg.out + "_val")}, Path(cfg.out + "_download")
+    manifest = Manifest(cfg.out, {k: v for k, v in asdict(cfg).items() if k != "out"})
+    outs, downloads = {"train": Path(cfg.out), "val": beside(cfg.out, "_val")}, beside(cfg.out, "_download")
     for folder in outs.values():
         folder.mkdir(parents=True, exist_ok=True)
+    paths_of = lambda name: {side: folder / name.replace("/", "-") for side, folder in outs.items()}
+    for name in list(manifest.done):  # an output that was lost is made again
+        if not all(whole(path, manifest.done[name][side]) for side, path in paths_of(name).items()):
+            del manifest.done[name]
     kept = sum(counts["train"] for counts in manifest.done.values())
     for name, fetch in tqdm(parquet_files(cfg.source, downloads), desc="files", unit="file"):
         if cfg.n and kept >= cfg.n:
             break
-        paths = {side: folder / (name.replace("/", "-")) for side, folder in outs.items()}
-        if name in manifest.done and all(whole(paths[side], manifest.done[name][side]) for side in paths):
+        if name in manifest.done:
             continue
-        kept -= manifest.done.pop(name, {"train": 0})["train"]
-        counts = filter_file(fetch(), paths, cfg, kept)
+        counts = filter_file(fetch(), paths_of(name), cfg, kept)
         kept += counts["train"]
         manifest.done[name] = counts
         manifest.save()
-        shutil.rmtree(downloads, ignore_errors=True)
+        if not Path(cfg.source).exists():  # it was downloaded
+            shutil.rmtree(downloads, ignore_errors=True)
     total = sum((Counter(c) for c in manifest.done.values()), Counter())
     print(f"{cfg.out}: {total.pop('train', 0)} pairs for training, {total.pop('val', 0)} held out; left out: "
           + (", ".join(f"{n} for their {why}" for why, n in total.items()) or "none"))
@@ -220,12 +231,15 @@ class Dead(Exception):
 
 
 def download(url, path, cfg):
-    """Fetch url to path. Dead for 4xx; OSError, or requests' or urllib3's errors, for what another try may mend."""
+    """Fetch url to path. Dead for 404 and 410; OSError, requests' or urllib3's errors for what a retry may mend."""
     start = time.monotonic()
-    with requests.get(url, stream=True, timeout=cfg.timeout) as answer:
-        if 400 <= answer.status_code < 500 and answer.status_code not in (408, 425, 429):
+    headers = {"User-Agent": "Mozilla/5.0 (research data preparation)", "Accept-Encoding": "identity"}
+    with requests.get(url, stream=True, timeout=cfg.timeout, headers=headers) as answer:
+        if answer.status_code in (404, 410):
             raise Dead(f"HTTP {answer.status_code}")
-        answer.raise_for_status()
+        answer.raise_for_status()  # 403, 429 and the like may be a passing refusal
+        if "text/html" in answer.headers.get("Content-Type", ""):
+            raise OSError("a web page instead of a clip")
         expected = answer.headers.get("Content-Length")
         size = 0
         with open(path, "wb") as file:
@@ -233,7 +247,7 @@ def download(url, path, cfg):
                 size += file.write(chunk)
                 if time.monotonic() - start > cfg.max_seconds:
                     raise OSError(f"not done after {cfg.max_seconds:g} s")
-        if expected is not None and size != int(expected) and "Content-Encoding" not in answer.headers:
+        if expected is not None and size != int(expected):
             raise OSError(f"{size} of {expected} bytes")
 
 
@@ -256,6 +270,8 @@ def fetch_clip(folder, name, url, title, cfg):
         except ValueError as e:  # too short, or not a video
             return "filtered", str(e).replace(str(part), url)
         except (OSError, requests.RequestException, HTTPError) as e:
+            if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise  # a full disk is not the link's fault
             error = f"{type(e).__name__}: {e}"
             time.sleep(min(2**attempt, cfg.timeout) * (attempt + 1 < cfg.tries))
         finally:
@@ -268,7 +284,7 @@ def prepare_pexels(cfg):
     options = {k: getattr(cfg, k) for k in ("frames", "fps", "seed", "val")}
     manifest = Manifest(cfg.out, options)
     rows = []
-    for _, fetch in parquet_files(cfg.source, Path(cfg.out + "_download")):
+    for _, fetch in parquet_files(cfg.source, beside(cfg.out, "_download")):
         table = pq.read_table(fetch())
         missing = {"video", "title"} - set(table.column_names)
         if missing:
@@ -288,7 +304,7 @@ def prepare_pexels(cfg):
             part = min(0.5, max(0.01, 4 * cfg.val / len(rows)))
             candidates["val" if share("val" + row["video"]) < part else "train"].append(row)
     print(f"{len(rows)} clips listed; left out: {', '.join(f'{n} {why}' for why, n in unfit.items()) or 'none'}")
-    for side, wanted, folder in (("val", cfg.val, Path(cfg.out + "_val")), ("train", cfg.n, Path(cfg.out))):
+    for side, wanted, folder in (("val", cfg.val, beside(cfg.out, "_val")), ("train", cfg.n, Path(cfg.out))):
         folder.mkdir(parents=True, exist_ok=True)
         for part in folder.glob("*.part"):
             part.unlink()
@@ -309,7 +325,7 @@ def fetch_all(queue, wanted, folder, done, manifest, cfg):
     named = {hashlib.sha256(row["video"].encode()).hexdigest()[:16]: row for row in queue}
     kept = sum(map(there, named))
     todo = iter([n for n in named if not there(n) and done.get(n, [""])[0] not in ("filtered", "dead")])
-    pending, saved = {}, time.monotonic()
+    pending, saved, failed_in_a_row = {}, time.monotonic(), 0
     bar = tqdm(total=wanted, initial=min(kept, wanted), desc=str(folder), unit="clip")
     with ThreadPoolExecutor(cfg.threads) as pool:
         try:
@@ -323,6 +339,10 @@ def fetch_all(queue, wanted, folder, done, manifest, cfg):
                 for future in wait(pending, return_when=FIRST_COMPLETED)[0]:
                     name = pending.pop(future)
                     done[name] = [*future.result(), named[name]["video"]]
+                    failed_in_a_row = failed_in_a_row + 1 if done[name][0] == "failed" else 0
+                    if failed_in_a_row == 50:
+                        raise ValueError(f"50 downloads in a row failed, the last: {done[name][1]} ({done[name][2]}). "
+                                         "Is the network up? The same command goes on")
                     if done[name][0] == "kept":
                         kept += 1
                         bar.update()
@@ -351,7 +371,7 @@ class Latents:
     width: int = knob(0, "as in train.py")
     frames: int = knob(49, "as in train.py")
     fps: float = knob(8.0, "as in train.py")
-    tiling: bool = knob(True, "as train.py's --vae_tiling")
+    vae_tiling: bool = knob(True, "as in train.py")
     seed: int = knob(0, "seed of the random crops")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
 
@@ -366,7 +386,7 @@ def prepare_cache(cfg):
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
     pipe = load_pipeline(cfg.base, torch.bfloat16 if device.startswith("cuda") else torch.float32)
     pipe.vae.to(device)
-    if cfg.tiling:
+    if cfg.vae_tiling:
         pipe.vae.enable_tiling()
         pipe.vae.enable_slicing()
     if cfg.prompts:
@@ -410,10 +430,11 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, ranks):
     elif rank == 0:
         train.write(index, json.dumps(key | {"complete": False}, indent=1))
     for item in tqdm(items[rank::ranks], desc=f"caching {task}s", disable=rank > 0):
-        file = out / f"{dataset.name(item)}.safetensors"
-        if file.is_file():
-            continue
         try:
+            name, stamp = dataset.source(item)
+            file = out / f"{name}.safetensors"
+            if file.is_file():
+                continue
             tensors, prompts = encode_item(cfg, pipe, task, dataset, item, size)
         except (ValueError, KeyError, OSError) as e:
             print(f"skipped: {e}", file=sys.stderr)
@@ -423,7 +444,7 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, ranks):
             tensors |= {f"text_{d}": text for d, text in enumerate(texts)}
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, f"{file}.tmp",
-                  metadata={f"prompt_{d}": p for d, p in enumerate(prompts)})
+                  metadata={"stamp": stamp, "prompts": json.dumps(prompts)})
         os.replace(f"{file}.tmp", file)
     if ranks > 1:
         dist.barrier()

@@ -1,6 +1,7 @@
 """The preparers against a hostile local server and against files of the real schemas; the cache against no cache."""
 import http.server
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -10,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import train
-from data import Clips, ImagePairs
-from paper import prepare
-from toy import world
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: the tests compare bits, on a CPU
+
+import train  # noqa: E402
+from data import Clips, ImagePairs  # noqa: E402
+from paper import prepare  # noqa: E402
+from toy import world  # noqa: E402
 
 BASE = str(Path(__file__).parents[1] / "toy/base")
 
@@ -58,7 +61,7 @@ def items(folder):
 
 def test_subjects_are_filtered_and_split_by_subject(subjects, tmp_path, capsys, monkeypatch):
     out = str(tmp_path / "pairs")
-    cfg = prepare.Subjects200K(out=out, source=str(subjects), val=0.2)
+    cfg = prepare.Subjects200K(out=out + "/", source=str(subjects), val=0.2)  # held out beside it, not inside
     prepare.prepare_subjects(cfg)
     kept, held_out = items(out), items(out + "_val")
     assert kept.total() + held_out.total() == 60 and held_out and not kept.keys() & held_out.keys()
@@ -87,7 +90,11 @@ def test_small_sets_stop_at_n(subjects, tmp_path):
     prepare.prepare_subjects(prepare.Subjects200K(out=out, source=str(subjects), val=0.2, n=10))
     assert items(out).total() == 10 and not list(Path(out).glob("*00001*"))
     whole = str(tmp_path / "whole")
-    prepare.prepare_subjects(prepare.Subjects200K(out=whole, source=str(subjects), val=0.2, n=45))
+    cfg = prepare.Subjects200K(out=whole, source=str(subjects), val=0.2, n=45)
+    prepare.prepare_subjects(cfg)
+    assert items(whole).total() == 45
+    next(Path(whole).glob("*00000*")).unlink()
+    prepare.prepare_subjects(cfg)
     assert items(whole).total() == 45
 
 
@@ -112,6 +119,7 @@ def server(tmp_path):
                 return self.end_headers()
             body = b"<html>come back later</html>" if kind == "page" else clip[:300] if kind == "corrupt" else clip
             self.send_response(200)
+            self.send_header("Content-Type", "text/html" if kind == "page" else "video/mp4")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             for byte in body if kind == "slow" else b"":
@@ -147,12 +155,12 @@ def test_pexels_against_a_hostile_server(server, tmp_path, capsys):
     cfg = prepare.Pexels(out=str(out), source=source, n=99, val=0, frames=9, fps=4.0, threads=4, timeout=0.3,
                          max_seconds=1.0, tries=2)
     prepare.prepare_pexels(cfg)
-    assert "8 of 99 clips kept; 2 filtered, 2 dead links, 3 failed" in capsys.readouterr().out
+    assert "8 of 99 clips kept; 1 filtered, 2 dead links, 4 failed" in capsys.readouterr().out
     clips = Clips(out, (32, 32), 9, 4)
     assert len(clips) == 8 and clips[0, 0]["prompt"].startswith("a thing") and not list(out.glob("*.part"))
     why = {v[2].split("/")[-1]: v[:2] for v in json.loads((out / "prepare.json").read_text())["done"]["train"].values()}
     assert why["missing1.mp4"] == ["dead", "HTTP 404"] and "not done after" in why["slow1.mp4"][1]
-    assert why["page1.mp4"][0] == why["corrupt1.mp4"][0] == "filtered"
+    assert why["corrupt1.mp4"][0] == "filtered" and "web page" in why["page1.mp4"][1]
     assert why["truncated1.mp4"][0] == "failed" and "503" in why["broken1.mp4"][1]
 
     # The second run asks only for what may still come; a clip that was lost is fetched again.
@@ -161,7 +169,7 @@ def test_pexels_against_a_hostile_server(server, tmp_path, capsys):
     lost.unlink()
     prepare.prepare_pexels(cfg)
     asked = {p.strip("/") for p in hits} - {"target.mp4"}
-    assert asked >= {"truncated1.mp4", "slow1.mp4", "broken1.mp4"} and len(asked) == 4 and lost.is_file()
+    assert asked >= {"truncated1.mp4", "slow1.mp4", "broken1.mp4", "page1.mp4"} and len(asked) == 5 and lost.is_file()
     assert "8 of 99 clips kept" in capsys.readouterr().out
 
 
@@ -205,7 +213,7 @@ def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
     knobs = {**train.TOY, "base": BASE, "images": "pairs", "videos": "clips", "image_batch": 4, "image_micro": 4,
              "video_batch": 4, "video_micro": 2, "p": 0.5, "steps": 6, "val_every": 0, "sample_every": 0}
     cache = prepare.Latents(out="cache", base=BASE, videos="clips", images="pairs", crop_jitter=0.0, prompts=True,
-                            frames=9, fps=4.0, tiling=False)
+                            frames=9, fps=4.0, vae_tiling=False)
     prepare.prepare_cache(cache)
     said = capsys.readouterr()
     assert "20 of 20 images cached" in said.out and "4 of 5 videos cached" in said.out and "9.mp4" in said.err
@@ -226,6 +234,11 @@ def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
             train.train(train.Config(**{**knobs, "name": "x", "cache": "cache", **change}))
     with pytest.raises(ValueError, match="choose another --out"):
         prepare.prepare_cache(prepare.Latents(**{**vars(cache), "fps": 8.0}))
+    Path("clips/0000.txt").write_text("another caption")  # a changed source is noticed, a broken file too
+    next(Path("cache/image").glob("**/*.safetensors")).write_bytes(b"cut")
+    train.train(train.Config(**{**knobs, "name": "noticed", "cache": "cache", "steps": 8}))
+    said = capsys.readouterr().err
+    assert "was made from another 0000.mp4" in said and "delete it and run" in said
     index = Path("cache/video/index.json")
     index.write_text(index.read_text().replace('"complete": true', '"complete": false'))
     with pytest.raises(ValueError, match="not finished"):
