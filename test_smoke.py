@@ -587,6 +587,10 @@ def log_of(run, file="log.jsonl"):
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
+def log_lines(run):
+    return (Path(run) / "log.jsonl").read_text().splitlines()
+
+
 def weights_of(run, step=6):
     file = Path(run) / f"step-{step:06d}" / model.LORA_FILE
     return torch.cat([v.flatten() for _, v in sorted(model.load_file(file).items())])
@@ -744,12 +748,14 @@ def test_infinite_gradient_stops_the_run(knobs, tmp_path, monkeypatch):
 
 
 def start_and_wait(args, run, steps, cwd):
-    """Start a command and return once its log holds this many steps."""
+    """Start a command and return once the log that it begins (or begins again) holds this many steps."""
+    inode = lambda: (run / "log.jsonl").stat().st_ino if (run / "log.jsonl").is_file() else None
+    before = inode()
     process = subprocess.Popen([sys.executable, *args], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True, start_new_session=True)
     until = time.time() + 120
     while time.time() < until and process.poll() is None:
-        if (run / "log.jsonl").is_file() and (run / "log.jsonl").read_text().count("\n") >= steps:
+        if inode() not in (None, before) and (run / "log.jsonl").read_text().count("\n") >= steps:
             return process
         time.sleep(0.01)
     raise AssertionError(process.communicate()[0])
@@ -791,7 +797,7 @@ def test_full_disk_keeps_the_last_checkpoint(knobs, tmp_path):
 @pytest.mark.slow("20 kills of a two-rank run, each with a start of its own: about 6 minutes")
 def test_twenty_kills(knobs, tmp_path):
     """SIGKILL of a whole torchrun job at random moments, five of them during a save: the same final weights."""
-    knobs = {**knobs, "steps": 120, "save_every": 2, "keep": 2, "gradcos_every": 10, "out": str(tmp_path / "out")}
+    knobs = {**knobs, "steps": 240, "save_every": 2, "keep": 2, "gradcos_every": 10, "out": str(tmp_path / "out")}
     assert run(*TORCHRUN, *command(knobs, name="whole"), cwd=tmp_path).returncode == 0
     random, during_save, folder = np.random.default_rng(0), 0, tmp_path / "out/killed"
     for kill in range(20):
@@ -801,16 +807,17 @@ def test_twenty_kills(knobs, tmp_path):
             while not list(folder.glob("step-*.tmp")) and process.poll() is None:
                 time.sleep(0.0002)
         else:
-            time.sleep(random.uniform(0, 0.5))
+            time.sleep(random.uniform(0, 0.6))
         assert process.poll() is None, process.communicate()[0]
         subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "out")])  # torchrun and both workers
         process.wait()
         during_save += bool(list(folder.glob("step-*.tmp")))
+        print(f"kill {kill}: went on from {done}, log at {len(log_lines(folder))}, in a save: {during_save}")
     assert during_save >= 5, f"only {during_save} kills hit a save"
     assert run(*TORCHRUN, *command(knobs, name="killed"), cwd=tmp_path).returncode == 0
     assert log_of(folder) == log_of(tmp_path / "out/whole")
     assert log_of(folder, "gradcos.jsonl") == log_of(tmp_path / "out/whole", "gradcos.jsonl")
-    assert torch.equal(weights_of(folder, 120), weights_of(tmp_path / "out/whole", 120))
+    assert torch.equal(weights_of(folder, 240), weights_of(tmp_path / "out/whole", 240))
     assert len(list(folder.glob("step-*"))) == 2
 
 
