@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: the tests compare bits, on a CPU
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # before torch: the tests compare bits
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -27,6 +27,8 @@ import model  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from model import SubjectTransformer, add_lora, load_lora, save_lora, v_loss  # noqa: E402
+
+torch.set_num_threads(1)  # as the processes that are started below: the sum's order is part of the bits
 
 ROOT = Path(__file__).parent
 BASE = str(ROOT / "toy/base")
@@ -361,7 +363,7 @@ def test_saved_lora_in_the_stock_pipeline(tmp_path):
 
 
 def run(*command, **kw):
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, **{"cwd": ROOT, **kw})
 
 

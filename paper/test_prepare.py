@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: the tests compare bits, on a CPU
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # before torch: the tests compare bits
 
 import train  # noqa: E402
 from data import Clips, ImagePairs  # noqa: E402
