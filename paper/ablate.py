@@ -3,6 +3,7 @@
     python -m paper.ablate table9 --seeds 3      # trains and scores what is missing, prints it beside the paper's table
     python -m paper.ablate --seeds 3             # every table and the findings
     python -m paper.ablate table9 --real         # prints the commands for CogVideoX-5B instead
+    python -m paper.ablate cost                  # Eq. 3 and Table 1: what a video step costs, counted
 
 A row is a run of train.py with other flags (ROWS). It trains for --steps steps on one thread and is scored on --n
 unseen creatures; each (row, seed) leaves one file in --results, which is reused. --jobs rows run side by side.
@@ -123,8 +124,8 @@ class Config:
 
     def __post_init__(self):
         for table in self.tables:
-            if table not in TABLES:
-                raise ValueError(f"no table {table!r}: choose from {', '.join(TABLES)}")
+            if table not in (*TABLES, "cost"):
+                raise ValueError(f"no table {table!r}: choose from {', '.join(TABLES)}, cost")
         if self.row and self.row not in ROWS:
             raise ValueError(f"no row {self.row!r}: choose from {', '.join(ROWS)}")
 
@@ -239,25 +240,74 @@ def print_findings(rows, results):
         print(f"| {where} | {claim} | {column} | {', '.join(f'{x:+.{digits}f}' for x in d) or '-'} | {verdict(d)} |")
 
 
-def print_real(rows):
+PAIRS_4K = ("table6", "table7", "table8", "table9", "figure12")  # the paper's ablations train on 4,000 pairs (D)
+
+
+def print_real(tables):
     """The same rows for CogVideoX-5B. The small sets come from paper.prepare --n."""
     sizes = {"pairs-40": "subjects200k-2000", "pairs-80": "subjects200k-4000", "clips-100": "pexels-1000",
              "clips-200": "pexels-2000", "clips-300": "pexels-3000"}
-    for row in rows:
-        flags, steps = flags_of(row, 4000)
-        words = [f"--{k} " + ("data/" + sizes[Path(v).name] if k in ("images", "videos") else str(v))
-                 for k, v in flags.items()]
-        words += [f"--steps {steps}"] * (steps != 4000) + ["--view_drop 0"] * ("lora_scope" in flags)
-        print(f"torchrun --nproc_per_node=8 train.py --name {row} {' '.join(words)}".rstrip())
+    for table in tables:
+        print(f"# {table}")
+        small = table in PAIRS_4K
+        for row, _, _ in TABLES[table]:
+            flags, steps = flags_of(row, 4000)
+            flags = {**({"images": "toy/data/pairs-80"} if small else {}), **flags}
+            words = [f"--{k} " + ("data/" + sizes[Path(v).name] if k in ("images", "videos") else str(v))
+                     for k, v in flags.items()]
+            words += [f"--steps {steps}"] * (steps != 4000) + ["--view_drop 0"] * (table == "scope")
+            name = row + "-4k" * small + "-scope" * (table == "scope")
+            print(f"torchrun --nproc_per_node=8 train.py --name {name} {' '.join(words)}".rstrip())
+
+
+def train_flops(tokens):
+    """TFLOP of one sample's training step of CogVideoX-5B with LoRA of rank 128 and full checkpointing.
+
+    42 blocks of width D = 3072. Forward: two per weight and token in the 12 D^2 weights of a block's linear layers and
+    in the LoRA beside them, 4 tokens^2 D in attention. Backward: the linear layers' inputs once (their weights are
+    frozen), LoRA twice, attention 2.5 times; and the forward again for the recomputation.
+    """
+    D, rank, blocks = 3072, 128, 42
+    linear = 2 * 12 * D**2 * tokens
+    lora = 2 * rank * (4 * 2 * D + 2 * 5 * D) * tokens  # q, k, v, out: D to D; ff: D to 4D and back
+    attention = 4 * tokens**2 * D
+    forward = linear + lora + attention
+    return blocks * (2 * forward + linear + 2 * lora + 2.5 * attention) / 1e12
+
+
+def print_cost(p=0.2, steps=4000):
+    """Eq. 3 and the hours of Table 1, with what we count."""
+    image, video = train_flops(226 + 2 * 1350), train_flops(226 + 14 * 1350)
+    ratio, per_step = video / image, 32 * video / (256 * image)
+    total = steps * ((1 - p) * 256 * image + p * 32 * video) * 1e12
+    print("| | C_vid / C_img | E[C] / C_img at p = 0.2 (Eq. 3) |\n|---|---|---|")
+    print(f"| the paper: 13 latent frames, attention among video tokens only, 13^2 | 169 | {1 - p + p * 169:.1f} |")
+    print(f"| counted per sample: {image:.1f} and {video:.1f} TFLOP | {ratio:.2f} | {1 - p + p * ratio:.2f} |")
+    print(f"| counted per step: 256 pairs, 32 clips | {per_step:.2f} | {1 - p + p * per_step:.2f} |")
+    log = Path("out/toy/log.jsonl")
+    if log.is_file():
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+        times = {t: np.median([r["seconds"] for r in records if r["task"] == t]) for t in ("image", "video")}
+        measured = times["video"] / times["image"]
+        print(f"| measured on the toy (out/toy): 32 pairs {times['image']:.2f} s, 8 clips {times['video']:.2f} s "
+              f"| {measured:.2f} | {1 - p + p * measured:.2f} |")
+    peak = 312e12 * 3600
+    print(f"\n{steps} steps: {total:.2e} FLOP = {total / peak:.0f} A100-hours at peak, so the paper's 288 A100-hours "
+          f"mean {total / peak / 288:.0%} of it.\n"
+          f"Table 1's 35 to 730 times: {10_000 / 288:.0f} = 10,000 / 288 (Phantom's lower estimate) to "
+          f"{210_000 / 288:.0f} = 210,000 / 288 (VACE's upper\nestimate). The paper estimates those hours from 10 to "
+          "30 s an iteration: a factor of 3 is open on that side alone.")
 
 
 def main(cfg):
     if cfg.row:
         return train_and_score(cfg)
+    if "cost" in cfg.tables:
+        return print_cost()
     tables = cfg.tables or list(TABLES)
     rows = list(dict.fromkeys(row for table in tables for row, _, _ in TABLES[table]))
     if cfg.real:
-        return print_real(rows)
+        return print_real(tables)
     load_results(cfg)  # results that cannot be compared stop here, not after hours
     run_missing(cfg, rows)
     results = load_results(cfg)
