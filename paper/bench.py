@@ -1,0 +1,116 @@
+"""Time and memory of training at CogVideoX-5B's real size, with random weights: nothing is downloaded.
+
+    python -m paper.bench                            # on one GPU: the defaults of train.py at 480x720, 49 frames
+    python -m paper.bench --video_micro 4 --int8 True
+    python -m paper.bench --layers 1 --height 64 --width 96 --frames 9 --repeats 2 --warmup 1    # anywhere: a try
+
+Measured are whole micro-batches (forward, recomputation, backward of the transformer; LoRA in float32, base in
+bfloat16) and the optimiser step; not the VAE, T5 or the loader, which cached latents and prompts take out of the loop. Printed:
+the median and the 10th and 90th percentile, peak memory, and the GPU-hours that these give for the paper's 4,000 steps.
+"""
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import CogVideoXDDIMScheduler
+from torch import nn
+
+from data import clip_frames, command_line, knob
+from model import SubjectTransformer, _autocast_input, add_lora, v_loss
+from train import Clock
+
+
+@dataclass
+class Config:
+    layers: int = knob(42, "transformer blocks")
+    height: int = knob(480, "frame height in pixels")
+    width: int = knob(720, "frame width in pixels")
+    frames: int = knob(49, "frames of a clip")
+    rank: int = knob(128, "LoRA rank")
+    image_micro: int = knob(8, "image pairs per micro-batch")
+    video_micro: int = knob(1, "clips per micro-batch")
+    token_drop: float = knob(0.5, "share of reference tokens dropped in video steps")
+    gradient_checkpointing: bool = knob(True, "recompute activations")
+    int8: bool = knob(False, "the frozen base in 8 bits (torchao)")
+    warmup: int = knob(5, "micro-batches before the clock starts")
+    repeats: int = knob(20, "micro-batches that are timed")
+    device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
+
+
+def build(cfg, device, dtype):
+    """CogVideoX-5B's transformer with random weights, made on the device, with LoRA; and the 5B scheduler."""
+    with torch.device("meta"):
+        transformer = SubjectTransformer(
+            num_attention_heads=48, num_layers=cfg.layers, time_embed_dim=512, text_embed_dim=4096, sample_width=90,
+            sample_height=60, use_rotary_positional_embeddings=True, use_learned_positional_embeddings=False)
+    transformer = transformer.to(dtype).to_empty(device=device)
+    for parameter in transformer.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    if cfg.int8:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        quantize_(transformer.transformer_blocks, Int8WeightOnlyConfig())
+        for module in transformer.transformer_blocks.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(_autocast_input)
+    parameters = add_lora(transformer.train(), cfg.rank, cfg.rank / 2)
+    if cfg.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    scheduler = CogVideoXDDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        timestep_spacing="trailing", rescale_betas_zero_snr=True, snr_shift_scale=1.0)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    return transformer, parameters, scheduler
+
+
+def timed(work, cfg, device):
+    """Seconds of each of cfg.repeats calls, and the peak memory in GB (0 on a CPU)."""
+    for _ in range(cfg.warmup):
+        work()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    clocks = [Clock(device)]
+    for _ in range(cfg.repeats):
+        work()
+        clocks.append(Clock(device))
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+    return [b - a for a, b in zip(clocks, clocks[1:])], peak
+
+
+def main(cfg):
+    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on_gpu = device.type == "cuda"
+    transformer, parameters, scheduler = build(cfg, device, torch.bfloat16 if on_gpu else torch.float32)
+    optimizer = torch.optim.AdamW(parameters)
+    autocast = torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext()
+    latent_frames = (clip_frames(cfg.frames) - 1) // 4 + 1
+    h, w = cfg.height // 8, cfg.width // 8
+    tokens = (h // 2) * (w // 2)
+    where = torch.cuda.get_device_name() if on_gpu else "CPU"
+    print(f"{where}, torch {torch.__version__}, {cfg.layers} blocks, LoRA rank {cfg.rank} float32, checkpointing "
+          f"{cfg.gradient_checkpointing}, int8 {cfg.int8}, {cfg.width}x{cfg.height}, random weights")
+    per_sample = {}
+    for task, frames, n in (("image", 1, cfg.image_micro), ("video", latent_frames, cfg.video_micro)):
+        latents = torch.randn(n, frames, 16, h, w, device=device)
+        reference, noise = torch.randn(n, 1, 16, h, w, device=device), torch.randn_like(latents)
+        text = torch.randn(n, 226, 4096, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
+        timestep = torch.randint(1000, (n,), device=device)
+        keep = torch.randperm(tokens)[:round((1 - cfg.token_drop) * tokens)].sort().values if task == "video" else None
+
+        def micro_batch():
+            with autocast:
+                v_loss(transformer, scheduler, latents, text, timestep, noise, reference, keep).mean().backward()
+        seconds, peak = timed(micro_batch, cfg, device)
+        per_sample[task] = np.median(seconds) / n
+        low, high = np.percentile(seconds, [10, 90])
+        length = 226 + (tokens if keep is None else len(keep)) + frames * tokens
+        print(f"{task}: micro-batch {n} of {length} tokens, {np.median(seconds):.3f} s ({low:.3f} to {high:.3f}), "
+              f"{per_sample[task]:.3f} s a sample" + f", peak {peak:.1f} GB" * on_gpu)
+    seconds, peak = timed(lambda: (torch.nn.utils.clip_grad_norm_(parameters, 1.0), optimizer.step()), cfg, device)
+    print(f"optimiser step: {np.median(seconds):.3f} s" + f", peak {peak:.1f} GB" * on_gpu)
+    hours = 4000 * (0.8 * 256 * per_sample["image"] + 0.2 * 32 * per_sample["video"]) / 3600
+    print(f"the paper's 4,000 steps (256 pairs or 32 clips, p = 0.2): {hours:.0f} hours of this device")
+
+
+if __name__ == "__main__":
+    command_line(main, Config, __doc__)
