@@ -5,8 +5,9 @@
     python -m paper.bench --layers 1 --height 64 --width 96 --frames 9 --repeats 2 --warmup 1    # anywhere: a try
 
 Measured are whole micro-batches (forward, recomputation, backward of the transformer; LoRA in float32, base in
-bfloat16) and the optimiser step; not the VAE, T5 or the loader, which cached latents and prompts take out of the loop. Printed:
-the median and the 10th and 90th percentile, peak memory, and the GPU-hours that these give for the paper's 4,000 steps.
+bfloat16) and the optimiser step; not the VAE, T5 or the loader, which cached latents and prompts take out of the loop.
+Printed: the median and the 10th and 90th percentile, peak memory, and the hours that these give for the paper's 4,000
+steps on one such device.
 """
 from contextlib import nullcontext
 from dataclasses import dataclass
