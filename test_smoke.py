@@ -654,8 +654,9 @@ def test_training_resume_and_two_ranks(knobs, tmp_path):
 def test_train_command_line_errors(tmp_path):
     for flags, message in [(["--no_such_flag", "1"], "unrecognized arguments: --no_such_flag"),
                            (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+                           (["--base", BASE, "--images", "typo"], "no folder of image pairs at typo"),
                            (["--p", "1.5"], "--p must be in [0, 1], got 1.5")]:
-        r = run(str(ROOT / "train.py"), "--toy", *flags, cwd=tmp_path)
+        r = run(str(ROOT / "train.py"), "--toy", "--sample_every", "0", *flags, cwd=tmp_path)
         assert r.returncode != 0 and message in r.stderr and "Traceback" not in r.stderr
 
 

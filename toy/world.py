@@ -154,11 +154,11 @@ def write_clips(folder, n=400, seed=0):
 
 
 def ensure_data(images, videos, pairs=4000, clips=400, seed=0, wait=300):
-    """Write the toy's data where it is missing; under torchrun rank 0 writes and the others wait.
+    """Write the toy's data where it is missing from toy/data; under torchrun rank 0 writes and the others wait.
 
     Each folder is written under another name and renamed, so that a killed run leaves nothing half-written."""
     for folder, write, n in ((Path(images), write_pairs, pairs), (Path(videos), write_clips, clips)):
-        if folder.exists():
+        if folder.exists() or folder.parent != Path("toy/data"):  # elsewhere a missing folder is the user's mistake
             continue
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"writing {folder}", flush=True)
