@@ -362,7 +362,7 @@ def train(cfg):
                 save_checkpoint(run, step + 1, cfg, transformer, **state)
         if log.stop and step + 1 < cfg.steps:
             log.close()
-            return say(f"stopped by SIGTERM after step {step}; the same command goes on")
+            return say(f"stopped by SIGTERM after {step + 1} steps; the same command goes on")
     watch(cfg.steps)  # after the last save: whatever happens here costs no training
     log.close()
     say(f"done: {newest_checkpoint(run)}. Next: python sample.py --ref PICTURE --prompt '...'")
