@@ -299,9 +299,8 @@ class Cache:
         made = json.loads(index.read_text()) if index.is_file() else {}
         if not made.get("complete"):
             raise ValueError(f"the cache {folder} is not there or not finished: run python -m paper.prepare cache")
-        differ = [f"{k} was {made[k]!r}, now {v!r}" for k, v in key.items() if k in made and made[k] != v]
-        if differ:
-            raise ValueError(f"the cache {folder} was made with other settings ({'; '.join(differ)}): make it again")
+        if differ := changed(key | made, key):  # a cache without prompts does not depend on the text encoder
+            raise ValueError(f"the cache {folder} was made with other settings ({differ}): make it again")
 
     def read(self, name, stamp):
         """({"moments", perhaps "text_0", ...}, prompts) of one sample.
@@ -367,6 +366,11 @@ def batches(datasets, schedule, workers=0):
 def knob(default, text):
     """A field of a script's Config: its default and its line of --help."""
     return field(default=default, metadata={"help": text})
+
+
+def changed(before, now):
+    """"height was 480, now 256; ..." for the settings in `now` that were others before, "" when none was."""
+    return "; ".join(f"{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v)
 
 
 def command_line(main, Config, description, argv=None, positional=None, **defaults):

@@ -378,9 +378,7 @@ def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False):
         quantization["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["proj_out"])
     transformer = SubjectTransformer.from_pretrained(base, subfolder="transformer", dtype=dtype, **quantization)
     if int8:
-        for module in transformer.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.register_forward_pre_hook(_autocast_input)
+        follow_autocast(transformer)
     pipe = CogVideoXPipeline.from_pretrained(base, transformer=transformer, dtype=dtype)
     pipe.tokenizer.add_tokens([REFERENCE_TOKEN], special_tokens=True)
     rows = pipe.text_encoder.get_input_embeddings().num_embeddings
@@ -391,10 +389,14 @@ def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False):
     return pipe.to(device)
 
 
-def _autocast_input(module, args):
-    """torchao's linear layers pass autocast by and answer in the input's dtype: float32 after each norm."""
-    device = args[0].device.type
-    return (args[0].to(torch.get_autocast_dtype(device)),) if torch.is_autocast_enabled(device) else None
+def follow_autocast(model):
+    """torchao's linear layers pass autocast by and answer in the input's dtype, float32 after each norm: cast it."""
+    def cast(module, args):
+        device = args[0].device.type
+        return (args[0].to(torch.get_autocast_dtype(device)),) if torch.is_autocast_enabled(device) else None
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(cast)
 
 
 def frame_size(pipe):

@@ -30,8 +30,8 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import gradcos
-from data import (Cache, Clips, ImagePairs, batches, clip_frames, command_line, knob, load_image, normalise, rng,
-                  torch_rng)
+from data import (Cache, Clips, ImagePairs, batches, changed, clip_frames, command_line, knob, load_image, normalise,
+                  rng, torch_rng)
 from model import (PAPER_BASE, add_lora, draw_latents, encode_moments, encode_prompt, frame_size, load_lora,
                    load_pipeline, newest_checkpoint, read_lora, save_lora, v_loss, weight_fingerprint,
                    with_reference_token)
@@ -392,7 +392,7 @@ class HeldOut:
 
     def losses(self, task):
         """(loss per sample, its timestep) of each micro-batch in this rank's share; LoRA dropout is off."""
-        device = next(self.transformer.parameters()).device
+        device = self.transformer.device
         self.transformer.eval()
         for inputs in self.share[task]:
             inputs = {k: None if v is None else v.to(device) for k, v in inputs.items()}
@@ -410,7 +410,7 @@ class HeldOut:
         """{task: {"loss", "loss_by_timestep": 4 means}} over the whole batch, all ranks together."""
         means = {}
         for task in self.share:
-            bins = torch.zeros(2, 4, device=next(self.transformer.parameters()).device)
+            bins = torch.zeros(2, 4, device=self.transformer.device)
             for loss, timestep in self.losses(task):
                 bins += by_timestep(loss, timestep, self.scheduler.config.num_train_timesteps)
             if dist.is_initialized():
@@ -553,9 +553,8 @@ def resume(run, cfg, transformer, **state):
     before, now = json.loads((run / "config.json").read_text()), asdict(cfg)
     free = {"toy", "name", "out", "workers", "save_every", "keep", "grad_device", "gradcos_every", "val_every",
             "sample_every", "val_images", "val_videos", "val_pairs", "val_clips", "val_refs"}  # not what is trained
-    changed = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v and k not in free]
-    if changed:
-        raise ValueError(f"{run} was started with other settings ({'; '.join(changed)}): choose another --name")
+    if differ := changed(before, {k: v for k, v in now.items() if k not in free}):
+        raise ValueError(f"{run} was started with other settings ({differ}): choose another --name")
     read_lora(transformer, checkpoint)
     saved = torch.load(checkpoint / "training_state.pt", weights_only=True, map_location="cpu")
     for name, part in state.items():

@@ -152,8 +152,8 @@ def train_and_score(cfg):
     test = world.draw_test_set(cfg.n)
     scores = world.score_videos(world.sample_test_set(pipe, test, test.references, steps=cfg.sample_steps), test)
     if watched:
-        lines = (Path(cfg.out) / name / "gradcos.jsonl").read_text().splitlines()
-        late = [r for r in map(json.loads, lines) if r["step"] >= steps / 2]  # the second half of the run
+        records = train.records(Path(cfg.out) / name / "gradcos.jsonl")
+        late = [r for r in records if r["step"] >= steps / 2]  # the second half of the run
         scores |= {"abs_cosine": float(np.mean([abs(r["cosine"]) for r in late])),
                    "norm_vid": float(np.mean([r["norm_vid"] for r in late]))}
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
@@ -284,9 +284,7 @@ def print_cost(p=0.2, steps=4000):
     print(f"| the paper: 13 latent frames, attention among video tokens only, 13^2 | 169 | {1 - p + p * 169:.1f} |")
     print(f"| counted per sample: {image:.1f} and {video:.1f} TFLOP | {ratio:.2f} | {1 - p + p * ratio:.2f} |")
     print(f"| counted per step: 256 pairs, 32 clips | {per_step:.2f} | {1 - p + p * per_step:.2f} |")
-    log = Path("out/toy/log.jsonl")
-    if log.is_file():
-        records = [json.loads(line) for line in log.read_text().splitlines()]
+    if records := train.records(Path("out/toy/log.jsonl")):
         times = {t: np.median([r["seconds"] for r in records if r["task"] == t]) for t in ("image", "video")}
         measured = times["video"] / times["image"]
         print(f"| measured on the toy (out/toy): 32 pairs {times['image']:.2f} s, 8 clips {times['video']:.2f} s "

@@ -18,7 +18,7 @@ from diffusers import CogVideoXDDIMScheduler
 from torch import nn
 
 from data import clip_frames, command_line, knob
-from model import SubjectTransformer, _autocast_input, add_lora, v_loss
+from model import SubjectTransformer, add_lora, follow_autocast, v_loss
 from train import Clock
 
 
@@ -51,9 +51,7 @@ def build(cfg, device, dtype):
     if cfg.int8:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
         quantize_(transformer.transformer_blocks, Int8WeightOnlyConfig())
-        for module in transformer.transformer_blocks.modules():
-            if isinstance(module, nn.Linear):
-                module.register_forward_pre_hook(_autocast_input)
+        follow_autocast(transformer.transformer_blocks)
     parameters = add_lora(transformer.train(), cfg.rank, cfg.rank / 2)
     if cfg.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()

@@ -35,8 +35,8 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
 import train
-from data import (CLIP_SUFFIXES, Clips, ImagePairs, clip_frames, command_line, cover, knob, load_clip, load_image,
-                  normalise, rng, split_views, to_pixels)
+from data import (CLIP_SUFFIXES, Clips, ImagePairs, changed, clip_frames, command_line, cover, knob, load_clip,
+                  load_image, normalise, rng, split_views, to_pixels)
 from model import PAPER_BASE, encode_moments, encode_prompt, frame_size, load_pipeline, with_reference_token
 
 
@@ -79,10 +79,8 @@ class Manifest:
         self.content = {"options": options, "done": {}}
         if self.file.is_file():
             self.content = json.loads(self.file.read_text())
-            differ = [f"{k} was {self.content['options'].get(k)!r}, now {v!r}" for k, v in options.items()
-                      if self.content["options"].get(k) != v]
-            if differ:
-                raise ValueError(f"{out} was prepared with other options ({'; '.join(differ)}): choose another --out")
+            if differ := changed(self.content["options"], options):
+                raise ValueError(f"{out} was prepared with other options ({differ}): choose another --out")
         self.done = self.content["done"]
 
     def save(self):
@@ -424,9 +422,8 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, ranks):
     out.mkdir(parents=True, exist_ok=True)
     if index.is_file():
         made = {k: v for k, v in json.loads(index.read_text()).items() if k != "complete"}
-        if made != key:
-            differ = [f"{k} was {made.get(k)!r}, now {key.get(k)!r}" for k in made | key if made.get(k) != key.get(k)]
-            raise ValueError(f"{out} was made with other settings ({'; '.join(differ)}): choose another --out")
+        if differ := changed(made, dict.fromkeys(made) | key):
+            raise ValueError(f"{out} was made with other settings ({differ}): choose another --out")
     elif rank == 0:
         train.write(index, json.dumps(key | {"complete": False}, indent=1))
     for item in tqdm(items[rank::ranks], desc=f"caching {task}s", disable=rank > 0):
