@@ -587,8 +587,7 @@ def main(cfg):
     diffusers_logging.disable_progress_bar()
     if cfg.toy:
         from toy import world
-        world.ensure_data(cfg.images, cfg.videos)
-        world.ensure_data(cfg.val_images, cfg.val_videos, *world.HELD_OUT)
+        world.ensure_data(cfg.images, cfg.videos, cfg.val_images, cfg.val_videos)
     train(cfg)
     if dist.is_initialized():  # after train() has returned: its DDP model must go before the group does
         dist.barrier()

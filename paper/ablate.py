@@ -1,12 +1,14 @@
 """The paper's ablations, each from one command, on the toy world; the same rows are flags for the real run.
 
-    python -m paper.ablate table9 --seeds 3      # trains and scores what is missing, prints it beside the paper's table
-    python -m paper.ablate --seeds 3             # every table and the findings
+    python -m paper.ablate table9                # trains and scores what is missing, prints it beside the paper's table
+    python -m paper.ablate                       # every table and the findings
+    python -m paper.ablate figure12              # a picture from the same runs: assets/figure12.png
     python -m paper.ablate table9 --real         # prints the commands for CogVideoX-5B instead
     python -m paper.ablate cost                  # Eq. 3 and Table 1: what a video step costs, counted
 
-A row is a run of train.py with other flags (ROWS). It trains for --steps steps on one thread and is scored on --n
-unseen creatures; each (row, seed) leaves one file in --results, which is reused. --jobs rows run side by side.
+A row is a run of train.py with other flags (ROWS), shorter than `train.py --toy`: --steps steps at --lr on one thread,
+on latents that are encoded once for all rows. It is scored on --n unseen creatures; each (row, seed) leaves one file in
+--results, which is reused. --jobs rows run side by side.
 
 A finding of the paper (FINDINGS) says that one row is higher than another in one column. With d the difference of the
 two rows in each seed: it is "reproduced" when d is positive in every seed and its mean is larger than its standard
@@ -23,8 +25,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import gradcos
 import train
-from data import command_line, knob
+from data import changed, command_line, knob
+from model import newest_checkpoint
 
 ROWS = {  # name: flags of train.py. Sizes of data sets are shares of the toy's 4,000 pairs and 400 clips.
     "ours": {},
@@ -48,7 +52,13 @@ ROWS = {  # name: flags of train.py. Sizes of data sets are shares of the toy's 
     "scope-reference": {"lora_scope": "reference"},
     "scope-reference-image-only": {"lora_scope": "reference", "p": 0.0},
 }
-WATCHED = ("ours", "image-only", "pcgrad-4", "pcgrad-8")  # measured with gradcos: Figures 5, 9 and 10
+FIGURES = {  # figure: its rows. The first two are curves of gradcos.py (9 holds 5 as well), the others contact sheets
+    "figure9": ("ours", "image-only"), "figure10": ("ours", "pcgrad-4", "pcgrad-8"),
+    "figure11": ("ours", "pairs-2pct", "pairs-1pct"),
+    "figure12": ("first-frame-no-drop", "random-frame-no-drop", "ours"),
+    "figure13": ("image-only", "two-stage", "ours"),
+}
+WATCHED = {*FIGURES["figure9"], *FIGURES["figure10"]}  # measured with gradcos
 
 PAPER_COLUMNS = ("Motion Smoothness", "Dynamic Degree", "CLIP-T", "CLIP-I", "DINO-I")
 TABLES = {  # table: (row, the paper's name, the paper's numbers in PAPER_COLUMNS)
@@ -101,31 +111,37 @@ FINDINGS = [  # where, what the paper says, column, the higher row, the lower ro
     ("table9", "p = 0.2 moves more than p = 0.6", "dynamic_degree", "ours", "p-0.6"),
     ("table9", "p = 0.2 keeps more identity than p = 0", "identity_16", "ours", "image-only"),
     ("table9", "p = 0.6 keeps more identity than p = 0.2", "identity_16", "p-0.6", "ours"),
+    ("figure12", "random frame alone moves more than neither", "dynamic_degree", "random-frame-no-drop",
+     "first-frame-no-drop"),
     ("figure12", "random frame and drop move more than neither", "dynamic_degree", "ours", "first-frame-no-drop"),
     ("figure5, 9", "the cosine is nearer to zero than image-only's", "abs_cosine", "image-only", "ours"),
     ("figure5, 9", "image-only's video gradient is larger", "norm_vid", "image-only", "ours"),
     ("scope", "(ours, not the paper's) scoping LoRA alone protects motion at p = 0", "dynamic_degree",
      "scope-reference-image-only", "image-only"),
 ]
+COMMANDS = [*dict.fromkeys([*TABLES, *FIGURES]), "cost"]
 
 
 @dataclass
 class Config:
-    tables: list[str] = field(default_factory=list, metadata={"help": f"of {', '.join(TABLES)}; none means all"})
+    what: list[str] = field(default_factory=list, metadata={
+        "help": f"of {', '.join(COMMANDS)}; none means every table"})
     seeds: int = knob(3, "seeds 0, 1, ...")
     jobs: int = knob(2, "rows side by side, one thread each")
-    steps: int = knob(350, "training steps of a row")
-    n: int = knob(48, "unseen creatures that score a row")
+    steps: int = knob(400, "training steps of a row")
+    lr: float = knob(4e-3, "peak learning rate of a row: more than the toy's 1.5e-3, for fewer than half of its steps")
+    n: int = knob(64, "unseen creatures that score a row")
     sample_steps: int = knob(25, "denoising steps when scoring")
     results: str = knob("paper/results", "folder with one file per row and seed")
-    out: str = knob("out/ablate", "where the runs live")
+    out: str = knob("out/ablate", "where the runs and their cached latents live")
+    assets: str = knob("assets", "where the figures go")
     real: bool = knob(False, "print the commands for CogVideoX-5B instead of running anything")
     row: str = knob("", "train and score this one row with seed --seeds (used for the rows side by side)")
 
     def __post_init__(self):
-        for table in self.tables:
-            if table not in (*TABLES, "cost"):
-                raise ValueError(f"no table {table!r}: choose from {', '.join(TABLES)}, cost")
+        for what in self.what:
+            if what not in COMMANDS:
+                raise ValueError(f"no table or figure {what!r}: choose from {', '.join(COMMANDS)}")
         if self.row and self.row not in ROWS:
             raise ValueError(f"no row {self.row!r}: choose from {', '.join(ROWS)}")
 
@@ -143,10 +159,10 @@ def train_and_score(cfg):
     flags, steps = flags_of(cfg.row, cfg.steps)
     name = f"{cfg.row}-{seed}"
     watched = {"gradcos_every": 25} if cfg.row in WATCHED else {}
-    config = train.Config(**{**train.TOY, "toy": True, "seed": seed, "steps": steps, "name": name, "out": cfg.out,
-                             "save_every": steps, "val_every": 0, "sample_every": 0, **watched, **flags})
-    world.ensure_data("toy/data/val_pairs", "toy/data/val_clips", *world.HELD_OUT)
-    world.ensure_data(config.images, config.videos, *(size_of(path) for path in (config.images, config.videos)))
+    config = train.Config(**{**train.TOY, "toy": True, "seed": seed, "steps": steps, "lr": cfg.lr, "name": name,
+                             "out": cfg.out, "cache": cache_of(cfg, cfg.row), "save_every": steps, "val_every": 0,
+                             "sample_every": 0, **watched, **flags})
+    world.ensure_data(config.images, config.videos, config.val_images, config.val_videos)
     train.train(config)
     pipe, _ = load(lora=str(Path(cfg.out) / name))
     test = world.draw_test_set(cfg.n)
@@ -164,25 +180,42 @@ def train_and_score(cfg):
 
 def settings(cfg):
     """What all results that are compared must share."""
-    return {k: getattr(cfg, k) for k in ("steps", "n", "sample_steps")}
+    return {k: getattr(cfg, k) for k in ("steps", "lr", "n", "sample_steps")}
 
 
-def size_of(path):
-    """toy/data/pairs-40 -> 40; toy/data/pairs -> all 4,000; toy/data/clips -> 400."""
-    name, _, number = Path(path).name.partition("-")
-    return int(number or {"pairs": 4000, "clips": 400}[name])
+def cache_of(cfg, row):
+    """Where the latents of a row lie. A small set of clips is the first of the large one: it needs no cache of its own.
+    """
+    return str(Path(cfg.out) / f"cache-{Path(ROWS[row].get('images', train.TOY['images'])).name}")
 
 
-def run_missing(cfg, rows):
-    """Train and score every (row, seed) that has no result yet, cfg.jobs at a time, each in a process of one thread."""
-    todo = [(row, seed) for seed in range(cfg.seeds) for row in rows
-            if not (Path(cfg.results) / f"{row}-{seed}.json").is_file()]
+def encode_once(cfg, rows):
+    """Cached latents for the rows, as `python -m paper.prepare cache` makes them."""
+    from paper import prepare
+    from toy import world
+    same = {k: train.TOY[k] for k in ("base", "videos", "crop_jitter", "frames", "fps", "vae_tiling")}
+    for cache, row in {cache_of(cfg, row): row for row in rows}.items():
+        images = ROWS[row].get("images", train.TOY["images"])
+        world.ensure_data(images, train.TOY["videos"])
+        prepare.prepare_cache(prepare.Latents(out=cache, images=images, **same))
+
+
+def run_missing(cfg, rows, seeds, runs=False):
+    """Train and score each (row, seed) that has no result yet, cfg.jobs at a time, each in a process of one thread.
+
+    With runs=True also those whose run is gone: a figure needs its weights."""
+    todo = [(row, seed) for seed in range(seeds) for row in rows
+            if not (Path(cfg.results) / f"{row}-{seed}.json").is_file()
+            or runs and newest_checkpoint(Path(cfg.out) / f"{row}-{seed}") is None]
+    if not todo:
+        return
     logs = Path(cfg.out)
     logs.mkdir(parents=True, exist_ok=True)
+    encode_once(cfg, dict(todo))
 
     def run(job):
         row, seed = job
-        own = [f"--{k}={getattr(cfg, k)}" for k in ("steps", "n", "sample_steps", "results", "out")]
+        own = [f"--{k}={v}" for k, v in {**settings(cfg), "results": cfg.results, "out": cfg.out}.items()]
         with open(logs / f"{row}-{seed}.log", "w") as log:
             code = subprocess.run([sys.executable, "-m", "paper.ablate", "--row", row, "--seeds", str(seed), *own],
                                   stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
@@ -198,11 +231,8 @@ def load_results(cfg):
     results = {}
     for file in sorted(Path(cfg.results).glob("*.json")):
         record = json.loads(file.read_text())
-        differ = [f"--{k} {record[k]}" for k, v in settings(cfg).items() if record[k] != v]
-        if record["flags"] != ROWS.get(record["row"]):
-            differ.append(f"other flags: {record['flags']}")
-        if differ:
-            raise ValueError(f"{file} was made with {', '.join(differ)}: choose another --results")
+        if differ := changed(record, {**settings(cfg), "flags": ROWS.get(record["row"])}):
+            raise ValueError(f"{file} was made with other settings ({differ}): choose another --results")
         if record["seed"] < cfg.seeds:
             results.setdefault(record["row"], {})[record["seed"]] = record["scores"]
     return results
@@ -297,22 +327,38 @@ def print_cost(p=0.2, steps=4000):
           "30 s an iteration: a factor of 3 is open on that side alone.")
 
 
+def draw_figure(cfg, figure):
+    """assets/FIGURE.png from the runs: curves over all seeds, or contact sheets of the first one."""
+    from toy import world
+    rows, out = FIGURES[figure], f"{cfg.assets}/{figure}.png"
+    if set(rows) <= WATCHED:
+        runs = [f"{cfg.out}/{row}-{seed}" for row in rows for seed in range(cfg.seeds)]
+        gradcos.main(gradcos.Config(runs=runs, out=out))
+    else:
+        world.picture(world.Picture(lora=[f"{cfg.out}/{row}-0" for row in rows], titles=rows, n=5, out=out), scale=3)
+
+
 def main(cfg):
     if cfg.row:
         return train_and_score(cfg)
-    if "cost" in cfg.tables:
-        return print_cost()
-    tables = cfg.tables or list(TABLES)
-    rows = list(dict.fromkeys(row for table in tables for row, _, _ in TABLES[table]))
+    tables = [what for what in cfg.what if what in TABLES] or ([] if cfg.what else list(TABLES))
+    figures = [what for what in cfg.what if what in FIGURES]
     if cfg.real:
         return print_real(tables)
     load_results(cfg)  # results that cannot be compared stop here, not after hours
-    run_missing(cfg, rows)
-    results = load_results(cfg)
-    for table in tables:
-        print_table(table, results)
-    print_findings(set(rows), results)
+    if tables:
+        rows = list(dict.fromkeys(row for table in tables for row, _, _ in TABLES[table]))
+        run_missing(cfg, rows, cfg.seeds)
+        results = load_results(cfg)
+        for table in tables:
+            print_table(table, results)
+        print_findings(set(rows), results)
+    for figure in figures:
+        run_missing(cfg, FIGURES[figure], cfg.seeds if set(FIGURES[figure]) <= WATCHED else 1, runs=True)
+        draw_figure(cfg, figure)
+    if "cost" in cfg.what:
+        print_cost()
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__, positional="tables")
+    command_line(main, Config, __doc__, positional="what")

@@ -39,9 +39,10 @@ def test_real_commands_are_valid_flags(capsys):
 
 
 def test_results_with_other_settings_are_refused(tmp_path):
-    record = {"row": "ours", "seed": 0, "steps": 10, "n": 48, "sample_steps": 25, "flags": {}, "scores": {}}
+    record = {"row": "ours", "seed": 0, "steps": 10, "n": 64, "lr": 4e-3, "sample_steps": 25, "flags": {},
+              "scores": {}}
     (tmp_path / "ours-0.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="was made with --steps 10"):
+    with pytest.raises(ValueError, match="steps was 10, now"):
         ablate.load_results(ablate.Config(results=str(tmp_path)))
 
 

@@ -48,6 +48,26 @@ def test_pairs_have_the_columns_of_subjects200k(tmp_path):
     assert pq.ParquetFile(tmp_path / "pairs.parquet").num_row_groups == 2
 
 
+def test_small_sets_are_the_first_of_the_large_one(tmp_path):
+    world.write_clips(tmp_path / "all", n=6)
+    world.write_clips(tmp_path / "few", n=6, keep=2)
+    world.write_pairs(tmp_path / "all", n=20)
+    world.write_pairs(tmp_path / "few", n=20, keep=3)
+    assert sorted(f.name for f in (tmp_path / "few").glob("0*")) == ["0000.mp4", "0000.txt", "0001.mp4", "0001.txt"]
+    for file in (tmp_path / "few").glob("0*"):
+        assert file.read_bytes() == (tmp_path / "all" / file.name).read_bytes()
+    few, many = (pq.read_table(tmp_path / d / "pairs.parquet").to_pylist() for d in ("few", "all"))
+    assert few == many[:3]
+
+
+def test_only_the_toys_own_folders_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(world.DATA, "clips", (world.write_clips, 4, 0))
+    world.ensure_data("toy/data/clips-2", "toy/data/clip", "toy/data/clips-two", "toy/clips", "clips")
+    assert [str(d.relative_to(tmp_path)) for d in tmp_path.glob("**/*clip*")] == ["toy/data/clips-2"]
+    assert len(list(tmp_path.glob("toy/data/clips-2/*.mp4"))) == 2
+
+
 def test_test_creatures_are_not_training_creatures():
     train = world.draw_creatures(np.random.default_rng([0, 10]), 4000).bitmap.reshape(4000, -1)
     clips = world.draw_creatures(np.random.default_rng([0, 11]), 400).bitmap.reshape(400, -1)

@@ -35,7 +35,6 @@ from data import command_line, save_video
 SIZE, TILE, CELL, CELLS = 32, 8, 2, 8  # px per frame side, per tile, per cell; cells per creature side
 FRAMES, FPS, BEATS = 9, 4, (1, 2, 2, 2, 2)       # frames of a clip, and how many the VAE puts into each latent frame
 GRID = SIZE // TILE - 1                           # tile positions of a 2x2-tile creature along one axis: 3
-HELD_OUT = (200, 60, 1)                           # pairs, clips and seed of the held-out data
 ENLARGE = 8                                       # mp4 files are 8x larger: yuv420p would mix 2-px cells
 
 FIELDS = {"green": (60, 130, 60), "brown": (120, 75, 40), "grey": (128, 128, 128), "navy": (25, 30, 80),
@@ -120,15 +119,17 @@ def caption(field_index, direction=None, colours=None):
 
 # ---- data sets on disk -----------------------------------------------------------------------------------------------
 
-def write_pairs(folder, n=4000, seed=0):
-    """n pairs as one parquet with the Subjects200K columns: two views side by side, padded, PNG, 16 rows a group."""
+def write_pairs(folder, n=4000, seed=0, keep=None):
+    """n pairs as one parquet with the Subjects200K columns: two views side by side, padded, PNG, 16 rows a group.
+
+    keep writes only the first so many of them, as in write_clips."""
     rng = np.random.default_rng([seed, 10])
     creatures = draw_creatures(rng, n)
     fields = np.stack([rng.integers(0, len(FIELDS), n), rng.integers(1, len(FIELDS), n)])
     fields[1] = (fields[0] + fields[1]) % len(FIELDS)  # the second view stands on another field
     views = [render(creatures, f, rng.integers(0, GRID, (n, 1, 2)))[:, 0] for f in fields]
     pad, rows = 2, []
-    for i in range(n):
+    for i in range(keep or n):
         sheet = np.full((SIZE + 2 * pad, 2 * SIZE + 3 * pad, 3), 255, np.uint8)
         sheet[pad:-pad, pad:pad + SIZE], sheet[pad:-pad, 2 * pad + SIZE:-pad] = views[0][i], views[1][i]
         file = io.BytesIO()
@@ -142,28 +143,36 @@ def write_pairs(folder, n=4000, seed=0):
     pq.write_table(pa.Table.from_pylist(rows), Path(folder) / "pairs.parquet", row_group_size=16)
 
 
-def write_clips(folder, n=400, seed=0):
+def write_clips(folder, n=400, seed=0, keep=None):
     """n clips as H.264 files with captions that never name the creature's colours."""
     rng = np.random.default_rng([seed, 11])
     creatures, (fields, directions) = draw_creatures(rng, n), draw_scenes(rng, n)
     clips = render(creatures, fields, draw_walks(rng, directions)).repeat(BEATS, 1)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for i in range(n):
+    for i in range(keep or n):
         save_video(Path(folder) / f"{i:04d}.mp4", [Image.fromarray(f) for f in clips[i]], FPS, ENLARGE)
         (Path(folder) / f"{i:04d}.txt").write_text(caption(fields[i], directions[i]))
 
 
-def ensure_data(images, videos, pairs=4000, clips=400, seed=0, wait=300):
-    """Write the toy's data where it is missing from toy/data; under torchrun rank 0 writes and the others wait.
+DATA = {"pairs": (write_pairs, 4000, 0), "clips": (write_clips, 400, 0),  # folder in toy/data: what, how many, seed
+        "val_pairs": (write_pairs, 200, 1), "val_clips": (write_clips, 60, 1)}
 
-    Each folder is written under another name and renamed, so that a killed run leaves nothing half-written."""
-    for folder, write, n in ((Path(images), write_pairs, pairs), (Path(videos), write_clips, clips)):
-        if folder.exists() or folder.parent != Path("toy/data"):  # elsewhere a missing folder is the user's mistake
+
+def ensure_data(*folders, wait=300):
+    """Write those of the toy's data sets that are missing; under torchrun rank 0 writes and the others wait.
+
+    Only toy/data/NAME for a NAME in DATA, and toy/data/NAME-N, its first N: anything else that is missing is the user's
+    mistake. Each folder is written under another name and renamed, so that a killed run leaves nothing half-written.
+    """
+    for folder in map(Path, folders):
+        name, _, keep = folder.name.partition("-")
+        if folder.exists() or folder.parent != Path("toy/data") or name not in DATA or not (keep or "1").isdigit():
             continue
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"writing {folder}", flush=True)
             part = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-            write(part, n, seed)
+            write, n, seed = DATA[name]
+            write(part, n, seed, min(int(keep or n), n))
             try:
                 os.replace(part, folder)
             except OSError:  # another run, started beside this one, was faster
@@ -373,8 +382,7 @@ if __name__ == "__main__":
         config, action = (Score, score) if command == "score" else (Picture, picture)
         command_line(action, config, action.__doc__, sys.argv[2:])
     elif command == "data" and len(sys.argv) == 2:
-        ensure_data("toy/data/pairs", "toy/data/clips")
-        ensure_data("toy/data/val_pairs", "toy/data/val_clips", *HELD_OUT)
+        ensure_data(*(f"toy/data/{name}" for name in DATA))
     elif command == "refs" and len(sys.argv) == 2:
         write_refs("toy/refs")
     else:
