@@ -380,7 +380,9 @@ def command_line(main, Config, description, argv=None, positional=None, **defaul
     A user's mistake (bad flag, value or file) is one line and exit status 1 or 2; with TRACEBACK=1 in the environment
     it is the whole traceback.
     """
-    parser = HfArgumentParser(Config, description=description.splitlines()[0], allow_abbrev=False)
+    words = f"[{positional} ...] " if positional else ""
+    parser = HfArgumentParser(Config, description=description.split("\n\n")[0], allow_abbrev=False,
+                              usage=f"%(prog)s {words}[--knob value ...]      (--help explains the knobs)")
     parser.set_defaults(**defaults)
     argv = sys.argv[1:] if argv is None else argv
     if positional and argv and not argv[0].startswith("-"):

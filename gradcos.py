@@ -226,6 +226,9 @@ class Config:
     out: str = knob("gradcos.png", "picture to write; the others take its name: -groups, and -losses with --val_every")
 
 
+# train.py's knobs that leave what is trained as it is: runs that differ only in these are the same run.
+NOT_TRAINED = {"toy", "name", "out", "workers", "save_every", "keep", "grad_device", "gradcos_every", "val_every",
+               "sample_every", "val_images", "val_videos", "val_pairs", "val_clips", "val_refs"}
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f"]  # for colour-blind eyes too
 
 
@@ -233,10 +236,8 @@ def read_runs(folders, file):
     """{label: one list of records per seed}. Runs whose settings differ only in the seed share a label."""
     configs, records = [], []
     for folder in folders:
-        if not (Path(folder) / file).is_file() or not (Path(folder) / "config.json").is_file():
-            raise FileNotFoundError(f"no {file} in {folder}: was it trained with --gradcos_every (or --val_every)?")
         config = json.loads((Path(folder) / "config.json").read_text())
-        configs.append({k: v for k, v in config.items() if k not in ("seed", "name", "out", "workers", "keep")})
+        configs.append({k: v for k, v in config.items() if k not in NOT_TRAINED | {"seed"}})
         records.append([json.loads(line) for line in (Path(folder) / file).read_text().splitlines()])
     differ = [k for k in configs[0] if any(c.get(k) != configs[0][k] for c in configs)]
     groups = {}
@@ -263,7 +264,8 @@ def draw_figure_5(plt, groups):
         band(left, seeds, lambda r: r["cosine"], color=colour, label=label + n)
         band(right, seeds, lambda r: r["norm_img"], color=colour, label=r"$\|g_{img}\|$, " + label)
         band(right, seeds, lambda r: r["norm_vid"], color=colour, linestyle="--", label=r"$\|g_{vid}\|$, " + label)
-    left.set(xlabel="step", ylabel=r"cosine of $g_{img}$ and $g_{vid}$", ylim=(-1, 1))
+    largest = max(abs(r["cosine"]) for seeds in groups.values() for records in seeds for r in records)
+    left.set(xlabel="step", ylabel=r"cosine of $g_{img}$ and $g_{vid}$", ylim=(-1.1 * largest, 1.1 * largest))
     right.set(xlabel="step", ylabel="gradient norm", yscale="log")
     for axis in (left, right):
         axis.legend(fontsize=8, frameon=False)
@@ -283,8 +285,10 @@ def draw_groups(plt, groups):
         blocks = [n for n in names if n.startswith("block ")]
         steps = [r["step"] for r in min(seeds, key=len)]
         table = torch.tensor([[[r["groups"][b][0] for r in records[:len(steps)]] for b in blocks] for records in seeds])
+        half = (steps[-1] - steps[0]) / (2 * max(len(steps) - 1, 1)) or 0.5  # each bar is centred on its step
         image = right.imshow(table.mean(0).numpy(), aspect="auto", cmap="RdBu", vmin=-1, vmax=1, origin="lower",
-                             interpolation="nearest", extent=(steps[0], steps[-1] or 1, -0.5, len(blocks) - 0.5))
+                             interpolation="nearest",
+                             extent=(steps[0] - half, steps[-1] + half, -0.5, len(blocks) - 0.5))
         right.set(title="by depth", xlabel="step", ylabel="block")
         figure.colorbar(image, ax=right, label="cosine")
     return figure
@@ -317,12 +321,15 @@ def main(cfg):
         draw_theory(plt).savefig(out, dpi=130)
         return print(f"wrote {out}")
     figures = [(out, draw_figure_5, "gradcos.jsonl"),
-               (out.with_stem(out.stem + "-groups"), draw_groups, "gradcos.jsonl")]
-    if all((Path(run) / "val.jsonl").is_file() for run in cfg.runs):
-        figures.append((out.with_stem(out.stem + "-losses"), draw_losses, "val.jsonl"))
+               (out.with_stem(out.stem + "-groups"), draw_groups, "gradcos.jsonl"),
+               (out.with_stem(out.stem + "-losses"), draw_losses, "val.jsonl")]
+    lack = {file: [run for run in cfg.runs if not (Path(run) / file).is_file()] for _, _, file in figures}
+    if all(lack.values()):
+        raise FileNotFoundError(f"no gradcos.jsonl in {lack['gradcos.jsonl'][0]}: was it trained with --gradcos_every?")
     for path, draw, file in figures:
-        draw(plt, read_runs(cfg.runs, file)).savefig(path, dpi=130)
-        print(f"wrote {path}")
+        if not lack[file]:
+            draw(plt, read_runs(cfg.runs, file)).savefig(path, dpi=130)
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":

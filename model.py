@@ -13,6 +13,7 @@ Contents: SubjectTransformer (the forward) - LoRA (attach, save, load) - the v l
 import hashlib
 import json
 import os
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from diffusers.utils import apply_lora_scale, is_torchao_available
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 PAPER_BASE = "THUDM/CogVideoX-5b"
@@ -260,8 +261,12 @@ def lora_path(path):
 
 def lora_header(path):
     """The strings that `save_lora` wrote into the file's header (empty for a file from elsewhere)."""
-    with safe_open(lora_path(path), "pt") as f:
-        return f.metadata() or {}
+    file = lora_path(path)
+    try:
+        with safe_open(file, "pt") as f:
+            return f.metadata() or {}
+    except SafetensorError as e:
+        raise ValueError(f"cannot read the LoRA {file}: {e}. Is it a whole .safetensors file?")
 
 
 def load_lora(transformer, path, dropout=0.0):
@@ -361,13 +366,44 @@ def encode_video(vae, pixels, generator=None):
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
+def find_device(name=""):
+    """The torch.device of --device: empty takes cuda when there is one. Under torchrun each rank has its own GPU."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device {name!r} is none: pass cuda or cpu")
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here")
+    return device
+
+
+def tile_vae(vae):
+    """Let the VAE work in overlapping tiles, one sample at a time, to save memory (A.2).
+
+    Where the tiles' step is no whole number of latent pixels (tiny VAEs) diffusers would return another size: then
+    it goes on with whole frames, and a line says so."""
+    vae.enable_slicing()
+    vae.enable_tiling()
+    shrink = 2 ** (len(vae.config.block_out_channels) - 1)
+    for axis in ("height", "width"):
+        pixels, latents, overlap = (getattr(vae, f"tile_{name}_{axis}")
+                                    for name in ("sample_min", "latent_min", "overlap_factor"))
+        if (int(pixels * (1 - overlap)) != shrink * (latents - int(latents * overlap))       # tiled_encode's step, and
+                or pixels - int(pixels * overlap) != shrink * int(latents * (1 - overlap))):  # tiled_decode's
+            print(f"this VAE's tiles of {pixels} pixels do not fit together: no tiling", file=sys.stderr)
+            return vae.disable_tiling()
+
+
 def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False):
     """The stock CogVideoXPipeline of a diffusers folder or hub id, with our transformer and a tokenizer that knows
     <cls>. One line of FileNotFoundError when there is no such base.
 
     int8 (torchao, weight-only): the frozen transformer takes half its memory in bf16, 5.6 GB for CogVideoX-5B."""
-    if not (Path(base) / "model_index.json").is_file() and (str(base).count("/") != 1 or Path(base).exists()
-                                                            or str(base).startswith((".", "/"))):
+    local = (Path(base) / "model_index.json").is_file()
+    if not local and (str(base).count("/") != 1 or Path(base).exists() or str(base).startswith((".", "/"))):
         raise FileNotFoundError(f"no base at {base}: expected a diffusers CogVideoX folder (with model_index.json) "
                                 f"or a hub id such as {PAPER_BASE}")
     quantization = {}
@@ -376,10 +412,16 @@ def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False):
             raise ValueError("--int8 needs torchao: pip install torchao==0.18.0")
         from torchao.quantization import Int8WeightOnlyConfig
         quantization["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["proj_out"])
-    transformer = SubjectTransformer.from_pretrained(base, subfolder="transformer", dtype=dtype, **quantization)
+    try:
+        transformer = SubjectTransformer.from_pretrained(base, subfolder="transformer", dtype=dtype, **quantization)
+        pipe = CogVideoXPipeline.from_pretrained(base, transformer=transformer, dtype=dtype)
+    except OSError as e:
+        if local:
+            raise
+        raise FileNotFoundError(f"there is no folder {base}, and the hub did not give it: {str(e).splitlines()[0]} "
+                                f"Without network: hf download {base} --local-dir FOLDER elsewhere, then --base FOLDER")
     if int8:
         follow_autocast(transformer)
-    pipe = CogVideoXPipeline.from_pretrained(base, transformer=transformer, dtype=dtype)
     pipe.tokenizer.add_tokens([REFERENCE_TOKEN], special_tokens=True)
     rows = pipe.text_encoder.get_input_embeddings().num_embeddings
     if len(pipe.tokenizer) > rows:  # T5-XXL has 32128 rows and <cls> takes id 32100: nothing is resized

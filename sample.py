@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from data import clip_frames, command_line, cover, knob, load_image, normalise, save_video, to_pixels
-from model import (LORA_FILE, PAPER_BASE, encode_video, frame_size, load_lora, load_pipeline, lora_header, lora_path,
-                   with_reference_token)
+from model import (LORA_FILE, PAPER_BASE, encode_video, find_device, frame_size, load_lora, load_pipeline, lora_header,
+                   lora_path, tile_vae, with_reference_token)
 
 HERE = Path(__file__).parent
 
@@ -48,6 +48,9 @@ class Config:
         for name in ("frames", "fps", "height", "width", "enlarge"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
+        suffixes = (".png", ".mp4") if self.frames == 1 else (".mp4", ".mov", ".mkv")
+        if Path(self.out).suffix not in suffixes:
+            raise ValueError(f"--out must end in {' or '.join(suffixes)}, got {self.out!r}")
         if self.offload not in ("none", "model", "sequential"):
             raise ValueError(f"--offload must be none, model or sequential, got {self.offload!r}")
 
@@ -124,16 +127,21 @@ def contact_sheet(video, reference=None, enlarge=1, columns=6):
 
 
 def main(cfg):
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(cfg.device)
+    if cfg.offload != "none" and device.type == "cpu":
+        raise ValueError(f"--offload {cfg.offload} keeps weights off a GPU until needed, and this run has none")
     reference = load_image(cfg.ref) if cfg.ref else None
     beside = Path(cfg.ref or "none").with_suffix(".txt")
     prompts = [cfg.prompt or (beside.read_text().strip() if beside.is_file() else "")]
     if cfg.prompts:
+        if not Path(cfg.prompts).is_file():
+            raise FileNotFoundError(f"--prompts: no file {cfg.prompts}; it takes a text file with a prompt per line")
         prompts = [line.strip() for line in Path(cfg.prompts).read_text().splitlines() if line.strip()]
         if not prompts:
-            raise ValueError(f"no prompts in {cfg.prompts}")
+            raise ValueError(f"--prompts: no prompts in {cfg.prompts}")
     if not prompts[0]:
-        raise ValueError("what should happen? Pass --prompt (or a .txt file beside the picture)")
+        missing = "--prompt '...' (or a .txt file beside the picture)" if cfg.ref else "--ref PICTURE --prompt '...'"
+        raise ValueError(f"who, and what should happen? Pass {missing}")
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
 
@@ -152,7 +160,7 @@ def main(cfg):
         pipe.to(device)
     else:
         pipe.vae.to("cpu")
-        pipe.vae.enable_tiling()
+        tile_vae(pipe.vae)
         (pipe.enable_model_cpu_offload if cfg.offload == "model" else pipe.enable_sequential_cpu_offload)(device=device)
 
     for i, prompt in enumerate(prompts):

@@ -1,6 +1,7 @@
 """Tests of the five scripts. Everything is compared with something we did not write (stock diffusers, closed forms) or
 with an answer known beforehand. `pytest` needs no GPU and no download; all of it takes
 a few minutes on two CPU cores."""
+import dataclasses
 import importlib.util
 import json
 import os
@@ -338,6 +339,24 @@ def test_vae_encoding(toy):
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
+def test_tiles_that_do_not_fit_are_not_used(toy, capsys):
+    """On the toy's VAE diffusers' own tiling would change the size; at 480x720 the tiles fit."""
+    x = torch.zeros(1, 1, 3, 32, 32)
+    expected = model.encode_moments(toy.vae, x)
+    toy.vae.enable_tiling()
+    assert model.encode_moments(toy.vae, x).shape != expected.shape
+    model.tile_vae(toy.vae)
+    assert torch.equal(model.encode_moments(toy.vae, x), expected)
+    toy.vae.disable_slicing()
+    assert "do not fit together" in capsys.readouterr().err
+    config = dict(block_out_channels=[8, 8, 8, 8], layers_per_block=1, norm_num_groups=2, latent_channels=4,
+                  down_block_types=["CogVideoXDownBlock3D"] * 4, up_block_types=["CogVideoXUpBlock3D"] * 4)
+    large = type(toy.vae)(**config)  # sample_height and sample_width are the real ones: 480, 720
+    model.tile_vae(large)
+    assert large.use_tiling and large.use_slicing
+    assert model.encode_moments(large, torch.zeros(1, 1, 3, 480, 720)).shape == (1, 1, 8, 60, 90)
+
+
 def test_sampler_is_the_stock_pipeline(toy):
     stock = CogVideoXPipeline.from_pretrained(BASE)
     assert type(stock.transformer) is CogVideoXTransformer3DModel
@@ -388,7 +407,22 @@ def test_sample_several_prompts_one_frame_no_reference(tmp_path):
     assert {f.name: Image.open(f).size for f in tmp_path.glob("*.png")} == {"x-0.png": (64, 64), "x-1.png": (64, 64)}
 
 
-def test_sample_errors(tmp_path):
+def test_the_authors_release_on_the_command_line(tmp_path):
+    """Their layout (another file name, no header): loads at alpha/rank 0.5, which is also what our file says."""
+    (tmp_path / "v1").mkdir()
+    weights = model.load_file(model.lora_path(ROOT / "toy/lora"))
+    model.save_file(weights, tmp_path / "v1" / "pytorch_lora_weights_transformer.safetensors")
+    ref = str(ROOT / "toy/refs/creature-0.png")
+    same = ["--ref", ref, "--steps", "4", "--fps", "4", "--out"]
+    for out, flags in (("ours.mp4", ["--lora", str(ROOT / "toy/lora")]), ("v1.mp4", ["--lora", "v1", "--base", BASE])):
+        r = run(str(ROOT / "sample.py"), *same, out, *flags, cwd=tmp_path)
+        assert r.returncode == 0, r.stderr
+    assert "v1/pytorch_lora_weights_transformer.safetensors does not say its alpha: using the paper's" in r.stdout
+    assert (tmp_path / "v1.mp4").read_bytes() == (tmp_path / "ours.mp4").read_bytes()
+
+
+def test_sample_errors(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # do not wait for a network
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not a picture")
     ok = dict(ref=str(ROOT / "toy/refs/creature-0.png"), lora=str(ROOT / "toy/lora"), out=str(tmp_path / "x.mp4"))
@@ -396,8 +430,15 @@ def test_sample_errors(tmp_path):
                             (dict(ref=str(broken)), "cannot read the picture .*broken.png"),
                             (dict(lora="nowhere"), "no LoRA at nowhere"),
                             (dict(base="./nowhere"), "no base at ./nowhere"),
-                            (dict(ref="", prompt=""), "what should happen"),
+                            (dict(base="nobody/nothing"), "no folder nobody/nothing, and the hub did not give it"),
+                            (dict(lora=str(broken)), "cannot read the LoRA .*broken.png"),
+                            (dict(ref="", prompt=""), "what should happen[?] Pass --ref"),
+                            (dict(prompts="nowhere.txt"), "--prompts: no file nowhere.txt"),
+                            (dict(out="x.gif"), "--out must end in .mp4 or .mov or .mkv, got 'x.gif'"),
                             (dict(height=30), "multiples of 8"),
+                            (dict(device="banana"), "--device 'banana' is none"),
+                            (dict(device="cuda"), "--device cuda:0: torch .* sees 0 GPUs"),
+                            (dict(offload="model", device="cpu"), "--offload model keeps weights off a GPU"),
                             (dict(offload="cpu"), "--offload must be")]:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             sample.main(sample.Config(**{**ok, **change}))
@@ -649,6 +690,14 @@ def test_training_resume_and_two_ranks(knobs, tmp_path):
         for x, y in zip(one, two):
             pairs = [(x[k], y[k]) for k in keys] or [(x[t]["loss"], y[t]["loss"]) for t in ("image", "video")]
             assert np.allclose(*zip(*pairs), rtol=1e-4)
+
+
+def test_help_explains_every_knob_and_does_not_wait_for_diffusers():
+    r = run("-X", "importtime", str(ROOT / "train.py"), "--toy", "--help")
+    assert r.returncode == 0 and " torch\n" in r.stderr and "diffusers" not in r.stderr
+    for knob in dataclasses.fields(train.Config):
+        assert f"--{knob.name} " in r.stdout and knob.metadata["help"]
+    assert "(default: toy/base)" in " ".join(r.stdout.split())  # --toy shows its own defaults
 
 
 def test_train_command_line_errors(tmp_path):

@@ -1,4 +1,5 @@
 """Trains subject-driven video generation without a single subject-video: Algorithm 1 of the paper, in one loop.
+What stands in brackets below is the paper's section; a knob without one is not in the paper.
 
     torchrun --nproc_per_node=8 train.py      # the paper's run: CogVideoX-5B, Subjects200K, Pexels clips
     python train.py --toy                     # the same code on the toy world, minutes on two CPU cores
@@ -24,43 +25,46 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup
-from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 import gradcos
 from data import (Cache, Clips, ImagePairs, batches, changed, clip_frames, command_line, knob, load_image, normalise,
                   rng, torch_rng)
-from model import (PAPER_BASE, add_lora, draw_latents, encode_moments, encode_prompt, frame_size, load_lora,
-                   load_pipeline, newest_checkpoint, read_lora, save_lora, v_loss, weight_fingerprint,
-                   with_reference_token)
-from sample import contact_sheet, encode_references, generate
+
+if not {"-h", "--help"} & set(sys.argv):  # diffusers takes seconds to import: the knobs are shown without
+    from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup
+    from diffusers.utils import logging as diffusers_logging
+
+    from model import (add_lora, draw_latents, encode_moments, encode_prompt, find_device, frame_size, load_lora,
+                       load_pipeline, newest_checkpoint, read_lora, save_lora, tile_vae, v_loss, weight_fingerprint,
+                       with_reference_token)
+    from sample import contact_sheet, encode_references, generate
 
 
 @dataclass
 class Config:
     toy: bool = knob(False, "take the defaults of the toy world (TOY below); other flags still count")
     # model
-    base: str = knob(PAPER_BASE, "diffusers CogVideoX folder or hub id")
+    base: str = knob("THUDM/CogVideoX-5b", "diffusers CogVideoX folder or hub id (5.1)")
     int8: bool = knob(False, "keep the frozen transformer in 8 bits (torchao): half the memory, for a 24 GB GPU")
     rank: int = knob(128, "LoRA rank (A.1)")
     alpha: float = knob(64.0, "LoRA alpha; the update is scaled by alpha/rank (A.1)")
     dropout: float = knob(0.1, "LoRA dropout (5.1)")
-    lora_scope: str = knob("all", "tokens LoRA acts on: 'all' (the authors' code) or 'reference' (the paper's text)")
+    lora_scope: str = knob("all", "tokens LoRA acts on: 'all' (the authors' code) or 'reference' (3.3, A)")
     init_lora: str = knob("", "LoRA file or folder to go on from, e.g. the 8 fps model for the 16 fps one (5.1)")
     # data
-    images: str = knob("data/subjects200k", "folder of image pairs: D_img")
-    videos: str = knob("data/pexels", "folder of clips with captions: D_vid")
+    images: str = knob("data/subjects200k", "folder of image pairs: D_img (5.1)")
+    videos: str = knob("data/pexels", "folder of clips with captions: D_vid (5.1)")
     cache: str = knob("", "folder of latents that python -m paper.prepare cache wrote; empty encodes on the fly")
-    height: int = knob(0, "frame height in pixels; 0 takes the base's (480)")
-    width: int = knob(0, "frame width in pixels; 0 takes the base's (720)")
+    height: int = knob(0, "frame height in pixels; 0 takes the base's: 480 (Alg. 1)")
+    width: int = knob(0, "frame width in pixels; 0 takes the base's: 720 (Alg. 1)")
     frames: int = knob(49, "frames of a training clip, cut to 8k+1 (A.2)")
     fps: float = knob(8.0, "frames per second that clips are read at (A.2)")
     crop_jitter: float = knob(0.1, "random zoom and shift of each picture of a pair, as a share of its size (A.2)")
     # the method
-    p: float = knob(0.2, "probability of a video step (Eq. 1)")
-    schedule: str = knob("switch", "'switch' flips the coin each step; 'two_stage': first all image steps (Table 3)")
+    p: float = knob(0.2, "probability of a video step (Eq. 1, D.5)")
+    schedule: str = knob("switch", "'switch' flips the coin each step; 'two_stage': all image steps first (D.7)")
     random_frame: bool = knob(True, "reference = a random frame of the clip, not always the first (3.4, Figure 12)")
     token_drop: float = knob(0.5, "share of reference tokens dropped in video steps; 1 is text-to-video (Table 7)")
     view_drop: float = knob(0.5, "probability that an image micro-batch trains without its reference (A.2)")
@@ -90,10 +94,10 @@ class Config:
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
     # watching the run: none of this changes what is trained
     gradcos_every: int = knob(0, "steps between measurements of the two gradients' cosine (4.1, B.1); 0 never")
-    val_every: int = knob(0, "steps between held-out losses; 0 never")
+    val_every: int = knob(0, "steps between held-out losses (B.1's batches); 0 never")
     sample_every: int = knob(0, "steps between samples from --val_refs; 0 never")
-    val_images: str = knob("data/subjects200k_val", "image pairs of subjects that are not trained on")
-    val_videos: str = knob("data/pexels_val", "clips that are not trained on")
+    val_images: str = knob("data/subjects200k_val", "image pairs of subjects that are not trained on (B.1)")
+    val_videos: str = knob("data/pexels_val", "clips that are not trained on (B.1)")
     val_pairs: int = knob(64, "held-out image pairs to measure with")
     val_clips: int = knob(32, "held-out clips to measure with")
     val_refs: str = knob("", "folder of pictures to sample from, each with its prompt in a .txt file of its name")
@@ -221,9 +225,8 @@ def open_caches(cfg, pipe, size, frames):
 
 def train(cfg):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(cfg.device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 (A.2)
     if ranks > 1:
@@ -244,8 +247,7 @@ def train(cfg):
     pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32, int8=cfg.int8)
     pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # else copied there in every step
     if cfg.vae_tiling:
-        pipe.vae.enable_tiling()
-        pipe.vae.enable_slicing()
+        tile_vae(pipe.vae)
     transformer = pipe.transformer.train()
     if cfg.init_lora:  # rank, alpha and scope are the file's
         parameters = load_lora(transformer, cfg.init_lora, cfg.dropout)
@@ -296,6 +298,8 @@ def train(cfg):
     say(f"{run}: {sum(p.numel() for p in parameters):,} trainable parameters in {len(parameters) // 2} LoRA modules, "
         f"{width}x{height}, {', '.join(f'{len(d)} {t}s' for t, d in datasets.items())}, {ranks} rank(s) on {device}"
         + (f", going on from step {start}" if start else ""))
+    if start >= cfg.steps:
+        say("the run is complete: only its end is measured; for a whole curve start another --name")
 
     model = transformer
     if ranks > 1:
@@ -365,7 +369,7 @@ def train(cfg):
             return say(f"stopped by SIGTERM after {step + 1} steps; the same command goes on")
     watch(cfg.steps)  # after the last save: whatever happens here costs no training
     log.close()
-    say(f"done: {newest_checkpoint(run)}. Next: python sample.py --ref PICTURE --prompt '...'")
+    say(f"done: {newest_checkpoint(run)}. Next: python sample.py --lora {run} --ref PICTURE --prompt '...'")
 
 
 # ---- watching a run --------------------------------------------------------------------------------------------------
@@ -551,9 +555,7 @@ def resume(run, cfg, transformer, **state):
     if checkpoint is None:
         return 0
     before, now = json.loads((run / "config.json").read_text()), asdict(cfg)
-    free = {"toy", "name", "out", "workers", "save_every", "keep", "grad_device", "gradcos_every", "val_every",
-            "sample_every", "val_images", "val_videos", "val_pairs", "val_clips", "val_refs"}  # not what is trained
-    if differ := changed(before, {k: v for k, v in now.items() if k not in free}):
+    if differ := changed(before, {k: v for k, v in now.items() if k not in gradcos.NOT_TRAINED}):
         raise ValueError(f"{run} was started with other settings ({differ}): choose another --name")
     read_lora(transformer, checkpoint)
     saved = torch.load(checkpoint / "training_state.pt", weights_only=True, map_location="cpu")

@@ -18,7 +18,7 @@ from diffusers import CogVideoXDDIMScheduler
 from torch import nn
 
 from data import clip_frames, command_line, knob
-from model import SubjectTransformer, add_lora, follow_autocast, v_loss
+from model import SubjectTransformer, add_lora, find_device, follow_autocast, v_loss
 from train import Clock
 
 
@@ -77,7 +77,7 @@ def timed(work, cfg, device):
 
 
 def main(cfg):
-    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(cfg.device)
     on_gpu = device.type == "cuda"
     transformer, parameters, scheduler = build(cfg, device, torch.bfloat16 if on_gpu else torch.float32)
     optimizer = torch.optim.AdamW(parameters)

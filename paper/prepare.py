@@ -37,7 +37,8 @@ from urllib3.exceptions import HTTPError
 import train
 from data import (CLIP_SUFFIXES, Clips, ImagePairs, changed, clip_frames, command_line, cover, knob, load_clip,
                   load_image, normalise, rng, split_views, to_pixels)
-from model import PAPER_BASE, encode_moments, encode_prompt, frame_size, load_pipeline, with_reference_token
+from model import (PAPER_BASE, encode_moments, encode_prompt, find_device, frame_size, load_pipeline, tile_vae,
+                   with_reference_token)
 
 
 def share(text):
@@ -379,14 +380,13 @@ def prepare_cache(cfg):
     if not cfg.videos and not cfg.images:
         raise ValueError("nothing to cache: pass --videos, --images or both")
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = cfg.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    device = find_device(cfg.device)
     if ranks > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
-    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32)
     pipe.vae.to(device)
     if cfg.vae_tiling:
-        pipe.vae.enable_tiling()
-        pipe.vae.enable_slicing()
+        tile_vae(pipe.vae)
     if cfg.prompts:
         pipe.text_encoder.to(device)
     size = (cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1])
@@ -454,7 +454,10 @@ if __name__ == "__main__":
     commands = {"subjects200k": (Subjects200K, prepare_subjects), "pexels": (Pexels, prepare_pexels),
                 "cache": (Latents, prepare_cache)}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
-        sys.exit("usage: python -m paper.prepare subjects200k | pexels | cache [--help]")
+        usage = "usage: python -m paper.prepare subjects200k | pexels | cache [--help]"
+        if sys.argv[1:] not in (["-h"], ["--help"]):
+            sys.exit(usage)
+        sys.exit(print(usage))
     config, action = commands[sys.argv[1]]
     command_line(action, config, action.__doc__, sys.argv[2:])
     if dist.is_initialized():

@@ -2,6 +2,8 @@
 import http.server
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -18,7 +20,8 @@ from data import Clips, ImagePairs  # noqa: E402
 from paper import prepare  # noqa: E402
 from toy import world  # noqa: E402
 
-BASE = str(Path(__file__).parents[1] / "toy/base")
+ROOT = Path(__file__).parents[1]
+BASE = str(ROOT / "toy/base")
 
 
 # ---- Subjects200K ----------------------------------------------------------------------------------------------------
@@ -210,7 +213,7 @@ def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
     world.write_clips("clips", n=4)
     Path("clips/9.mp4").write_bytes(b"not a clip")
     Path("clips/9.txt").write_text("nothing")
-    knobs = {**train.TOY, "base": BASE, "images": "pairs", "videos": "clips", "image_batch": 4, "image_micro": 4,
+    knobs = {**train.TOY, "base": BASE, "images": "pairs", "videos": "clips", "image_batch": 4, "image_micro": 2,
              "video_batch": 4, "video_micro": 2, "p": 0.5, "steps": 6, "val_every": 0, "sample_every": 0}
     cache = prepare.Latents(out="cache", base=BASE, videos="clips", images="pairs", crop_jitter=0.0, prompts=True,
                             frames=9, fps=4.0, vae_tiling=False)
@@ -219,9 +222,17 @@ def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
     assert "20 of 20 images cached" in said.out and "4 of 5 videos cached" in said.out and "9.mp4" in said.err
     train.train(train.Config(**{**knobs, "name": "plain"}))
     train.train(train.Config(**{**knobs, "name": "cached", "cache": "cache"}))
-    losses = [[json.loads(line)["loss"] for line in Path(f"out/{name}/log.jsonl").read_text().splitlines()]
-              for name in ("plain", "cached")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    losses_of = lambda name: [record["loss"] for record in train.records(Path(f"out/{name}/log.jsonl"))]
+    losses = [losses_of("plain"), losses_of("cached")]
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+    for script, knobs_of_two in ((["-m", "paper.prepare", "cache"], {**vars(cache), "out": "cache2"}),
+                                 ([str(ROOT / "train.py"), "--toy"], {**knobs, "name": "two", "cache": "cache2"})):
+        flags = [f"--{k}={v}" for k, v in knobs_of_two.items() if v != ""]
+        r = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *script, *flags],
+                           env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert r.returncode == 0, r.stderr
+    assert losses[0] == pytest.approx(losses_of("two"), rel=1e-5)  # two ranks made the cache and trained from it
 
     made = {f: f.stat().st_mtime_ns for f in Path("cache").glob("**/*.safetensors")}
     next(iter(made)).unlink()

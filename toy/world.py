@@ -386,4 +386,5 @@ if __name__ == "__main__":
     elif command == "refs" and len(sys.argv) == 2:
         write_refs("toy/refs")
     else:
-        sys.exit("usage: python -m toy.world data | refs | score [--help] | picture [--help]")
+        usage = "usage: python -m toy.world data | refs | score [--help] | picture [--help]"
+        print(usage) if command in ("-h", "--help") else sys.exit(usage)
