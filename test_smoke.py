@@ -740,6 +740,19 @@ def test_reference_scope_and_init_lora_train(knobs, tmp_path, monkeypatch):
 needs_torchao = pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="--int8: pip install torchao")
 
 
+def test_two_stages_have_a_schedule_each_and_resume(knobs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = train.Config(**{**knobs, "name": "whole", "schedule": "two_stage", "p": 0.5, "steps": 8, "warmup": 2,
+                          "save_every": 2, "keep": 9, "lr": 1.0e-3})
+    train.train(cfg)
+    whole = log_of("out/whole")
+    assert [line["task"] for line in whole] == ["image"] * 4 + ["video"] * 4
+    assert [line["lr"] for line in whole] == pytest.approx([0, 5e-4, 1e-3, 5e-4] * 2)  # warm-up 2, cosine over 2
+    go_back("out/whole", 6, "out/killed")
+    train.train(dataclasses.replace(cfg, name="killed"))
+    assert log_of("out/killed") == whole and torch.equal(weights_of("out/killed", 8), weights_of("out/whole", 8))
+
+
 def test_int8_without_torchao_says_so(monkeypatch):
     monkeypatch.setattr(model, "is_torchao_available", lambda: False)
     with pytest.raises(ValueError, match="--int8 needs torchao: pip install"):

@@ -144,9 +144,14 @@ HELD_OUT_SEED = 2**31 - 1  # what is measured on the held-out data is the same i
 def task_of(cfg, step):
     """Eq. 1: "video" with probability p, else "image". One coin per step, the same on every rank."""
     if cfg.schedule == "two_stage":
-        return "image" if step < (1 - cfg.p) * cfg.steps else "video"  # as many of each as the coin would give
+        return "image" if step < image_stage(cfg) else "video"
     u = rng(cfg.seed, "coin", step).random()
     return "video" if u < cfg.p else "image"
+
+
+def image_stage(cfg):
+    """Steps of the first stage of 'two_stage' (D.7): each task gets as many as the coin would give it."""
+    return round((1 - cfg.p) * cfg.steps)
 
 
 def kept_tokens(cfg, task, step, g, n):
@@ -280,7 +285,13 @@ def train(cfg):
         pipe.text_encoder.to(device)
 
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
-    lr_schedule = get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, cfg.warmup, cfg.steps, cfg.cycles)
+    decay_over = lambda steps: get_cosine_with_hard_restarts_schedule_with_warmup(
+        optimizer, cfg.warmup, steps, cfg.cycles)
+    lr_schedule = decay_over(cfg.steps)
+    if cfg.schedule == "two_stage" and 0 < (switch := image_stage(cfg)) < cfg.steps:
+        # Two trainings, one after the other: with one decay over both the second would have hardly any learning rate.
+        lr_schedule = torch.optim.lr_scheduler.SequentialLR(
+            optimizer, [decay_over(switch), decay_over(cfg.steps - switch)], [switch])
     state = {"optimizer": optimizer, "lr_schedule": lr_schedule}
     if cfg.pcgrad:
         state["pcgrad"] = gradcos.PCGrad(cfg.pcgrad, cfg.grad_device or device)
