@@ -274,20 +274,27 @@ PAIRS_4K = ("table6", "table7", "table8", "table9", "figure12")  # the paper's a
 
 
 def print_real(tables):
-    """The same rows for CogVideoX-5B. The small sets come from paper.prepare --n."""
-    sizes = {"pairs-40": "subjects200k-2000", "pairs-80": "subjects200k-4000", "clips-100": "pexels-1000",
-             "clips-200": "pexels-2000", "clips-300": "pexels-3000"}
+    """The same rows for CogVideoX-5B, and what prepares their data."""
+    full = {"pairs": "subjects200k", "pairs-40": "subjects200k-2000", "pairs-80": "subjects200k-4000",
+            "clips": "pexels", "clips-100": "pexels-1000", "clips-200": "pexels-2000", "clips-300": "pexels-3000"}
+    commands, needed = [], set()
     for table in tables:
-        print(f"# {table}")
+        commands.append(f"# {table}")
         small = table in PAIRS_4K
         for row, _, _ in TABLES[table]:
             flags, steps = flags_of(row, 4000)
-            flags = {**({"images": "toy/data/pairs-80"} if small else {}), **flags}
-            words = [f"--{k} " + ("data/" + sizes[Path(v).name] if k in ("images", "videos") else str(v))
-                     for k, v in flags.items()]
+            flags = {"images": "toy/data/pairs-80" if small else "toy/data/pairs", "videos": "toy/data/clips", **flags}
+            flags |= {k: f"data/{full[Path(flags[k]).name]}" for k in ("images", "videos")}
+            needed |= {flags["images"], flags["videos"]}
+            words = [f"--{k} {v}" for k, v in flags.items()]
             words += [f"--steps {steps}"] * (steps != 4000) + ["--view_drop 0"] * (table == "scope")
             name = row + "-4k" * small + "-scope" * (table == "scope")
-            print(f"torchrun --nproc_per_node=8 train.py --name {name} {' '.join(words)}".rstrip())
+            commands.append(f"torchrun --nproc_per_node=8 train.py --name {name} {' '.join(words)}")
+    print("# the data; python -m paper.bench says how long a run takes on your GPU")
+    for folder in sorted(needed):
+        source, _, n = Path(folder).name.partition("-")
+        print(f"python -m paper.prepare {source} --out {folder} {f'--n {n}' * bool(n)}".rstrip())
+    print("\n".join(commands))
 
 
 def train_flops(tokens):

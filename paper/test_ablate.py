@@ -28,8 +28,12 @@ def test_verdict(differences, verdict):
 
 def test_real_commands_are_valid_flags(capsys):
     ablate.main(ablate.Config(real=True))
-    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in printed if line.startswith("torchrun")]
     assert len(lines) == sum(map(len, ablate.TABLES.values()))
+    prepared = {line.split("--out ")[1].split()[0] for line in printed if "paper.prepare" in line}
+    assert prepared == {word for line in lines for word in line.split() if word.startswith("data/")}
+    assert "python -m paper.prepare subjects200k --out data/subjects200k-4000 --n 4000" in printed
     names = {}
     for line in lines:  # one name, one run: nothing writes to the same place with other flags
         assert names.setdefault(line.split("--name ")[1].split()[0], line) == line
