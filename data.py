@@ -301,6 +301,7 @@ class Cache:
             raise ValueError(f"the cache {folder} is not there or not finished: run python -m paper.prepare cache")
         if differ := changed(key | made, key):  # a cache without prompts does not depend on the text encoder
             raise ValueError(f"the cache {folder} was made with other settings ({differ}): make it again")
+        self.cached = made.get("cached", 0)  # how many samples it holds
 
     def read(self, name, stamp):
         """({"moments", perhaps "text_0", ...}, prompts) of one sample.
@@ -308,14 +309,14 @@ class Cache:
         ValueError when it is not there, broken, or was made from another file (its stamp differs)."""
         file = self.folder / f"{name}.safetensors"
         if not file.is_file():
-            raise ValueError(f"{name} is not in the cache {self.folder}: it could not be read when that was made")
+            raise ValueError(f"{name} is not in the cache {self.folder}: it came later, or could not be read")
         try:
             with safe_open(file, "pt") as f:
                 header, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
         except SafetensorError as e:
-            raise ValueError(f"cannot read {file}: {e}; delete it and run python -m paper.prepare cache again")
+            raise ValueError(f"cannot read {file}: {e}; run python -m paper.prepare cache again")
         if header["stamp"] != stamp:
-            raise ValueError(f"{file} was made from another {name}: delete it and run paper.prepare cache again")
+            raise ValueError(f"{file} was made from another {name}: run python -m paper.prepare cache again")
         return tensors, json.loads(header["prompts"])
 
 

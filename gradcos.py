@@ -97,9 +97,9 @@ class PCGrad:
 
     Called between backward and clipping, it projects this step's gradient against the mean of the other task's
     gradients in the buffer (the last `size` steps, this one included), once there are any. Both tasks are projected
-    (Eq. 5, C.5); as the coin takes an image step with probability 1-p, the mean update is C.5's
-    (1-p) g~_img + p g~_vid. The buffer holds gradients as they came, in float32, averaged over ranks: `size` x 2 GB at
-    full size, on `device`.
+    (Eq. 5, C.5); as the coin takes an image step with probability 1-p, the mean update is near C.5's
+    (1-p) g~_img + p g~_vid: the other task's gradient is some steps old, and often there is none yet. The buffer holds
+    gradients as they came, in float32, averaged over ranks: `size` x 2 GB at full size, on `device`.
     """
 
     def __init__(self, size, device):
@@ -167,9 +167,13 @@ def draw_theory(plt, seed=0):
     axis.set(title="C.3.1: the inner product goes to zero ...", xlabel="step")
 
     axis = axes[0, 1]
-    for q in (0.2, 0.0):
-        axis.plot(t, cosines(*descend(H, start, q, eta, steps)), label=f"cosine, p = {q}")
-    axis.set(title="... but the cosine goes to +1, with p or without", xlabel="step", ylim=(-1.05, 1.05))
+    flat = np.diag([0.1, 0.3]), np.diag([1.0, 0.0])  # flat for the video loss along the mixture's slowest mode
+    for q, colour in ((0.2, "tab:blue"), (0.0, "tab:orange")):
+        axis.plot(t, cosines(*descend(H, start, q, eta, steps)), color=colour, label=f"p = {q}")
+        axis.plot(t, cosines(*descend(flat, np.ones(2), q, eta, steps)), "--", color=colour,
+                  label=f"p = {q}, video loss flat in a mode")
+    axis.set(title="... but the cosine goes to +1, with p or without,\nwhere both losses are curved; else anywhere",
+             xlabel="step", ylim=(-1.05, 1.05))
 
     axis = axes[0, 2]
     l_1, l_2 = np.array([0.2, 0.5, 1.0]), np.array([1.0, 0.5, 0.0])  # the video loss is flat along the fastest mode

@@ -349,13 +349,21 @@ def encode_moments(vae, pixels):
     return vae.encode(pixels).latent_dist.parameters.transpose(1, 2)
 
 
+def send(x, device):
+    """A tensor on its way to the device. From pinned memory: nobody waits, neither for the copy nor for what the GPU is
+    still busy with."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def draw_latents(vae, moments, generator=None):
-    """Moments (B,T,2C,H,W) -> scaled latents (B,T,C,H,W): a draw from the posterior, as in CogVideoX's training; with
-    generator=None its mean."""
-    posterior = DiagonalGaussianDistribution(moments.transpose(1, 2))
+    """Moments (B,T,2C,H,W) -> scaled latents (B,T,C,H,W), float32: a draw from the posterior, as in CogVideoX's
+    training; with generator=None its mean."""
+    posterior = DiagonalGaussianDistribution(moments.float().transpose(1, 2))
     z = posterior.mode()
-    if generator is not None:  # drawn on the generator's device, so that a seed means the same on CPU and GPU
-        z = posterior.mean + posterior.std * torch.randn(z.shape, generator=generator).to(z)
+    if generator is not None:  # drawn on the CPU, so that a seed means the same everywhere
+        z = posterior.mean + posterior.std * send(torch.randn(z.shape, generator=generator), z.device)
     return z.transpose(1, 2) * vae.config.scaling_factor
 
 

@@ -84,6 +84,11 @@ def load(lora="", base="", device="cpu", use_lora=True, int8=False):
     return pipe, header
 
 
+def trained_with_cls(header):
+    """Does this LoRA expect <cls> in front of a prompt? (--cls False trains without, Table 6)"""
+    return header.get("cls") != "False"
+
+
 def encode_references(pipe, pictures, height, width):
     """PIL pictures -> scaled latents (B,1,C,H/8,W/8) on the VAE's device.
 
@@ -166,7 +171,7 @@ def main(cfg):
     for i, prompt in enumerate(prompts):
         print(f"{prompt!r}, seed {cfg.seed}")
         (video,) = generate(pipe, latents, [prompt], [cfg.seed], cfg.steps, cfg.guidance, cfg.frames,
-                            cfg.height, cfg.width, header.get("cls") != "False", cfg.dynamic_cfg, cfg.negative_prompt)
+                            cfg.height, cfg.width, trained_with_cls(header), cfg.dynamic_cfg, cfg.negative_prompt)
         file = out.with_stem(f"{out.stem}-{i}") if len(prompts) > 1 else out
         enlarge = cfg.enlarge or max(1, 256 // video[0].height)
         if len(video) == 1:

@@ -1026,6 +1026,15 @@ def test_cosine_goes_to_one_with_and_without_the_video_loss(quadratic):
         assert phi[0] < 0.9 and phi[-1] > 1 - 1e-9
 
 
+def test_a_mode_that_is_flat_for_the_video_loss_decides_the_cosine():
+    """Modes (0.1, 1) and (0.3, 0): the mixture's slowest is the second, where g_vid = 0; at p = 0 it is the first."""
+    H = np.diag([0.1, 0.3]), np.diag([1.0, 0.0])
+    with_p, without = (gradcos.cosines(*gradcos.descend(H, np.ones(2), p, 0.5, 1000)) for p in (0.2, 0.0))
+    decay = (1 - 0.5 * 0.28) / (1 - 0.5 * 0.24)  # closed form: mode 1 against mode 2
+    expected = 0.1 * decay ** 1000 / np.hypot(0.1 * decay ** 1000, 0.3)
+    assert with_p[-1] == pytest.approx(expected, rel=1e-6) and with_p[-1] < 1e-9 and without[-1] > 1 - 1e-9
+
+
 def test_the_slowest_mode_survives_in_C41():
     """C.4.1 has the fastest: that needs a step size above 2/(l_min + l_max)."""
     l_1, l_2 = np.array([0.2, 0.5, 1.0]), np.array([1.0, 0.5, 0.0])

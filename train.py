@@ -37,8 +37,8 @@ if not {"-h", "--help"} & set(sys.argv):  # diffusers takes seconds to import: t
     from diffusers.utils import logging as diffusers_logging
 
     from model import (add_lora, draw_latents, encode_moments, encode_prompt, find_device, frame_size, load_lora,
-                       load_pipeline, newest_checkpoint, read_lora, save_lora, tile_vae, v_loss, weight_fingerprint,
-                       with_reference_token)
+                       load_pipeline, newest_checkpoint, read_lora, save_lora, send, tile_vae, v_loss,
+                       weight_fingerprint, with_reference_token)
     from sample import contact_sheet, encode_references, generate
 
 
@@ -175,22 +175,24 @@ def loss_inputs(cfg, pipe, batch, task, step, g):
     noise_rng, device = torch_rng(cfg.seed, "noise", step, g), pipe.transformer.device
 
     def encode(x):  # uint8 pixels; or, from a cache, moments
-        moments = encode_moments(pipe.vae, normalise(x)) if x.dtype == torch.uint8 else x.to(device)
+        x = send(x, device)
+        moments = encode_moments(pipe.vae, normalise(x)) if x.dtype == torch.uint8 else x
         return draw_latents(pipe.vae, moments, noise_rng)
     latents = encode(batch["pixels"])        # (B, T, C, H, W)
     reference = encode(batch["reference"])   # (B, 1, C, H, W), encoded alone
     if "text" in batch:
-        text = batch["text"].to(device)      # (B, L, D_text)
+        text = send(batch["text"], device)   # (B, L, D_text)
     else:
-        text = encode_prompt(pipe, [with_reference_token(t, cfg.cls) for t in batch["prompt"]]).to(device)
+        text = send(encode_prompt(pipe, [with_reference_token(t, cfg.cls) for t in batch["prompt"]]), device)
 
     patch = pipe.transformer.config.patch_size
     n_reference = (latents.shape[-2] // patch) * (latents.shape[-1] // patch)      # tokens of one latent frame
     keep = kept_tokens(cfg, task, step, g, n_reference)
+    keep = None if keep is None else send(keep, device)
 
     num_timesteps = pipe.scheduler.config.num_train_timesteps
-    timestep = torch.randint(0, num_timesteps, (len(latents),), generator=noise_rng).to(latents.device)
-    noise = torch.randn(latents.shape, generator=noise_rng).to(latents.device)
+    timestep = send(torch.randint(0, num_timesteps, (len(latents),), generator=noise_rng), device)
+    noise = send(torch.randn(latents.shape, generator=noise_rng), device)
     return dict(latents=latents, text=text, timestep=timestep, noise=noise, reference=reference, keep=keep)
 
 
@@ -278,6 +280,10 @@ def train(cfg):
     if cfg.p > 0:
         datasets["video"] = Clips(cfg.videos, (height, width), frames, cfg.fps, cfg.random_frame, cfg.seed,
                                   caches["video"])
+    for task, dataset in datasets.items():
+        if dataset.cache and dataset.cache.cached < len(dataset):
+            say(f"{cfg.cache} holds {dataset.cache.cached} of {len(dataset)} {task}s; the others are left out (if they "
+                "are new: run python -m paper.prepare cache again)")
     first = [dataset[0, 0] for dataset in datasets.values()]  # nothing readable? Then fail here, not in a worker
     pipe.transformer.to(device)
     pipe.vae.to(device)
@@ -351,10 +357,11 @@ def train(cfg):
         for micro in range(accumulate[task]):
             micro_batch = next(stream)                                 # clips or pairs, with captions
             g, last = micro * ranks + rank, micro == accumulate[task] - 1
-            with autocast, (nullcontext() if last or ranks == 1 else model.no_sync()):
-                inputs = loss_inputs(cfg, pipe, micro_batch, task, step, g)
-                torch.manual_seed(torch_rng(cfg.seed, "dropout", step, g).initial_seed())  # LoRA dropout draws here
-                loss = v_loss(model, pipe.scheduler, **inputs)         # L_vid or L_img, per sample
+            inputs = loss_inputs(cfg, pipe, micro_batch, task, step, g)
+            torch.manual_seed(torch_rng(cfg.seed, "dropout", step, g).initial_seed())  # LoRA dropout draws here
+            with (nullcontext() if last or ranks == 1 else model.no_sync()):
+                with autocast:
+                    loss = v_loss(model, pipe.scheduler, **inputs)     # L_vid or L_img, per sample
                 (loss.mean() / accumulate[task]).backward()            # g_vid or g_img
             bins += by_timestep(loss, inputs["timestep"], pipe.scheduler.config.num_train_timesteps)
             log.skipped(micro_batch["skipped"])

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -23,13 +24,13 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from urllib.parse import urlparse
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import requests
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError
@@ -57,11 +58,18 @@ def parquet_files(source, folder):
         yield from ((str(f.relative_to(source) if f != Path(source) else f.name), lambda f=f: f) for f in files)
     elif source.count("/") == 1 and not source.startswith((".", "/")):
         from huggingface_hub import HfApi, hf_hub_download
-        names = sorted(f for f in HfApi().list_repo_files(source, repo_type="dataset") if f.endswith(".parquet"))
+
+        def from_hub(get, *args, **kwargs):
+            try:
+                return get(*args, repo_type="dataset", **kwargs)
+            except Exception as e:  # no network: its HTTP library has errors of its own
+                raise FileNotFoundError(f"no folder {source}, and the hub did not give it ({str(e)[:200]}). "
+                                        "Without network: download it elsewhere, then --source FOLDER")
+        names = sorted(f for f in from_hub(HfApi().list_repo_files, source) if f.endswith(".parquet"))
         if not names:
             raise FileNotFoundError(f"no *.parquet in the hub's data set {source}")
         for name in names:
-            yield name, lambda name=name: Path(hf_hub_download(source, name, repo_type="dataset", local_dir=folder))
+            yield name, lambda name=name: Path(from_hub(hf_hub_download, source, name, local_dir=folder))
     else:
         raise FileNotFoundError(f"no data at {source}: expected a parquet file, a folder of them, or a hub id")
 
@@ -149,7 +157,10 @@ def prepare_subjects(cfg):
 
 def whole(path, rows):
     """Is this output there with all its rows? A file without rows is not written."""
-    return pq.ParquetFile(path).metadata.num_rows == rows if path.is_file() else rows == 0
+    try:
+        return pq.ParquetFile(path).metadata.num_rows == rows if path.is_file() else rows == 0
+    except (pa.ArrowInvalid, OSError):  # damaged
+        return False
 
 
 def filter_file(source, paths, cfg, kept):
@@ -229,8 +240,12 @@ class Dead(Exception):
     """The link leads nowhere and will not come back."""
 
 
+STOP = threading.Event()  # Ctrl-C: downloads that are under way end too
+
+
 def download(url, path, cfg):
-    """Fetch url to path. Dead for 404 and 410; OSError, requests' or urllib3's errors for what a retry may mend."""
+    """Fetch url to path. Dead for 404, 410 and what is no URL; OSError, requests' or urllib3's errors for what a retry
+    may mend."""
     start = time.monotonic()
     headers = {"User-Agent": "Mozilla/5.0 (research data preparation)", "Accept-Encoding": "identity"}
     with requests.get(url, stream=True, timeout=cfg.timeout, headers=headers) as answer:
@@ -244,27 +259,30 @@ def download(url, path, cfg):
         with open(path, "wb") as file:
             while chunk := answer.raw.read1(1 << 18):  # what has arrived: iter_content would wait for a full chunk
                 size += file.write(chunk)
-                if time.monotonic() - start > cfg.max_seconds:
-                    raise OSError(f"not done after {cfg.max_seconds:g} s")
+                if STOP.is_set() or time.monotonic() - start > cfg.max_seconds:
+                    raise OSError("stopped" if STOP.is_set() else f"not done after {cfg.max_seconds:g} s")
         if expected is not None and size != int(expected):
             raise OSError(f"{size} of {expected} bytes")
 
 
 def fetch_clip(folder, name, url, title, cfg):
     """Download and check one clip. Returns (status, why): kept, filtered, dead, or failed (worth another run)."""
-    suffix = Path(urlparse(url).path).suffix.lower()
+    suffix = Path(url.split("?")[0]).suffix.lower()
     final = folder / f"{name}{suffix if suffix in CLIP_SUFFIXES else '.mp4'}"
-    if final.is_file():  # killed between the rename and the manifest
-        return "kept", ""
-    part = folder / f"{name}.part"
+    part, error = folder / f"{name}.part", "stopped"
     for attempt in range(cfg.tries):
+        if STOP.is_set():
+            break
         try:
-            download(url, part, cfg)
-            load_clip(part, cfg.frames, cfg.fps, (64, 64))
-            final.with_suffix(".txt").write_text(title + "\n")  # before the clip: no clip without its caption
-            os.replace(part, final)
+            if not final.is_file():  # it is there after a kill before the manifest, or when its caption was lost
+                download(url, part, cfg)
+                load_clip(part, cfg.frames, cfg.fps, (64, 64))
+            train.write(final.with_suffix(".txt"), title + "\n")  # before the clip: no clip without its caption
+            if part.is_file():
+                os.replace(part, final)
             return "kept", ""
-        except Dead as e:
+        except (Dead, requests.exceptions.InvalidURL, requests.exceptions.MissingSchema,
+                requests.exceptions.InvalidSchema) as e:
             return "dead", str(e)
         except ValueError as e:  # too short, or not a video
             return "filtered", str(e).replace(str(part), url)
@@ -272,7 +290,7 @@ def fetch_clip(folder, name, url, title, cfg):
             if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise  # a full disk is not the link's fault
             error = f"{type(e).__name__}: {e}"
-            time.sleep(min(2**attempt, cfg.timeout) * (attempt + 1 < cfg.tries))
+            STOP.wait(min(2**attempt, cfg.timeout) * (attempt + 1 < cfg.tries))
         finally:
             part.unlink(missing_ok=True)
     return "failed", error
@@ -292,6 +310,9 @@ def prepare_pexels(cfg):
         rows += table.select(columns).to_pylist()
     unfit = Counter()
     candidates = {"train": [], "val": []}
+    # Held-out clips come from a fixed hundredth of the list (more of a short one), however large n is. The share stays
+    # with the folder: were it drawn again for a longer list, held-out clips could end up in training.
+    part = manifest.content.setdefault("part", min(0.5, max(0.01, 4 * cfg.val / max(len(rows), 1))))
     for row in rows:
         length = seconds(row.get("duration"))
         why = ("not safe for work" if row.get("sfw") is False else "no title" if not (row["title"] or "").strip()
@@ -299,8 +320,7 @@ def prepare_pexels(cfg):
                else "too short" if length and length < (cfg.frames - 1) / cfg.fps else None)
         if why:
             unfit[why] += 1
-        else:  # held-out clips come from a fixed hundredth of the list (more of a short one), however large n is
-            part = min(0.5, max(0.01, 4 * cfg.val / len(rows)))
+        else:
             candidates["val" if share("val" + row["video"]) < part else "train"].append(row)
     print(f"{len(rows)} clips listed; left out: {', '.join(f'{n} {why}' for why, n in unfit.items()) or 'none'}")
     for side, wanted, folder in (("val", cfg.val, beside(cfg.out, "_val")), ("train", cfg.n, Path(cfg.out))):
@@ -319,11 +339,15 @@ def prepare_pexels(cfg):
 def fetch_all(queue, wanted, folder, done, manifest, cfg):
     """Work down the queue until `wanted` clips are kept. `done`: {name: [status, why, url]}, saved as it grows."""
     def there(name):
-        return done.get(name, [""])[0] == "kept" and any(f.suffix in CLIP_SUFFIXES for f in folder.glob(f"{name}.*"))
+        files = {f.suffix for f in folder.glob(f"{name}.*")} if done.get(name, [""])[0] == "kept" else set()
+        return bool(files & CLIP_SUFFIXES) and ".txt" in files
 
     named = {hashlib.sha256(row["video"].encode()).hexdigest()[:16]: row for row in queue}
     kept = sum(map(there, named))
-    todo = iter([n for n in named if not there(n) and done.get(n, [""])[0] not in ("filtered", "dead")])
+    tried = set(done)
+    todo = [n for n in named if not there(n) and done.get(n, [""])[0] not in ("filtered", "dead")]
+    todo = iter(sorted(todo, key=lambda n: n in tried))  # what failed before comes last
+    STOP.clear()
     pending, saved, failed_in_a_row = {}, time.monotonic(), 0
     bar = tqdm(total=wanted, initial=min(kept, wanted), desc=str(folder), unit="clip")
     with ThreadPoolExecutor(cfg.threads) as pool:
@@ -338,7 +362,8 @@ def fetch_all(queue, wanted, folder, done, manifest, cfg):
                 for future in wait(pending, return_when=FIRST_COMPLETED)[0]:
                     name = pending.pop(future)
                     done[name] = [*future.result(), named[name]["video"]]
-                    failed_in_a_row = failed_in_a_row + 1 if done[name][0] == "failed" else 0
+                    if name not in tried or done[name][0] != "failed":
+                        failed_in_a_row = failed_in_a_row + 1 if done[name][0] == "failed" else 0
                     if failed_in_a_row == 50:
                         raise ValueError(f"50 downloads in a row failed, the last: {done[name][1]} ({done[name][2]}). "
                                          "Is the network up? The same command goes on")
@@ -349,6 +374,7 @@ def fetch_all(queue, wanted, folder, done, manifest, cfg):
                     manifest.save()
                     saved = time.monotonic()
         finally:  # Ctrl-C too
+            STOP.set()
             manifest.save()
     bar.close()
     return Counter(kept=0, filtered=0, dead=0, failed=0) + Counter(done[n][0] for n in named if n in done)
@@ -421,17 +447,20 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, ranks):
     index = out / "index.json"
     out.mkdir(parents=True, exist_ok=True)
     if index.is_file():
-        made = {k: v for k, v in json.loads(index.read_text()).items() if k != "complete"}
+        made = {k: v for k, v in json.loads(index.read_text()).items() if k not in ("complete", "cached")}
         if differ := changed(made, dict.fromkeys(made) | key):
             raise ValueError(f"{out} was made with other settings ({differ}): choose another --out")
-    elif rank == 0:
+    mine = [(item, out / f"{name}.safetensors", stamp)
+            for item in items[rank::ranks] for name, stamp in [dataset.source(item)]]
+    todo = [(item, file, stamp) for item, file, stamp in mine if stamp_of(file) != stamp]  # not there, cut, or stale
+    counts = torch.tensor([len(todo), len(mine) - len(todo)])  # to do and cached, all ranks together
+    if ranks > 1:
+        dist.all_reduce(counts)
+    if rank == 0 and counts[0]:
         train.write(index, json.dumps(key | {"complete": False}, indent=1))
-    for item in tqdm(items[rank::ranks], desc=f"caching {task}s", disable=rank > 0):
+    cached = torch.tensor(0)
+    for item, file, stamp in tqdm(todo, desc=f"caching {task}s", disable=rank > 0):
         try:
-            name, stamp = dataset.source(item)
-            file = out / f"{name}.safetensors"
-            if file.is_file():
-                continue
             tensors, prompts = encode_item(cfg, pipe, task, dataset, item, size)
         except (ValueError, KeyError, OSError) as e:
             print(f"skipped: {e}", file=sys.stderr)
@@ -443,11 +472,22 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, ranks):
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, f"{file}.tmp",
                   metadata={"stamp": stamp, "prompts": json.dumps(prompts)})
         os.replace(f"{file}.tmp", file)
+        cached += 1
     if ranks > 1:
-        dist.barrier()
+        dist.all_reduce(cached)
     if rank == 0:
-        train.write(index, json.dumps(key | {"complete": True}, indent=1))
-        print(f"{out}: {sum(1 for _ in out.glob('**/*.safetensors'))} of {len(items)} {task}s cached")
+        cached = (counts[1] + cached).item()
+        train.write(index, json.dumps(key | {"complete": True, "cached": cached}, indent=1))
+        print(f"{out}: {cached} of {len(items)} {task}s cached")
+
+
+def stamp_of(file):
+    """The stamp in a cached file, None when there is no whole file."""
+    try:
+        with safe_open(file, "pt") as f:
+            return f.metadata()["stamp"]
+    except (SafetensorError, OSError):
+        return None
 
 
 if __name__ == "__main__":

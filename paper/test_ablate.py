@@ -1,6 +1,7 @@
 """The ablation tables: every row is a valid run, and the rule for a verdict has known answers."""
 import json
 
+import numpy as np
 import pytest
 from transformers import HfArgumentParser
 
@@ -13,24 +14,70 @@ def test_every_row_is_a_run():
     assert used == set(ablate.ROWS)
     for flags in ablate.ROWS.values():
         train.Config(**{**train.TOY, "steps": 10, "val_refs": ".", **flags})
-    for where, _, _, high, low in ablate.FINDINGS:
-        assert {high, low} <= used
+    for _, _, _, high, low, *_ in ablate.FINDINGS:
+        assert high in used and (low in used or isinstance(low, float))
     assert len({json.dumps(flags, sort_keys=True) for flags in ablate.ROWS.values()}) == len(ablate.ROWS)
 
 
-@pytest.mark.parametrize("differences, verdict", [
-    ([10.0, 12.0, 11.0], "reproduced"), ([-10.0, -12.0, -11.0], "not reproduced"),
-    ([10.0, 12.0, -1.0], "not decidable"),
-    ([1.0, 30.0, 0.5], "not decidable"), ([], "not decidable"), ([5.0], "not decidable")])
-def test_verdict(differences, verdict):
-    assert ablate.verdict(differences) == verdict
+@pytest.mark.parametrize("differences, options, verdict", [
+    ([10.0, 12.0, 11.0], {}, "reproduced"), ([-10.0, -12.0, -11.0], {}, "not reproduced"),
+    ([10.0, 12.0, -1.0], {}, "not decidable"), ([], {}, "not decidable"), ([5.0], {}, "not decidable"),
+    ([1.0, 2.0, 3.0], {}, "reproduced"), ([0.9, 2.0, 3.2], {}, "reproduced"),  # mean 2 against 1.69 sd: 1.69, 1.94
+    ([0.8, 2.0, 3.3], {}, "not decidable"),                                      # 2.03 against 2.11
+    ([1.0, 2.0, 3.0], {"smallest": 3.1}, "not decidable"),                       # smaller than two videos
+    ([1.0, -2.0, 1.5], {"margin": 10}, "reproduced"), ([15.0, 16.0, 17.0], {"margin": 10}, "not reproduced"),
+    ([8.0, 9.0, 10.0], {"margin": 10}, "not decidable")])
+def test_verdict(differences, options, verdict):
+    assert ablate.verdict(differences, **options) == verdict
+
+
+def test_students_t():
+    """The table against the distribution itself, drawn: five per cent lie above."""
+    rng = np.random.default_rng(0)
+    for n, t in ablate.STUDENT_T.items():
+        x = rng.standard_normal((200_000, n))
+        assert np.mean(x.mean(1) * np.sqrt(n) / x.std(1, ddof=1) > t) == pytest.approx(0.05, abs=0.002)
+
+
+def test_findings_are_printed_with_ceiling_and_numbers(capsys):
+    scores = {"dynamic_degree": 99.0, "identity_16": 80.0, "cosine": 0.01, "norm_vid": 1.0, "norm_img": 1.0}
+    higher = {**scores, "identity_16": 50.0}
+    results = {"ours": {s: scores for s in range(3)}, "p-0.6": {s: higher for s in range(3)}}
+    ablate.print_findings({"ours", "p-0.6"}, results, ablate.Config())
+    said = capsys.readouterr().out
+    assert "| +0.0, +0.0, +0.0 | not decidable: both at the ceiling |" in said
+    assert "| identity_16 | -30.0, -30.0, -30.0 | not reproduced |" in said
+    assert "| cosine | +0.010, +0.010, +0.010 | reproduced |" in said and said.count("reproduced |") == 2
+
+
+def test_a_row_is_done_once_and_a_lost_run_is_trained_again(tmp_path, monkeypatch):
+    """A result comes from a fresh run; with the result there a lost run is made again, and the result stays."""
+    calls = []
+
+    def train_row(cfg, name, seed, scored=True):
+        (tmp_path / f"out/{name}/step-000001").mkdir(parents=True)
+        calls.append(scored)
+        return {"identity_16": 1.0} if scored else None
+    monkeypatch.setattr(ablate, "train_row", train_row)
+    (tmp_path / "out/ours-0/step-000009").mkdir(parents=True)  # left by other code: not to be scored as ours
+    cfg = ablate.Config(row="ours", seeds=0, out=str(tmp_path / "out"), results=str(tmp_path / "results"))
+    ablate.main(cfg)
+    written = (tmp_path / "results/ours-0.json").read_text()
+    assert calls == [True] and not (tmp_path / "out/ours-0/step-000009").exists()
+    ablate.main(cfg)
+    assert calls == [True]
+    (tmp_path / "out/ours-0/step-000001").rmdir()
+    ablate.main(cfg)
+    assert calls == [True, False] and (tmp_path / "results/ours-0.json").read_text() == written
 
 
 def test_real_commands_are_valid_flags(capsys):
     ablate.main(ablate.Config(real=True))
     printed = capsys.readouterr().out.splitlines()
     lines = [line for line in printed if line.startswith("torchrun")]
-    assert len(lines) == sum(map(len, ablate.TABLES.values()))
+    again = [line for line in printed if ": the run " in line]
+    assert len(lines) + len(again) == sum(map(len, ablate.TABLES.values()))
+    assert len({line.split(" ", 5)[5] for line in lines}) == len(lines)  # no run twice under two names
     prepared = {line.split("--out ")[1].split()[0] for line in printed if "paper.prepare" in line}
     assert prepared == {word for line in lines for word in line.split() if word.startswith("data/")}
     assert "python -m paper.prepare subjects200k --out data/subjects200k-4000 --n 4000" in printed

@@ -99,6 +99,9 @@ def test_small_sets_stop_at_n(subjects, tmp_path):
     next(Path(whole).glob("*00000*")).unlink()
     prepare.prepare_subjects(cfg)
     assert items(whole).total() == 45
+    next(Path(whole).glob("*00000*")).write_bytes(b"cut")  # damaged: made again too
+    prepare.prepare_subjects(cfg)
+    assert items(whole).total() == 45
 
 
 # ---- Pexels ----------------------------------------------------------------------------------------------------------
@@ -166,14 +169,51 @@ def test_pexels_against_a_hostile_server(server, tmp_path, capsys):
     assert why["corrupt1.mp4"][0] == "filtered" and "web page" in why["page1.mp4"][1]
     assert why["truncated1.mp4"][0] == "failed" and "503" in why["broken1.mp4"][1]
 
-    # The second run asks only for what may still come; a clip that was lost is fetched again.
+    # The second run asks only for what may still come; a clip that was lost is fetched again, a caption written.
     hits.clear()
-    lost = next(f for f in out.glob("*.mp4"))
+    lost, other, *_ = out.glob("*.mp4")
     lost.unlink()
+    other.with_suffix(".txt").unlink()
     prepare.prepare_pexels(cfg)
     asked = {p.strip("/") for p in hits} - {"target.mp4"}
     assert asked >= {"truncated1.mp4", "slow1.mp4", "broken1.mp4", "page1.mp4"} and len(asked) == 5 and lost.is_file()
-    assert "8 of 99 clips kept" in capsys.readouterr().out
+    assert "8 of 99 clips kept" in capsys.readouterr().out and len(Clips(out, (32, 32), 9, 4)) == 8
+
+
+def test_old_failures_do_not_stop_a_new_run_and_a_bad_link_not_the_others(server, tmp_path, capsys):
+    """What refused before and would again comes last and is not counted as a dead network; what is no URL is dead."""
+    url, hits = server
+    kinds = [f"broken{i}.mp4" for i in range(49)] + [f"good{i}.mp4" for i in range(4)]
+    cfg = prepare.Pexels(out=str(tmp_path / "p"), source=listing(tmp_path, url, kinds), n=99, val=0, frames=9, fps=4.0,
+                         threads=8, tries=1)
+    prepare.prepare_pexels(cfg)
+    rows = pq.read_table(listing(tmp_path, url, kinds + [f"broken{i}.mp4" for i in range(49, 65)])).to_pylist()
+    prepare.prepare_pexels(cfg)  # more than 50 failures, one after the other
+    capsys.readouterr()
+    rows += [{**rows[0], "video": link} for link in ("http://[broken", "ftp://x/y.mp4", "nothing")]
+    pq.write_table(pa.Table.from_pylist(rows), cfg.source)
+    prepare.prepare_pexels(cfg)
+    done = json.loads((tmp_path / "p/prepare.json").read_text())["done"]["train"].values()
+    assert Counter(status for status, *_ in done)["failed"] > 50
+    assert {link.split("/")[0] for status, _, link in done if status == "dead"} == {"http:", "ftp:", "nothing"}
+    assert "3 dead links" in capsys.readouterr().out
+
+
+def test_a_longer_list_never_moves_a_held_out_clip_into_training(server, tmp_path):
+    url, hits = server
+    cfg = prepare.Pexels(out=str(tmp_path / "p"), n=200, val=5, frames=9, fps=4.0, threads=8,
+                         source=listing(tmp_path, url, [f"good{i}.mp4" for i in range(40)]))
+    prepare.prepare_pexels(cfg)
+    listing(tmp_path, url, [f"good{i}.mp4" for i in range(120)])
+    prepare.prepare_pexels(cfg)
+    stems = [{f.stem for f in (tmp_path / folder).glob("*.mp4")} for folder in ("p", "p_val")]
+    assert len(stems[1]) == 5 and len(stems[0]) > 40 and not stems[0] & stems[1]
+
+
+def test_without_network_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="no folder nobody/nothing, and the hub did not give it"):
+        prepare.prepare_pexels(prepare.Pexels(out=str(tmp_path / "p"), source="nobody/nothing"))
 
 
 def test_pexels_stops_at_n_and_holds_out(server, tmp_path, capsys):
@@ -249,7 +289,14 @@ def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
     next(Path("cache/image").glob("**/*.safetensors")).write_bytes(b"cut")
     train.train(train.Config(**{**knobs, "name": "noticed", "cache": "cache", "steps": 8}))
     said = capsys.readouterr().err
-    assert "was made from another 0000.mp4" in said and "delete it and run" in said
+    assert "was made from another 0000.mp4" in said and "paper.prepare cache again" in said
+    before = {f: f.stat().st_mtime_ns for f in made}
+    prepare.prepare_cache(cache)  # both are made again, and nothing else
+    assert sum(f.stat().st_mtime_ns != before[f] for f in made) == 2
+    assert "4 of 5 videos cached" in capsys.readouterr().out
+    train.train(train.Config(**{**knobs, "name": "mended", "cache": "cache", "steps": 8}))
+    said = capsys.readouterr()
+    assert "was made from" not in said.err and "cache holds 4 of 5 videos" in said.out
     index = Path("cache/video/index.json")
     index.write_text(index.read_text().replace('"complete": true', '"complete": false'))
     with pytest.raises(ValueError, match="not finished"):

@@ -302,7 +302,7 @@ class Score:
 
 def score(cfg):
     """Sample the test set with each LoRA and print the exact scores as a table."""
-    from sample import load
+    from sample import load, trained_with_cls
     test, rows = draw_test_set(cfg.n), {}
     options = dict(steps=cfg.steps, guidance=cfg.guidance)
     if cfg.controls:
@@ -313,8 +313,8 @@ def score(cfg):
         rows["the base without a reference"] = score_videos(sample_test_set(pipe, test, **options), test)
     per_seed = []
     for lora in cfg.lora:
-        pipe, _ = load(lora=lora)
-        videos = sample_test_set(pipe, test, test.references, **options)
+        pipe, header = load(lora=lora)
+        videos = sample_test_set(pipe, test, test.references, cls=trained_with_cls(header), **options)
         per_seed.append(score_videos(videos, test))
         rows[lora] = per_seed[-1]
     if cfg.controls:
@@ -351,7 +351,7 @@ class Picture:
 
 def picture(cfg, scale=5):
     """Reference pictures in the first column; beside them one frame per latent frame of each LoRA's video."""
-    from sample import load
+    from sample import load, trained_with_cls
     test = draw_test_set()
     test = TestSet(test.creatures[:cfg.n], test.references[:cfg.n], test.fields[:cfg.n], test.directions[:cfg.n],
                    test.prompts[:cfg.n])
@@ -364,10 +364,11 @@ def picture(cfg, scale=5):
     for i in range(cfg.n):
         sheet.paste(Image.fromarray(test.references[i]).resize((side, side), 0), (0, top + i * (side + 2)))
     for k, lora in enumerate(cfg.lora):
-        pipe, _ = load(lora=lora)
+        pipe, header = load(lora=lora)
         x = side + gap + k * (block + gap)
         write.text((x + 4, 4), cfg.titles[k], "black", font_size=14)
-        for i, video in enumerate(sample_test_set(pipe, test, test.references)):
+        videos = sample_test_set(pipe, test, test.references, cls=trained_with_cls(header))
+        for i, video in enumerate(videos):
             for j, frame in enumerate(shown):
                 frame = Image.fromarray(video[frame]).resize((side, side), Image.NEAREST)
                 sheet.paste(frame, (x + j * (side + 2), top + i * (side + 2)))
