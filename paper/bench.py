@@ -2,6 +2,7 @@
 
     python -m paper.bench                            # on one GPU: the defaults of train.py at 480x720, 49 frames
     python -m paper.bench --video_micro 4 --int8 True
+    python -m paper.bench --count True               # without a GPU: the memory, counted on shapes without data
     python -m paper.bench --layers 1 --height 64 --width 96 --frames 9 --repeats 2 --warmup 1    # anywhere: a try
 
 Measured are whole micro-batches (forward, recomputation, backward of the transformer; LoRA in float32, base in
@@ -11,11 +12,15 @@ steps on one such device.
 """
 from contextlib import nullcontext
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import CogVideoXDDIMScheduler
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data import clip_frames, command_line, knob
 from model import SubjectTransformer, add_lora, find_device, follow_autocast, v_loss
@@ -37,15 +42,67 @@ class Config:
     warmup: int = knob(5, "micro-batches before the clock starts")
     repeats: int = knob(20, "micro-batches that are timed")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
+    count: bool = knob(False, "count the memory of a step instead of measuring it")
+
+
+def shapes(cfg):
+    """(task, samples, latent frames, reference tokens kept) of the two micro-batches; and the tokens of a frame."""
+    n = (cfg.height // 16) * (cfg.width // 16)
+    latent_frames = (clip_frames(cfg.frames) - 1) // 4 + 1
+    return [("image", cfg.image_micro, 1, n),
+            ("video", cfg.video_micro, latent_frames, round((1 - cfg.token_drop) * n))], n
+
+
+def transformer_5b(layers):
+    """CogVideoX-5B's transformer, or its first layers, on the meta device."""
+    with torch.device("meta"):
+        return SubjectTransformer(
+            num_attention_heads=48, num_layers=layers, time_embed_dim=512, text_embed_dim=4096, sample_width=90,
+            sample_height=60, use_rotary_positional_embeddings=True, use_learned_positional_embeddings=False)
+
+
+def count(cfg):
+    """What a step holds at its fullest, in GB: when backward recomputes a block whose inputs were kept.
+
+    One block runs on fake tensors (shapes without data) under autocast to bfloat16, as on a GPU: linear layers in
+    bfloat16, norms in float32. Not counted: the temporaries of backward, the allocator's waste.
+    """
+    whole = transformer_5b(cfg.layers)
+    frozen = sum(p.numel() for p in whole.parameters())
+    trained = sum(p.numel() for p in add_lora(whole, cfg.rank, cfg.rank / 2))
+    fixed = {"base": frozen * (1 if cfg.int8 else 2) / 1e9, "LoRA, its gradients and AdamW": trained * 16 / 1e9}
+    print(", ".join(f"{name} {gb:.1f} GB" for name, gb in fixed.items()) + f" (rank {cfg.rank}, int8 {cfg.int8})")
+    block = transformer_5b(1).to(torch.bfloat16).to_empty(device="cpu")
+    add_lora(block.train(), cfg.rank, cfg.rank / 2, dropout=0.1)
+    weights = {tuple(shape) for p in block.parameters() for shape in (p.shape, p.shape[::-1])}
+    half_norm = F.layer_norm
+    full_norm = lambda x, shape, w=None, b=None, eps=1e-5: half_norm(
+        x.float(), shape, w if w is None else w.float(), b if b is None else b.float(), eps)
+    layout, n = shapes(cfg)
+    for task, samples, frames, kept in layout:
+        length, kept_for_backward = kept + frames * n, {}
+
+        def keep(x):
+            if tuple(x.shape) not in weights:  # weights are counted above
+                kept_for_backward[x.untyped_storage()._cdata] = x.untyped_storage().nbytes(), x
+            return x
+        with (FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
+              torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), patch.object(F, "layer_norm", full_norm)):
+            hidden, text = (torch.empty(samples, tokens, 3072, dtype=torch.bfloat16, requires_grad=True)
+                            for tokens in (length, 226))
+            rope = torch.empty(length, 64), torch.empty(length, 64)
+            block.transformer_blocks[0](hidden, text, torch.empty(samples, 512, dtype=torch.bfloat16),
+                                        image_rotary_emb=rope)
+        inside = sum(size for size, _ in kept_for_backward.values()) / 1e9
+        inputs = cfg.layers * samples * (226 + length) * 3072 * 2 / 1e9
+        print(f"{task}: micro-batch {samples} of {226 + length} tokens: inputs of {cfg.layers} blocks {inputs:.1f} GB, "
+              f"the block being recomputed {inside:.1f} GB, in all {sum(fixed.values()) + inputs + inside:.1f} GB; "
+              "T5-XXL on the GPU adds 9.5 GB, the VAE 0.4 GB")
 
 
 def build(cfg, device, dtype):
     """CogVideoX-5B's transformer with random weights, made on the device, with LoRA; and the 5B scheduler."""
-    with torch.device("meta"):
-        transformer = SubjectTransformer(
-            num_attention_heads=48, num_layers=cfg.layers, time_embed_dim=512, text_embed_dim=4096, sample_width=90,
-            sample_height=60, use_rotary_positional_embeddings=True, use_learned_positional_embeddings=False)
-    transformer = transformer.to(dtype).to_empty(device=device)
+    transformer = transformer_5b(cfg.layers).to(dtype).to_empty(device=device)
     for parameter in transformer.parameters():
         nn.init.normal_(parameter, std=0.02)
     if cfg.int8:
@@ -77,24 +134,26 @@ def timed(work, cfg, device):
 
 
 def main(cfg):
+    diffusers_logging.set_verbosity_error()  # it warns of a cast that changes nothing here
+    if cfg.count:
+        return count(cfg)
     device = find_device(cfg.device)
     on_gpu = device.type == "cuda"
     transformer, parameters, scheduler = build(cfg, device, torch.bfloat16 if on_gpu else torch.float32)
     optimizer = torch.optim.AdamW(parameters)
     autocast = torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext()
-    latent_frames = (clip_frames(cfg.frames) - 1) // 4 + 1
     h, w = cfg.height // 8, cfg.width // 8
-    tokens = (h // 2) * (w // 2)
+    layout, tokens = shapes(cfg)
     where = torch.cuda.get_device_name() if on_gpu else "CPU"
     print(f"{where}, torch {torch.__version__}, {cfg.layers} blocks, LoRA rank {cfg.rank} float32, checkpointing "
           f"{cfg.gradient_checkpointing}, int8 {cfg.int8}, {cfg.width}x{cfg.height}, random weights")
     per_sample = {}
-    for task, frames, n in (("image", 1, cfg.image_micro), ("video", latent_frames, cfg.video_micro)):
+    for task, n, frames, kept in layout:
         latents = torch.randn(n, frames, 16, h, w, device=device)
         reference, noise = torch.randn(n, 1, 16, h, w, device=device), torch.randn_like(latents)
         text = torch.randn(n, 226, 4096, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
         timestep = torch.randint(1000, (n,), device=device)
-        keep = torch.randperm(tokens)[:round((1 - cfg.token_drop) * tokens)].sort().values if task == "video" else None
+        keep = torch.randperm(tokens)[:kept].sort().values.to(device) if kept < tokens else None
 
         def micro_batch():
             with autocast:
@@ -102,7 +161,7 @@ def main(cfg):
         seconds, peak = timed(micro_batch, cfg, device)
         per_sample[task] = np.median(seconds) / n
         low, high = np.percentile(seconds, [10, 90])
-        length = 226 + (tokens if keep is None else len(keep)) + frames * tokens
+        length = 226 + kept + frames * tokens
         print(f"{task}: micro-batch {n} of {length} tokens, {np.median(seconds):.3f} s ({low:.3f} to {high:.3f}), "
               f"{per_sample[task]:.3f} s a sample" + f", peak {peak:.1f} GB" * on_gpu)
     seconds, peak = timed(lambda: (torch.nn.utils.clip_grad_norm_(parameters, 1.0), optimizer.step()), cfg, device)
