@@ -209,6 +209,8 @@ def mean_and_quarters(bins):
     return {"loss": sum(sums) / sum(counts), "loss_by_timestep": [s / c if c else None for s, c in zip(sums, counts)]}
 
 
+# ---- the model and the data of a run ---------------------------------------------------------------------------------
+
 def cache_key(cfg, pipe, task, size, frames):
     """Everything that cached latents depend on: they are refused when any of it has changed."""
     key = {"vae": weight_fingerprint(pipe.vae.encoder.conv_in.conv.weight), "dtype": str(pipe.vae.dtype),
@@ -226,6 +228,49 @@ def open_caches(cfg, pipe, size, frames):
     if cfg.cache and not any(caches.values()):
         raise FileNotFoundError(f"no cache at {cfg.cache}: run python -m paper.prepare cache")
     return caches
+
+
+def load_model(cfg, device):
+    """(cfg, pipeline, LoRA parameters): a frozen base in bfloat16, LoRA in float32; on a CPU everything is float32."""
+    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32, int8=cfg.int8)
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # else copied there in every step
+    if cfg.vae_tiling:
+        tile_vae(pipe.vae)
+    transformer = pipe.transformer.train()
+    if cfg.init_lora:  # rank, alpha and scope are the file's
+        parameters = load_lora(transformer, cfg.init_lora, cfg.dropout)
+        config = transformer.peft_config["default"]
+        cfg = replace(cfg, rank=config.r, alpha=config.lora_alpha, lora_scope=transformer.lora_scope)
+    else:
+        torch.manual_seed(cfg.seed)  # every rank starts from the same LoRA
+        parameters = add_lora(transformer, cfg.rank, cfg.alpha, cfg.dropout, cfg.lora_scope)
+    if cfg.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return cfg, pipe, parameters
+
+
+def open_data(cfg, pipe, say=print):
+    """(data sets, (height, width), frames). Only what this run's coin can ask for is opened, and one sample of each is
+    read: a mistake shows here, and not in a worker."""
+    height, width = cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1]
+    multiple = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
+    if height % multiple or width % multiple:
+        raise ValueError(f"--height and --width must be multiples of {multiple}, got {height} x {width}")
+    frames = clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)
+    if frames != cfg.frames:
+        say(f"--frames {cfg.frames} cut to {frames}, a length that the VAE gives back unchanged")
+    datasets, caches = {}, open_caches(cfg, pipe, (height, width), frames)
+    if cfg.p < 1:
+        datasets["image"] = ImagePairs(cfg.images, (height, width), cfg.crop_jitter, cfg.seed, caches["image"])
+    if cfg.p > 0:
+        datasets["video"] = Clips(cfg.videos, (height, width), frames, cfg.fps, cfg.random_frame, cfg.seed,
+                                  caches["video"])
+    for task, dataset in datasets.items():
+        dataset[0, 0]
+        if dataset.cache and dataset.cache.cached < len(dataset):
+            say(f"{cfg.cache} holds {dataset.cache.cached} of {len(dataset)} {task}s; the others are left out (if they "
+                "are new: run python -m paper.prepare cache again)")
+    return datasets, (height, width), frames
 
 
 # ---- Algorithm 1 -----------------------------------------------------------------------------------------------------
@@ -250,45 +295,12 @@ def train(cfg):
                              f"--{task}_micro {size[task]} on {ranks} rank(s)")
     accumulate = {task: batch[task] // (size[task] * ranks) for task in batch}
 
-    # The model: a frozen base in bfloat16, LoRA in float32. On CPU everything is float32.
-    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32, int8=cfg.int8)
-    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # else copied there in every step
-    if cfg.vae_tiling:
-        tile_vae(pipe.vae)
-    transformer = pipe.transformer.train()
-    if cfg.init_lora:  # rank, alpha and scope are the file's
-        parameters = load_lora(transformer, cfg.init_lora, cfg.dropout)
-        config = transformer.peft_config["default"]
-        cfg = replace(cfg, rank=config.r, alpha=config.lora_alpha, lora_scope=transformer.lora_scope)
-    else:
-        torch.manual_seed(cfg.seed)  # every rank starts from the same LoRA
-        parameters = add_lora(transformer, cfg.rank, cfg.alpha, cfg.dropout, cfg.lora_scope)
-    if cfg.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-
-    # The data: only what this run's coin can ask for is opened.
-    height, width = cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1]
-    multiple = pipe.vae_scale_factor_spatial * transformer.config.patch_size
-    if height % multiple or width % multiple:
-        raise ValueError(f"--height and --width must be multiples of {multiple}, got {height} x {width}")
-    frames = clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)
-    if frames != cfg.frames:
-        say(f"--frames {cfg.frames} cut to {frames}, a length that the VAE gives back unchanged")
-    datasets, caches = {}, open_caches(cfg, pipe, (height, width), frames)
-    if cfg.p < 1:
-        datasets["image"] = ImagePairs(cfg.images, (height, width), cfg.crop_jitter, cfg.seed, caches["image"])
-    if cfg.p > 0:
-        datasets["video"] = Clips(cfg.videos, (height, width), frames, cfg.fps, cfg.random_frame, cfg.seed,
-                                  caches["video"])
-    for task, dataset in datasets.items():
-        if dataset.cache and dataset.cache.cached < len(dataset):
-            say(f"{cfg.cache} holds {dataset.cache.cached} of {len(dataset)} {task}s; the others are left out (if they "
-                "are new: run python -m paper.prepare cache again)")
-    first = [dataset[0, 0] for dataset in datasets.values()]  # nothing readable? Then fail here, not in a worker
-    pipe.transformer.to(device)
+    cfg, pipe, parameters = load_model(cfg, device)
+    datasets, (height, width), frames = open_data(cfg, pipe, say)
+    transformer = pipe.transformer.to(device)
     pipe.vae.to(device)
-    if not all("text" in sample for sample in first):  # else it stays in RAM, for the held-out prompts and the samples
-        pipe.text_encoder.to(device)
+    if not all("text" in dataset[0, 0] for dataset in datasets.values()):
+        pipe.text_encoder.to(device)  # else it stays in RAM, for the held-out prompts and the samples
 
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
     decay_over = lambda steps: get_cosine_with_hard_restarts_schedule_with_warmup(
