@@ -389,13 +389,11 @@ def run(*command, **kw):
 def test_sample_command_line(tmp_path):
     """The README's first command, twice: same seed, same file."""
     ref = str(ROOT / "toy/refs/creature-0.png")
-    files = []
-    for name in ("a", "b"):
-        r = run(str(ROOT / "sample.py"), "--ref", ref, "--lora", str(ROOT / "toy/lora"), "--steps", "8",
-                "--out", str(tmp_path / f"{name}.mp4"), cwd=tmp_path)
-        assert r.returncode == 0, r.stderr
-        files.append((tmp_path / f"{name}.mp4").read_bytes())
-    assert files[0] == files[1]
+    r = run(str(ROOT / "sample.py"), "--ref", ref, "--lora", str(ROOT / "toy/lora"), "--steps", "8",
+            "--out", str(tmp_path / "a.mp4"), cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+    sample.main(sample.Config(ref=ref, lora=str(ROOT / "toy/lora"), steps=8, out=str(tmp_path / "b.mp4")))
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     assert len(data.load_clip(tmp_path / "a.mp4", 9, 4)) == 9
     assert Image.open(tmp_path / "a.png").size == (7 * 256 + 6 * 4, 256)
 
@@ -413,10 +411,10 @@ def test_the_authors_release_on_the_command_line(tmp_path):
     weights = model.load_file(model.lora_path(ROOT / "toy/lora"))
     model.save_file(weights, tmp_path / "v1" / "pytorch_lora_weights_transformer.safetensors")
     ref = str(ROOT / "toy/refs/creature-0.png")
-    same = ["--ref", ref, "--steps", "4", "--fps", "4", "--out"]
-    for out, flags in (("ours.mp4", ["--lora", str(ROOT / "toy/lora")]), ("v1.mp4", ["--lora", "v1", "--base", BASE])):
-        r = run(str(ROOT / "sample.py"), *same, out, *flags, cwd=tmp_path)
-        assert r.returncode == 0, r.stderr
+    r = run(str(ROOT / "sample.py"), "--ref", ref, "--steps", "4", "--fps", "4", "--out", "v1.mp4", "--lora", "v1",
+            "--base", BASE, cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+    sample.main(sample.Config(ref=ref, lora=str(ROOT / "toy/lora"), steps=4, fps=4.0, out=str(tmp_path / "ours.mp4")))
     assert "v1/pytorch_lora_weights_transformer.safetensors does not say its alpha: using the paper's" in r.stdout
     assert (tmp_path / "v1.mp4").read_bytes() == (tmp_path / "ours.mp4").read_bytes()
 
@@ -700,13 +698,17 @@ def test_help_explains_every_knob_and_does_not_wait_for_diffusers():
     assert "(default: toy/base)" in " ".join(r.stdout.split())  # --toy shows its own defaults
 
 
-def test_train_command_line_errors(tmp_path):
-    for flags, message in [(["--no_such_flag", "1"], "unrecognized arguments: --no_such_flag"),
-                           (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+def test_train_command_line_errors(tmp_path, monkeypatch, capsys):
+    r = run(str(ROOT / "train.py"), "--toy", "--no_such_flag", "1", cwd=tmp_path)
+    assert r.returncode == 2 and "unrecognized arguments: --no_such_flag" in r.stderr and "Traceback" not in r.stderr
+    assert len(r.stderr.splitlines()) == 2  # the usage is one line, not all knobs
+    monkeypatch.chdir(tmp_path)
+    for flags, message in [(["--steps", "many"], "argument --steps: invalid int value: 'many'"),
                            (["--base", BASE, "--images", "typo"], "no folder of image pairs at typo"),
                            (["--p", "1.5"], "--p must be in [0, 1], got 1.5")]:
-        r = run(str(ROOT / "train.py"), "--toy", "--sample_every", "0", *flags, cwd=tmp_path)
-        assert r.returncode != 0 and message in r.stderr and "Traceback" not in r.stderr
+        with pytest.raises(SystemExit) as stop:
+            data.command_line(train.train, train.Config, "", ["--sample_every", "0", *flags])
+        assert message in f"{stop.value} {capsys.readouterr().err}"
 
 
 def test_train_errors(knobs, tmp_path, monkeypatch):
