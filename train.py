@@ -281,7 +281,7 @@ def train(cfg):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 (A.2)
-    if ranks > 1:  # torchrun keeps its store over --max-restarts: a new attempt must not find dead ranks' addresses in it
+    if ranks > 1:  # torchrun keeps its store over --max-restarts: a new attempt must not read dead ranks' addresses
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))[0])
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=ranks)
