@@ -302,6 +302,7 @@ class Cache:
         if differ := changed(key | made, key):  # a cache without prompts does not depend on the text encoder
             raise ValueError(f"the cache {folder} was made with other settings ({differ}): make it again")
         self.cached = made.get("cached", 0)  # how many samples it holds
+        self.prompts = "text_encoder" in made  # with the embeddings of their prompts?
 
     def read(self, name, stamp):
         """({"moments", perhaps "text_0", ...}, prompts) of one sample.

@@ -273,6 +273,14 @@ def open_data(cfg, pipe, say=print):
     return datasets, (height, width), frames
 
 
+def join_ranks(backend, **options):
+    """torchrun's process group. Its store outlives --max-restarts: a prefix keeps dead ranks' addresses from a new
+    attempt, which would wait for them."""
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, **options)
+
+
 # ---- Algorithm 1 -----------------------------------------------------------------------------------------------------
 
 def train(cfg):
@@ -281,10 +289,8 @@ def train(cfg):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 (A.2)
-    if ranks > 1:  # torchrun keeps its store over --max-restarts: a new attempt must not read dead ranks' addresses
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))[0])
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=ranks)
+    if ranks > 1:
+        join_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     say = print if rank == 0 else lambda *_: None
     run = Path(cfg.out) / cfg.name
 
@@ -301,7 +307,7 @@ def train(cfg):
     datasets, (height, width), frames = open_data(cfg, pipe, say)
     transformer = pipe.transformer.to(device)
     pipe.vae.to(device)
-    if not all("text" in dataset[0, 0] for dataset in datasets.values()):
+    if not all(dataset.cache and dataset.cache.prompts for dataset in datasets.values()):
         pipe.text_encoder.to(device)  # else it stays in RAM, for the held-out prompts and the samples
 
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)

@@ -191,6 +191,7 @@ def train_and_score(cfg):
 
 
 def train_row(cfg, name, seed, scored=True):
+    """Train the row into out/NAME; its scores on unseen creatures, with gradcos's means where it watched."""
     from sample import load, trained_with_cls
     from toy import world
     flags, steps = flags_of(cfg.row, cfg.steps)
@@ -353,12 +354,12 @@ def print_real(whats):
             needed |= {flags["images"], flags["videos"]}
             words = [f"--{k} {v}" for k, v in flags.items()]
             words += [f"--steps {steps}"] * (steps != 4000) + ["--view_drop 0"] * (what == "scope")
-            flags, watch = " ".join(words), " --gradcos_every 50" * (what in ("figure9", "figure10"))
-            if flags in names:
-                commands.append(f"# {row}: the run {names[flags]} above{watch and ', with' + watch}")
+            line, watch = " ".join(words), " --gradcos_every 50" * (what in ("figure9", "figure10"))
+            if line in names:
+                commands.append(f"# {row}: the run {names[line]} above{watch and ', with' + watch}")
             else:
-                names[flags] = row + "-4k" * small + "-scope" * (what == "scope")
-                commands.append(f"torchrun --nproc_per_node=8 train.py --name {names[flags]} {flags}{watch}")
+                names[line] = row + "-4k" * small + "-scope" * (what == "scope")
+                commands.append(f"torchrun --nproc_per_node=8 train.py --name {names[line]} {line}{watch}")
     print("# the data; python -m paper.bench says how long a run takes on your GPU")
     for folder in sorted(needed):
         source, _, n = Path(folder).name.partition("-")

@@ -408,7 +408,7 @@ def prepare_cache(cfg):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = find_device(cfg.device)
     if ranks > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
+        train.join_ranks("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
     pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32)
     pipe.vae.to(device)
     if cfg.vae_tiling:
