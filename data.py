@@ -13,9 +13,6 @@ import io
 import json
 import os
 import signal
-import sys
-import zlib
-from dataclasses import field
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -27,19 +24,10 @@ import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset
-from transformers import HfArgumentParser
+
+from run import changed, rng, weight_fingerprint
 
 CLIP_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"}
-
-
-def rng(seed, stream, *numbers):
-    """The numpy generator of one named stream at one place in the run, e.g. rng(seed, "coin", step)."""
-    return np.random.default_rng([seed, zlib.crc32(stream.encode()), *numbers])
-
-
-def torch_rng(seed, stream, *numbers):
-    """The same for torch, on the CPU: a draw is the same whatever device uses it."""
-    return torch.Generator().manual_seed(int(rng(seed, stream, *numbers).integers(2**63)))
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -62,13 +50,16 @@ def load_image(source):
         raise ValueError(f"cannot read the picture {source}: {e}")
 
 
-def cover(image, height, width, jitter=0.0, rng=None):
+def resize_center_crop(image, height, width, jitter=0.0, rng=None):
     """Resize `image` to cover height x width and cut the middle out.
 
     jitter > 0 (Sec. A.2, "per-view random-crop jitter"): zoom in by up to this share and move the cut by up to half of
     it, with draws from `rng`. Whole-number shrinking is plain averaging (reducing_gap), so pixel art stays exact.
     """
-    zoom, dy, dx = (1 + jitter * rng.random(), *(jitter * (rng.random(2) - 0.5))) if jitter else (1.0, 0.0, 0.0)
+    zoom, dy, dx = 1.0, 0.0, 0.0
+    if jitter:
+        zoom = 1 + jitter * rng.random()
+        dy, dx = jitter * (rng.random(2) - 0.5)
     scale = max(height / image.height, width / image.width) * zoom
     w, h = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     image = image.resize((w, h), Image.LANCZOS, reducing_gap=1.0)
@@ -162,7 +153,8 @@ class ImagePairs(Dataset):
                 crop = cached["moments"][int(r.integers(len(cached["moments"])))]  # (2, 1, 2C, h, w)
                 return {"reference": crop[1 - d], "pixels": crop[d], "prompt": prompts[d], **_text(cached, d)}
             views, captions = self.load(pick // 2)
-            target, reference = (cover(view, *self.size, self.crop_jitter, r) for view in (views[d], views[1 - d]))
+            target = resize_center_crop(views[d], *self.size, self.crop_jitter, r)
+            reference = resize_center_crop(views[1 - d], *self.size, self.crop_jitter, r)
             return {"reference": to_pixels([reference]), "pixels": to_pixels([target]), "prompt": captions[d]}
         return _first_readable(make, self.seed, "image", key)
 
@@ -206,7 +198,7 @@ def load_clip(path, frames, fps, size=None):
                 picture = None
                 while len(pictures) < frames and len(pictures) / fps < time - start + 1 / rate - 1e-6:
                     if picture is None:
-                        picture = cover(frame.to_image(), *size) if size else frame.to_image()
+                        picture = resize_center_crop(frame.to_image(), *size) if size else frame.to_image()
                     pictures.append(picture)
                 if len(pictures) == frames:
                     return pictures
@@ -258,10 +250,14 @@ class Clips(Dataset):
         """(name, stamp): where the cache keeps this clip, and what changes when the clip or its caption does."""
         return str(file.relative_to(self.folder)), f"{_size(file)} {file.with_suffix('.txt').read_text().strip()}"
 
+    def random_frame_select(self, r):
+        """RandomFrameSelect (3.4, Algorithm 1): which frame of the clip is the reference picture."""
+        return int(r.integers(self.frames)) if self.random_frame else 0
+
     def __getitem__(self, key):
         def make(r):
             file = self.files[r.integers(len(self.files))]
-            i = int(r.integers(self.frames)) if self.random_frame else 0  # RandomFrameSelect
+            i = self.random_frame_select(r)
             if self.cache:
                 cached, prompts = self.cache.read(*self.source(file))
                 reference = load_clip(file, i + 1, self.fps, self.size)[i:]
@@ -274,7 +270,7 @@ class Clips(Dataset):
 
 
 def _first_readable(make, seed, stream, key, tries=20):
-    """make(generator), drawn again when the file it chose cannot be used; what was passed over goes along."""
+    """make(generator), drawn again when the file it chose cannot be used. Also returns why samples were skipped."""
     skipped = []
     for attempt in range(tries):
         try:
@@ -285,6 +281,27 @@ def _first_readable(make, seed, stream, key, tries=20):
 
 
 # ---- cached latents --------------------------------------------------------------------------------------------------
+
+def cache_key(cfg, pipe, task, size, frames):
+    """Everything that cached latents depend on: they are refused when any of it has changed."""
+    key = {"vae": weight_fingerprint(pipe.vae.encoder.conv_in.conv.weight), "dtype": str(pipe.vae.dtype),
+           "text_encoder": weight_fingerprint(pipe.text_encoder.get_input_embeddings().weight[:100]), "cls": cfg.cls,
+           "tiling": cfg.vae_tiling, "height": size[0], "width": size[1]}
+    if task == "image":
+        return key | {"crop_jitter": cfg.crop_jitter}
+    return key | {"frames": frames, "fps": cfg.fps}
+
+
+def open_caches(cfg, pipe, size, frames):
+    """{"image": Cache or None, "video": Cache or None}: what lies in --cache."""
+    caches = {"image": None, "video": None}
+    for task in caches:
+        if cfg.cache and (Path(cfg.cache) / task).is_dir():
+            caches[task] = Cache(Path(cfg.cache) / task, cache_key(cfg, pipe, task, size, frames))
+    if cfg.cache and not any(caches.values()):
+        raise FileNotFoundError(f"no cache at {cfg.cache}: run python -m paper.prepare cache")
+    return caches
+
 
 class Cache:
     """Reads what `python -m paper.prepare cache` wrote: folder/index.json and a safetensors file per clip or pair.
@@ -299,7 +316,8 @@ class Cache:
         made = json.loads(index.read_text()) if index.is_file() else {}
         if not made.get("complete"):
             raise ValueError(f"the cache {folder} is not there or not finished: run python -m paper.prepare cache")
-        if differ := changed(key | made, key):  # a cache without prompts does not depend on the text encoder
+        known = {k: v for k, v in key.items() if k in made}  # a cache without prompts does not name the text encoder
+        if differ := changed(made, known):
             raise ValueError(f"the cache {folder} was made with other settings ({differ}): make it again")
         self.cached = made.get("cached", 0)  # how many samples it holds
         self.prompts = "text_encoder" in made  # with the embeddings of their prompts?
@@ -337,13 +355,15 @@ class _Tasks(Dataset):
         self.datasets = datasets
 
     def __getitem__(self, key):
-        task, *key = key
-        return self.datasets[task][key]
+        task, *place = key
+        return self.datasets[task][place] | {"key": key}
 
 
 def _collate(samples):
     batch = {k: torch.stack([s[k] for s in samples]) for k in ("reference", "pixels", "text") if k in samples[0]}
-    return batch | {"prompt": [s["prompt"] for s in samples], "skipped": sum((s["skipped"] for s in samples), [])}
+    batch["prompt"], batch["keys"] = [s["prompt"] for s in samples], [s["key"] for s in samples]
+    batch["skipped"] = [reason for s in samples for reason in s["skipped"]]
+    return batch
 
 
 def _ignore_sigterm(worker):
@@ -351,47 +371,13 @@ def _ignore_sigterm(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def batches(datasets, schedule, workers=0):
+def batches(datasets, keys, workers=0):
     """An iterator over the micro-batches of a run, made ahead of time by `workers` processes.
 
-    datasets: {"image": ImagePairs, "video": Clips}. schedule: for each micro-batch the list of (task, step, index) it
-    holds, in the order in which the loop will ask. Yields {"reference" (B,1,3,H,W), "pixels" (B,F,3,H,W) uint8,
-    "prompt", "skipped"}.
+    datasets: {"image": ImagePairs, "video": Clips}. keys: for each micro-batch the list of (task, step, index) it
+    holds, in the order in which the loop will ask. Yields {"reference" (B,1,3,H,W), "pixels" (B,F,3,H,W) uint8, or the
+    moments of a cache, "prompt", "keys", "skipped"}.
     """
-    return iter(DataLoader(_Tasks(datasets), batch_sampler=schedule, num_workers=workers, collate_fn=_collate,
+    return iter(DataLoader(_Tasks(datasets), batch_sampler=keys, num_workers=workers, collate_fn=_collate,
                            prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available(),
                            worker_init_fn=_ignore_sigterm))
-
-
-# ---- the command line ------------------------------------------------------------------------------------------------
-
-def knob(default, text):
-    """A field of a script's Config: its default and its line of --help."""
-    return field(default=default, metadata={"help": text})
-
-
-def changed(before, now):
-    """"height was 480, now 256; ..." for the settings in `now` that were others before, "" when none was."""
-    return "; ".join(f"{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v)
-
-
-def command_line(main, Config, description, argv=None, positional=None, **defaults):
-    """Parse the knobs of dataclass `Config` from the command line and call main(config).
-
-    `defaults` replace the dataclass's own; `positional` names the list knob that leading words without -- fill.
-    A user's mistake (bad flag, value or file) is one line and exit status 1 or 2; with TRACEBACK=1 in the environment
-    it is the whole traceback.
-    """
-    words = f"[{positional} ...] " if positional else ""
-    parser = HfArgumentParser(Config, description=description.split("\n\n")[0], allow_abbrev=False,
-                              usage=f"%(prog)s {words}[--knob value ...]      (--help explains the knobs)")
-    parser.set_defaults(**defaults)
-    argv = sys.argv[1:] if argv is None else argv
-    if positional and argv and not argv[0].startswith("-"):
-        argv = [f"--{positional}", *argv]
-    try:
-        main(Config(**vars(parser.parse_args(argv))))
-    except (ValueError, OSError) as e:  # OSError: a missing file, a full disk
-        if os.environ.get("TRACEBACK"):
-            raise
-        sys.exit(f"{parser.prog}: error: {e}")

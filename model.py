@@ -10,7 +10,6 @@ on the frame axis, so that text, reference and video meet in the transformer's f
 
 Contents: SubjectTransformer (the forward) - LoRA (attach, save, load) - the v loss - text and VAE encoding - loading.
 """
-import hashlib
 import json
 import os
 import sys
@@ -31,6 +30,8 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+
+from run import newest_checkpoint, weight_fingerprint
 
 PAPER_BASE = "THUDM/CogVideoX-5b"
 REFERENCE_TOKEN = "<cls>"  # Sec. 3.3: "An <CLS> armchair in the living room"
@@ -164,65 +165,9 @@ def add_lora(transformer, rank, alpha, dropout=0.0, scope="all"):
     return [p for p in transformer.parameters() if p.requires_grad]
 
 
-def _reaches_output(name, blocks):
-    """Under scope "reference": does this adapter get a gradient? Not the text projection, and in the last block not
-    what comes after the keys and values: the reference's own output is thrown away there."""
-    last = f"transformer_blocks.{blocks - 1}."
-    dead_end = [last + s for s in ("attn1.to_q.", "attn1.to_out.", "norm2.", "ff.")]
-    return "text_proj." not in name and not any(s in name for s in dead_end)
-
-
-def _restrict_to_reference(transformer):
-    """Make every LoRA layer add its update to the reference rows only. `span_holder` tells them which rows."""
-    transformer.lora_scope, transformer.span_holder = "reference", [None]
-    holder = transformer.span_holder
-    for name, module in transformer.named_modules():
-        if isinstance(module, CogVideoXLayerNormZero):
-            module.forward = _reference_only_norm(module, holder)
-        elif isinstance(module, LoraLayer) and "norm" not in name:
-            module.forward = _reference_only_linear(module, module.forward, holder, is_patch=name == "patch_embed.proj")
-
-
-def _reference_only_linear(layer, with_lora, holder, is_patch):
-    def forward(x):
-        text, kept, frames = holder[0]
-        if kept == 0 or x.shape[1] == text and not is_patch:  # no reference, or the text projection
-            return layer.base_layer(x)
-        if is_patch:  # (B*F, C, H, W): the frames are folded into the batch, and frame 0 is the reference
-            x = x.unflatten(0, (-1, frames))
-            y = torch.cat([with_lora(x[:, 0])[:, None], layer.base_layer(x[:, 1:].flatten(0, 1))
-                           .unflatten(0, (-1, frames - 1))], dim=1)
-            return y.flatten(0, 1)
-        before, reference, after = x.split([text, kept, x.shape[1] - text - kept], dim=1)
-        return torch.cat([layer.base_layer(before), with_lora(reference), layer.base_layer(after)], dim=1)
-    return forward
-
-
-def _reference_only_norm(norm, holder):
-    """The adaptive norm reads the timestep, not tokens: both versions of shift, scale and gate, then one per token."""
-    def forward(hidden, text, temb):  # hidden (B, K + T*N, D)
-        t, kept = norm.silu(temb), holder[0].kept
-        base = [m[:, None] for m in norm.linear.base_layer(t).chunk(6, dim=1)]  # six of (B, 1, D)
-        shift, scale, gate, text_shift, text_scale, text_gate = base
-        if kept:
-            lora = [m[:, None] for m in norm.linear(t).chunk(6, dim=1)[:3]]
-            rest = hidden.shape[1] - kept
-            shift, scale, gate = (torch.cat([a.expand(-1, kept, -1), b.expand(-1, rest, -1)], dim=1)
-                                  for a, b in zip(lora, base))
-        hidden = norm.norm(hidden) * (1 + scale) + shift
-        text = norm.norm(text) * (1 + text_scale) + text_shift
-        return hidden, text, gate, text_gate
-    return forward
-
-
 def fingerprint(transformer):
     """12 hex digits that tell one base from another. LoRA never touches proj_out, so it is the same after training."""
     return weight_fingerprint(transformer.proj_out.weight)
-
-
-def weight_fingerprint(weight):
-    weight = weight.detach().to("cpu", torch.bfloat16)  # bf16: the same whatever it was loaded as
-    return hashlib.sha256(weight.view(torch.int16).numpy().tobytes()).hexdigest()[:12]
 
 
 def save_lora(transformer, path, **extra):
@@ -241,11 +186,6 @@ def save_lora(transformer, path, **extra):
     path.mkdir(parents=True, exist_ok=True)
     save_file(weights, path / (LORA_FILE + ".tmp"), metadata=header)
     os.replace(path / (LORA_FILE + ".tmp"), path / LORA_FILE)
-
-
-def newest_checkpoint(run):
-    """The newest complete step-* folder of a run (out/NAME), or None. A half-written one still has its .tmp name."""
-    return max((d for d in Path(run).glob("step-*") if d.suffix != ".tmp"), default=None)
 
 
 def lora_path(path):
@@ -305,6 +245,59 @@ def read_lora(transformer, path):
     set_peft_model_state_dict(transformer, weights)
 
 
+# ---- LoRA on reference tokens only: lora_scope "reference" ----------------------------------------------------------
+
+def _reaches_output(name, blocks):
+    """Under scope "reference": does this adapter get a gradient? Not the text projection, and in the last block not
+    what comes after the keys and values: the reference's own output is thrown away there."""
+    last = f"transformer_blocks.{blocks - 1}."
+    dead_end = [last + s for s in ("attn1.to_q.", "attn1.to_out.", "norm2.", "ff.")]
+    return "text_proj." not in name and not any(s in name for s in dead_end)
+
+
+def _restrict_to_reference(transformer):
+    """Make every LoRA layer add its update to the reference rows only. `span_holder` tells them which rows."""
+    transformer.lora_scope, transformer.span_holder = "reference", [None]
+    holder = transformer.span_holder
+    for name, module in transformer.named_modules():
+        if isinstance(module, CogVideoXLayerNormZero):
+            module.forward = _reference_only_norm(module, holder)
+        elif isinstance(module, LoraLayer) and "norm" not in name:
+            module.forward = _reference_only_linear(module, module.forward, holder, is_patch=name == "patch_embed.proj")
+
+
+def _reference_only_linear(layer, with_lora, holder, is_patch):
+    def forward(x):
+        text, kept, frames = holder[0]
+        if kept == 0 or x.shape[1] == text and not is_patch:  # no reference, or the text projection
+            return layer.base_layer(x)
+        if is_patch:  # (B*F, C, H, W): the frames are folded into the batch, and frame 0 is the reference
+            x = x.unflatten(0, (-1, frames))
+            y = torch.cat([with_lora(x[:, 0])[:, None], layer.base_layer(x[:, 1:].flatten(0, 1))
+                           .unflatten(0, (-1, frames - 1))], dim=1)
+            return y.flatten(0, 1)
+        before, reference, after = x.split([text, kept, x.shape[1] - text - kept], dim=1)
+        return torch.cat([layer.base_layer(before), with_lora(reference), layer.base_layer(after)], dim=1)
+    return forward
+
+
+def _reference_only_norm(norm, holder):
+    """The adaptive norm reads the timestep, not tokens: both versions of shift, scale and gate, then one per token."""
+    def forward(hidden, text, temb):  # hidden (B, K + T*N, D)
+        t, kept = norm.silu(temb), holder[0].kept
+        base = [m[:, None] for m in norm.linear.base_layer(t).chunk(6, dim=1)]  # six of (B, 1, D)
+        shift, scale, gate, text_shift, text_scale, text_gate = base
+        if kept:
+            lora = [m[:, None] for m in norm.linear(t).chunk(6, dim=1)[:3]]
+            rest = hidden.shape[1] - kept
+            shift, scale, gate = (torch.cat([a.expand(-1, kept, -1), b.expand(-1, rest, -1)], dim=1)
+                                  for a, b in zip(lora, base))
+        hidden = norm.norm(hidden) * (1 + scale) + shift
+        text = norm.norm(text) * (1 + text_scale) + text_shift
+        return hidden, text, gate, text_gate
+    return forward
+
+
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 def v_loss(transformer, scheduler, latents, text, timestep, noise, reference=None, keep=None):
@@ -349,27 +342,26 @@ def encode_moments(vae, pixels):
     return vae.encode(pixels).latent_dist.parameters.transpose(1, 2)
 
 
-def send(x, device):
-    """A tensor on its way to the device. From pinned memory: nobody waits, neither for the copy nor for what the GPU is
-    still busy with."""
+def to_device(x, device):
+    """Asynchronous copy to the device, through pinned memory."""
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 
 
-def draw_latents(vae, moments, generator=None):
+def sample_latents(vae, moments, generator=None):
     """Moments (B,T,2C,H,W) -> scaled latents (B,T,C,H,W), float32: a draw from the posterior, as in CogVideoX's
     training; with generator=None its mean."""
     posterior = DiagonalGaussianDistribution(moments.float().transpose(1, 2))
     z = posterior.mode()
     if generator is not None:  # drawn on the CPU, so that a seed means the same everywhere
-        z = posterior.mean + posterior.std * send(torch.randn(z.shape, generator=generator), z.device)
+        z = posterior.mean + posterior.std * to_device(torch.randn(z.shape, generator=generator), z.device)
     return z.transpose(1, 2) * vae.config.scaling_factor
 
 
 def encode_video(vae, pixels, generator=None):
     """Pixels (B,F,3,H,W) in [-1,1] -> scaled latents (B,T,C,H/8,W/8), drawn with the generator or (None) the mean."""
-    return draw_latents(vae, encode_moments(vae, pixels), generator)
+    return sample_latents(vae, encode_moments(vae, pixels), generator)
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -440,7 +432,7 @@ def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False):
 
 
 def follow_autocast(model):
-    """torchao's linear layers pass autocast by and answer in the input's dtype, float32 after each norm: cast it."""
+    """torchao's linear layers ignore autocast and return the input's dtype, float32 after each norm: cast the input."""
     def cast(module, args):
         device = args[0].device.type
         return (args[0].to(torch.get_autocast_dtype(device)),) if torch.is_autocast_enabled(device) else None

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data import clip_frames, command_line, cover, knob, load_image, normalise, save_video, to_pixels
-from model import (LORA_FILE, PAPER_BASE, encode_video, find_device, frame_size, load_lora, load_pipeline, lora_header,
-                   lora_path, tile_vae, with_reference_token)
+from data import clip_frames, load_image, normalise, resize_center_crop, save_video, to_pixels
+from model import (LORA_FILE, PAPER_BASE, encode_prompt, encode_video, find_device, frame_size, load_lora,
+                   load_pipeline, lora_header, lora_path, tile_vae, with_reference_token)
+from run import check_bounds, command_line, knob, rank_and_world_size
 
 HERE = Path(__file__).parent
 
@@ -32,7 +33,7 @@ class Config:
     steps: int = knob(50, "denoising steps")
     guidance: float = knob(6.0, "classifier-free guidance scale, on the text only; 1 turns it off")
     dynamic_cfg: bool = knob(False, "let the guidance scale grow over the steps (the pipeline's use_dynamic_cfg)")
-    negative_prompt: str = knob("", "what guidance leads away from")
+    negative_prompt: str = knob("", "negative prompt of the guidance")
     frames: int = knob(0, "frames of the video, cut to 8k+1; 1 makes a picture; 0 takes the base's (49)")
     fps: float = knob(0.0, "frames per second of the file; 0 takes the LoRA's training rate (8)")
     height: int = knob(0, "height in pixels; 0 takes the base's (480)")
@@ -43,11 +44,7 @@ class Config:
     offload: str = knob("none", "'model' or 'sequential' keeps weights in RAM until needed (for a small GPU)")
 
     def __post_init__(self):
-        if self.steps <= 0:
-            raise ValueError(f"--steps must be positive, got {self.steps}")
-        for name in ("frames", "fps", "height", "width", "enlarge"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
+        check_bounds(self, positive="steps", not_negative="seed frames fps height width enlarge")
         suffixes = (".png", ".mp4") if self.frames == 1 else (".mp4", ".mov", ".mkv")
         if Path(self.out).suffix not in suffixes:
             raise ValueError(f"--out must end in {' or '.join(suffixes)}, got {self.out!r}")
@@ -94,8 +91,8 @@ def encode_references(pipe, pictures, height, width):
 
     Each picture is resized to cover the frame, as in training, and encoded by the VAE to its mean, so that nothing is
     random but the starting noise."""
-    pixels = torch.stack([to_pixels([cover(picture, height, width)]) for picture in pictures])  # (B, 1, 3, H, W)
-    return encode_video(pipe.vae, normalise(pixels))
+    pixels = [to_pixels([resize_center_crop(picture, height, width)]) for picture in pictures]
+    return encode_video(pipe.vae, normalise(torch.stack(pixels)))  # of (B, 1, 3, H, W)
 
 
 def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0, height=0, width=0, cls=True,
@@ -124,11 +121,30 @@ def contact_sheet(video, reference=None, enlarge=1, columns=6):
     picks = sorted({round(i * (len(video) - 1) / max(columns - 1, 1)) for i in range(columns)})
     w, h, gap = video[0].width * enlarge, video[0].height * enlarge, 4
     row = [video[i].resize((w, h), Image.NEAREST) for i in picks]
-    row = ([cover(reference, h, w)] if reference is not None else []) + row
+    if reference is not None:
+        row.insert(0, resize_center_crop(reference, h, w))
     sheet = Image.new("RGB", ((w + gap) * len(row) - gap, h), "white")
     for i, picture in enumerate(row):
         sheet.paste(picture, (i * (w + gap), 0))
     return sheet
+
+
+def write_sample_sheets(pipe, folder, out, step, size, frames, cls=True):
+    """While training: a contact sheet for each picture in `folder`, with a fixed seed: out/NAME-000400.png.
+
+    Each rank takes its share of the pictures; each has its prompt in a .txt file of its name."""
+    rank, world_size = rank_and_world_size()
+    pictures = sorted(f for f in Path(folder).glob("*") if f.with_suffix(".txt").is_file() and f.suffix != ".txt")
+    out.mkdir(exist_ok=True)
+    pipe.set_progress_bar_config(disable=True)
+    for file in pictures[rank::world_size]:
+        picture = load_image(file)
+        prompt = file.with_suffix(".txt").read_text().strip()
+        text = [encode_prompt(pipe, [t]).to(pipe.transformer.device)  # the text encoder may be in RAM
+                for t in (with_reference_token(prompt, cls), "")]
+        (video,) = generate(pipe, encode_references(pipe, [picture], *size), [prompt], [0],
+                            frames=frames, height=size[0], width=size[1], text=text)
+        contact_sheet(video, picture, max(1, 128 // video[0].height)).save(out / f"{file.stem}-{step:06d}.png")
 
 
 def main(cfg):
@@ -166,7 +182,10 @@ def main(cfg):
     else:
         pipe.vae.to("cpu")
         tile_vae(pipe.vae)
-        (pipe.enable_model_cpu_offload if cfg.offload == "model" else pipe.enable_sequential_cpu_offload)(device=device)
+        if cfg.offload == "model":
+            pipe.enable_model_cpu_offload(device=device)
+        else:
+            pipe.enable_sequential_cpu_offload(device=device)
 
     for i, prompt in enumerate(prompts):
         print(f"{prompt!r}, seed {cfg.seed}")

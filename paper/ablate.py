@@ -4,7 +4,6 @@
     python -m paper.ablate                       # every table and the findings
     python -m paper.ablate figure12              # a picture from the same runs: assets/figure12.png
     python -m paper.ablate table9 --real         # prints the commands for CogVideoX-5B instead
-    python -m paper.ablate cost                  # Eq. 3 and Table 1: what a video step costs, counted
 
 A row is a run of train.py with other flags (ROWS), shorter than `train.py --toy`: --steps steps at --lr on one thread,
 on latents that are encoded once for all rows. It is scored on --n unseen creatures; each (row, seed) leaves one file in
@@ -24,7 +23,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +31,12 @@ from tqdm import tqdm
 
 import gradcos
 import train
-from data import changed, command_line, knob
-from model import newest_checkpoint
+from run import changed, command_line, knob, newest_checkpoint, records, write
 
 ROWS = {  # name: flags of train.py. Sizes of data sets are shares of the toy's 4,000 pairs and 400 clips.
     "ours": {},
     "image-only": {"p": 0.0},
-    "two-stage": {"schedule": "two_stage"},
+    "two-stage": {"task_schedule": "two_stage"},
     "pairs-1pct": {"images": "toy/data/pairs-40"},   # 2,000 of 200K
     "pairs-2pct": {"images": "toy/data/pairs-80"},   # 4,000 of 200K
     "pcgrad-4": {"pcgrad": 4},
@@ -139,13 +137,12 @@ FINDINGS = [  # where, what the paper says, column, the higher row, the lower ro
 ]
 STUDENT_T = {2: 6.31, 3: 2.92, 4: 2.35, 5: 2.13, 6: 2.02, 7: 1.94, 8: 1.89, 9: 1.86, 10: 1.83}  # 5 % above, by seeds
 GRADIENT_COLUMNS = ("cosine", "norm_img", "norm_vid")  # means over the second half of a run that gradcos watched
-COMMANDS = [*dict.fromkeys([*TABLES, *FIGURES]), "cost"]
+COMMANDS = [*dict.fromkeys([*TABLES, *FIGURES])]
 
 
 @dataclass
 class Config:
-    what: list[str] = field(default_factory=list, metadata={
-        "help": f"of {', '.join(COMMANDS)}; none means every table"})
+    what: list[str] = knob([], f"of {', '.join(COMMANDS)}; none means every table")
     seeds: int = knob(3, "seeds 0, 1, ...")
     jobs: int = knob(2, "rows side by side, one thread each")
     steps: int = knob(400, "training steps of a row")
@@ -187,7 +184,7 @@ def train_and_score(cfg):
             record = {"row": cfg.row, "seed": seed, "flags": ROWS[cfg.row], **settings(cfg), "commit": commit(),
                       "scores": scores}
             result.parent.mkdir(parents=True, exist_ok=True)
-            train.write(result, json.dumps(record, indent=1) + "\n")
+            write(result, json.dumps(record, indent=1) + "\n")
 
 
 def train_row(cfg, name, seed, scored=True):
@@ -210,7 +207,7 @@ def train_row(cfg, name, seed, scored=True):
                                    cls=trained_with_cls(header))
     scores = world.score_videos(videos, test)
     if watched:
-        late = [r for r in train.records(Path(cfg.out) / name / "gradcos.jsonl") if r["step"] >= steps / 2]
+        late = [r for r in records(Path(cfg.out) / name / "gradcos.jsonl") if r["step"] >= steps / 2]
         scores |= {column: float(np.mean([r[column] for r in late])) for column in GRADIENT_COLUMNS}
     return scores
 
@@ -367,46 +364,6 @@ def print_real(whats):
     print("\n".join(commands))
 
 
-def train_flops(tokens):
-    """TFLOP of one sample's training step of CogVideoX-5B with LoRA of rank 128 and full checkpointing.
-
-    42 blocks of width D = 3072. Forward: two per weight and token in the 12 D^2 weights of a block's linear layers and
-    in the LoRA beside them, 4 tokens^2 D in attention. Backward: the linear layers' inputs once (their weights are
-    frozen), LoRA twice, attention 2.5 times; and the forward again for the recomputation.
-    """
-    D, rank, blocks = 3072, 128, 42
-    linear = 2 * 12 * D**2 * tokens
-    lora = 2 * rank * (4 * 2 * D + 2 * 5 * D) * tokens  # q, k, v, out: D to D; ff: D to 4D and back
-    attention = 4 * tokens**2 * D
-    forward = linear + lora + attention
-    return blocks * (2 * forward + linear + 2 * lora + 2.5 * attention) / 1e12
-
-
-def print_cost(p=0.2, steps=4000):
-    """Eq. 3 and the hours of Table 1, with what we count."""
-    image, video = train_flops(226 + 2 * 1350), train_flops(226 + 14 * 1350)
-    ratio, per_step = video / image, 32 * video / (256 * image)
-    total = steps * ((1 - p) * 256 * image + p * 32 * video) * 1e12
-    dropped_image, dropped_video = (image + train_flops(226 + 1350)) / 2, train_flops(226 + 13.5 * 1350)
-    dropped = steps * ((1 - p) * 256 * dropped_image + p * 32 * dropped_video) * 1e12
-    print("| | C_vid / C_img | E[C] / C_img at p = 0.2 (Eq. 3) |\n|---|---|---|")
-    print(f"| the paper: 13 latent frames, attention among video tokens only, 13^2 | 169 | {1 - p + p * 169:.1f} |")
-    print(f"| counted per sample: {image:.1f} and {video:.1f} TFLOP | {ratio:.2f} | {1 - p + p * ratio:.2f} |")
-    print(f"| counted per step: 256 pairs, 32 clips | {per_step:.2f} | {1 - p + p * per_step:.2f} |")
-    if records := train.records(Path("out/toy/log.jsonl")):
-        times = {t: np.median([r["seconds"] for r in records if r["task"] == t]) for t in ("image", "video")}
-        measured = times["video"] / times["image"]
-        print(f"| measured on the toy (out/toy): 32 pairs {times['image']:.2f} s, 8 clips {times['video']:.2f} s "
-              f"| {measured:.2f} | {1 - p + p * measured:.2f} |")
-    peak = 312e12 * 3600
-    print(f"\n{steps} steps: {total:.2e} FLOP = {total / peak:.0f} A100-hours at peak, so the paper's 288 A100-hours "
-          f"mean {total / peak / 288:.0%} of it.\nWithout the tokens that view drop and token drop leave out (A.2: 0.5 "
-          f"and 0.5): {dropped / peak:.0f} hours, {dropped / peak / 288:.0%}.\n"
-          f"Table 1's 35 to 730 times: {10_000 / 288:.0f} = 10,000 / 288 (Phantom's lower estimate) to "
-          f"{210_000 / 288:.0f} = 210,000 / 288 (VACE's upper\nestimate). The paper estimates VACE's hours from 10 "
-          "to 30 s an iteration (F.2): a factor of 3 is open there alone.")
-
-
 def draw_figure(cfg, figure):
     """assets/FIGURE.png from the runs: curves over all seeds, or contact sheets of the first one."""
     from toy import world
@@ -437,8 +394,6 @@ def main(cfg):
     for figure in figures:
         failed += run_missing(cfg, FIGURES[figure], cfg.seeds if set(FIGURES[figure]) <= WATCHED else 1, runs=True)
         draw_figure(cfg, figure)
-    if "cost" in cfg.what:
-        print_cost()
     if failed:
         sys.exit(f"{failed} rows failed; the same command tries them again")
 

@@ -2,7 +2,7 @@
 
     python -m paper.bench                            # on one GPU: the defaults of train.py at 480x720, 49 frames
     python -m paper.bench --video_micro 4 --int8 True
-    python -m paper.bench --count True               # without a GPU: the memory, counted on shapes without data
+    python -m paper.bench --count True               # without a GPU: memory and FLOPs, counted
     python -m paper.bench --layers 1 --height 64 --width 96 --frames 9 --repeats 2 --warmup 1    # anywhere: a try
 
 Measured are whole micro-batches (forward, recomputation, backward of the transformer; LoRA in float32, base in
@@ -12,6 +12,7 @@ steps on one such device.
 """
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -22,9 +23,9 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from data import clip_frames, command_line, knob
+from data import clip_frames
 from model import SubjectTransformer, add_lora, find_device, follow_autocast, v_loss
-from train import Clock
+from run import Moment, command_line, knob, records
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Config:
     warmup: int = knob(5, "micro-batches before the clock starts")
     repeats: int = knob(20, "micro-batches that are timed")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
-    count: bool = knob(False, "count the memory of a step instead of measuring it")
+    count: bool = knob(False, "count the memory and the FLOPs of a step instead of measuring")
 
 
 def shapes(cfg):
@@ -100,6 +101,46 @@ def count(cfg):
               "T5-XXL on the GPU adds 9.5 GB, the VAE 0.4 GB")
 
 
+def train_flops(tokens):
+    """TFLOP of one sample's training step of CogVideoX-5B with LoRA of rank 128 and full checkpointing.
+
+    42 blocks of width D = 3072. Forward: two per weight and token in the 12 D^2 weights of a block's linear layers and
+    in the LoRA beside them, 4 tokens^2 D in attention. Backward: the linear layers' inputs once (their weights are
+    frozen), LoRA twice, attention 2.5 times; and the forward again for the recomputation.
+    """
+    D, rank, blocks = 3072, 128, 42
+    linear = 2 * 12 * D**2 * tokens
+    lora = 2 * rank * (4 * 2 * D + 2 * 5 * D) * tokens  # q, k, v, out: D to D; ff: D to 4D and back
+    attention = 4 * tokens**2 * D
+    forward = linear + lora + attention
+    return blocks * (2 * forward + linear + 2 * lora + 2.5 * attention) / 1e12
+
+
+def print_cost(p=0.2, steps=4000):
+    """Eq. 3 and the hours of Table 1, with what we count."""
+    image, video = train_flops(226 + 2 * 1350), train_flops(226 + 14 * 1350)
+    ratio, per_step = video / image, 32 * video / (256 * image)
+    total = steps * ((1 - p) * 256 * image + p * 32 * video) * 1e12
+    dropped_image, dropped_video = (image + train_flops(226 + 1350)) / 2, train_flops(226 + 13.5 * 1350)
+    dropped = steps * ((1 - p) * 256 * dropped_image + p * 32 * dropped_video) * 1e12
+    print("| | C_vid / C_img | E[C] / C_img at p = 0.2 (Eq. 3) |\n|---|---|---|")
+    print(f"| the paper: 13 latent frames, attention among video tokens only, 13^2 | 169 | {1 - p + p * 169:.1f} |")
+    print(f"| counted per sample: {image:.1f} and {video:.1f} TFLOP | {ratio:.2f} | {1 - p + p * ratio:.2f} |")
+    print(f"| counted per step: 256 pairs, 32 clips | {per_step:.2f} | {1 - p + p * per_step:.2f} |")
+    if steps_done := records(Path("out/toy/log.jsonl")):
+        times = {t: np.median([r["seconds"] for r in steps_done if r["task"] == t]) for t in ("image", "video")}
+        measured = times["video"] / times["image"]
+        print(f"| measured on the toy (out/toy): 32 pairs {times['image']:.2f} s, 8 clips {times['video']:.2f} s "
+              f"| {measured:.2f} | {1 - p + p * measured:.2f} |")
+    peak = 312e12 * 3600
+    print(f"\n{steps} steps: {total:.2e} FLOP = {total / peak:.0f} A100-hours at peak, so the paper's 288 A100-hours "
+          f"mean {total / peak / 288:.0%} of it.\nWithout the tokens that view drop and token drop leave out (A.2: 0.5 "
+          f"and 0.5): {dropped / peak:.0f} hours, {dropped / peak / 288:.0%}.\n"
+          f"Table 1's 35 to 730 times: {10_000 / 288:.0f} = 10,000 / 288 (Phantom's lower estimate) to "
+          f"{210_000 / 288:.0f} = 210,000 / 288 (VACE's upper\nestimate). The paper estimates VACE's hours from 10 "
+          "to 30 s an iteration (F.2): a factor of 3 is open there alone.")
+
+
 def build(cfg, device, dtype):
     """CogVideoX-5B's transformer with random weights, made on the device, with LoRA; and the 5B scheduler."""
     transformer = transformer_5b(cfg.layers).to(dtype).to_empty(device=device)
@@ -125,18 +166,19 @@ def timed(work, cfg, device):
         work()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    clocks = [Clock(device)]
+    moments = [Moment(device)]
     for _ in range(cfg.repeats):
         work()
-        clocks.append(Clock(device))
+        moments.append(Moment(device))
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
-    return [b - a for a, b in zip(clocks, clocks[1:])], peak
+    return [b.seconds_since(a) for a, b in zip(moments, moments[1:])], peak
 
 
 def main(cfg):
     diffusers_logging.set_verbosity_error()  # it warns of a cast that changes nothing here
     if cfg.count:
-        return count(cfg)
+        count(cfg)
+        return print_cost()
     device = find_device(cfg.device)
     on_gpu = device.type == "cuda"
     transformer, parameters, scheduler = build(cfg, device, torch.bfloat16 if on_gpu else torch.float32)

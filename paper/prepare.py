@@ -35,11 +35,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
-import train
-from data import (CLIP_SUFFIXES, Clips, ImagePairs, changed, clip_frames, command_line, cover, knob, load_clip,
-                  load_image, normalise, rng, split_views, to_pixels)
+from data import (CLIP_SUFFIXES, Clips, ImagePairs, cache_key, clip_frames, load_clip, load_image, normalise,
+                  resize_center_crop, split_views, to_pixels)
 from model import (PAPER_BASE, encode_moments, encode_prompt, find_device, frame_size, load_pipeline, tile_vae,
                    with_reference_token)
+from run import changed, command_line, join_ranks, knob, rank_and_world_size, rng, write
 
 
 def share(text):
@@ -93,7 +93,7 @@ class Manifest:
         self.done = self.content["done"]
 
     def save(self):
-        train.write(self.file, json.dumps(self.content, indent=1))
+        write(self.file, json.dumps(self.content, indent=1))
 
 
 # ---- Subjects200K ----------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def filter_file(source, paths, cfg, kept):
         raise ValueError(f"{source} lacks the Subjects200K column(s) {', '.join(sorted(missing))}")
     rows = {"train": [], "val": []}
 
-    def write(side, least):
+    def write_rows(side, least):
         if len(rows[side]) >= least:
             if side not in writers:
                 writers[side] = pq.ParquetWriter(f"{paths[side]}.tmp", schema)
@@ -190,11 +190,11 @@ def filter_file(source, paths, cfg, kept):
             if why is None:
                 rows[side].append(row)
         for side in rows:
-            write(side, 64)
+            write_rows(side, 64)
         if cfg.n and kept + counts["train"] >= cfg.n:
             break
     for side in rows:
-        write(side, 1)
+        write_rows(side, 1)
         if side in writers:
             writers[side].close()
             os.replace(f"{paths[side]}.tmp", paths[side])
@@ -277,7 +277,7 @@ def fetch_clip(folder, name, url, title, cfg):
             if not final.is_file():  # it is there after a kill before the manifest, or when its caption was lost
                 download(url, part, cfg)
                 load_clip(part, cfg.frames, cfg.fps, (64, 64))
-            train.write(final.with_suffix(".txt"), title + "\n")  # before the clip: no clip without its caption
+            write(final.with_suffix(".txt"), title + "\n")  # before the clip: no clip without its caption
             if part.is_file():
                 os.replace(part, final)
             return "kept", ""
@@ -405,10 +405,9 @@ def prepare_cache(cfg):
     """Encode each clip (and pair) once. Under torchrun each rank takes its share of the files."""
     if not cfg.videos and not cfg.images:
         raise ValueError("nothing to cache: pass --videos, --images or both")
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = rank_and_world_size()
     device = find_device(cfg.device)
-    if ranks > 1:
-        train.join_ranks("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
+    join_ranks("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
     pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32)
     pipe.vae.to(device)
     if cfg.vae_tiling:
@@ -419,7 +418,7 @@ def prepare_cache(cfg):
     frames = clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)
     for task, folder in (("image", cfg.images), ("video", cfg.videos)):
         if folder:
-            cache_task(cfg, pipe, task, folder, size, frames, rank, ranks)
+            cache_task(cfg, pipe, task, folder, size, frames, rank, world_size)
 
 
 def encode_item(cfg, pipe, task, dataset, item, size):
@@ -430,14 +429,15 @@ def encode_item(cfg, pipe, task, dataset, item, size):
         return {"moments": moments}, [item.with_suffix(".txt").read_text().strip()]
     views, prompts = dataset.load(item)
     r = rng(cfg.seed, "crops", item)
-    crops = [to_pixels([cover(view, *size, cfg.crop_jitter, r)]) for _ in range(cfg.crops) for view in views]
+    crops = [to_pixels([resize_center_crop(view, *size, cfg.crop_jitter, r)])
+             for _ in range(cfg.crops) for view in views]
     moments = encode_moments(pipe.vae, normalise(torch.stack(crops)))  # (crops*2, 1, 2C, h, w)
     return {"moments": moments.unflatten(0, (cfg.crops, 2))}, prompts
 
 
-def cache_task(cfg, pipe, task, folder, size, frames, rank, ranks):
+def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
     out = Path(cfg.out) / task
-    key = train.cache_key(cfg, pipe, task, size, frames)
+    key = cache_key(cfg, pipe, task, size, frames)
     if task == "image":
         key |= {"crops": cfg.crops, "seed": cfg.seed}
     if not cfg.prompts:
@@ -451,13 +451,13 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, ranks):
         if differ := changed(made, dict.fromkeys(made) | key):
             raise ValueError(f"{out} was made with other settings ({differ}): choose another --out")
     mine = [(item, out / f"{name}.safetensors", stamp)
-            for item in items[rank::ranks] for name, stamp in [dataset.source(item)]]
+            for item in items[rank::world_size] for name, stamp in [dataset.source(item)]]
     todo = [(item, file, stamp) for item, file, stamp in mine if stamp_of(file) != stamp]  # not there, cut, or stale
     counts = torch.tensor([len(todo), len(mine) - len(todo)])  # to do and cached, all ranks together
-    if ranks > 1:
+    if world_size > 1:
         dist.all_reduce(counts)
     if rank == 0 and counts[0]:
-        train.write(index, json.dumps(key | {"complete": False}, indent=1))
+        write(index, json.dumps(key | {"complete": False}, indent=1))
     cached = torch.tensor(0)
     for item, file, stamp in tqdm(todo, desc=f"caching {task}s", disable=rank > 0):
         try:
@@ -473,11 +473,11 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, ranks):
                   metadata={"stamp": stamp, "prompts": json.dumps(prompts)})
         os.replace(f"{file}.tmp", file)
         cached += 1
-    if ranks > 1:
+    if world_size > 1:
         dist.all_reduce(cached)
     if rank == 0:
         cached = (counts[1] + cached).item()
-        train.write(index, json.dumps(key | {"complete": True, "cached": cached}, indent=1))
+        write(index, json.dumps(key | {"complete": True, "cached": cached}, indent=1))
         print(f"{out}: {cached} of {len(items)} {task}s cached")
 
 
@@ -495,9 +495,10 @@ if __name__ == "__main__":
                 "cache": (Latents, prepare_cache)}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         usage = "usage: python -m paper.prepare subjects200k | pexels | cache [--help]"
-        if sys.argv[1:] not in (["-h"], ["--help"]):
-            sys.exit(usage)
-        sys.exit(print(usage))
+        if sys.argv[1:] in (["-h"], ["--help"]):
+            print(usage)
+            sys.exit()
+        sys.exit(usage)
     config, action = commands[sys.argv[1]]
     command_line(action, config, action.__doc__, sys.argv[2:])
     if dist.is_initialized():

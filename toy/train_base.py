@@ -25,8 +25,8 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from tqdm import tqdm
 
-from data import command_line, knob
 from model import SubjectTransformer, encode_prompt, encode_video, v_loss
+from run import command_line, knob
 from toy import world
 
 

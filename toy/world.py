@@ -21,7 +21,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,8 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageDraw
 
-from data import command_line, save_video
+from data import save_video
+from run import command_line, knob
 
 SIZE, TILE, CELL, CELLS = 32, 8, 2, 8  # px per frame side, per tile, per cell; cells per creature side
 FRAMES, FPS, BEATS = 9, 4, (1, 2, 2, 2, 2)       # frames of a clip, and how many the VAE puts into each latent frame
@@ -291,13 +292,12 @@ def through_vae(pipe, clips):
 
 @dataclass
 class Score:
-    lora: list[str] = field(default_factory=lambda: ["toy/lora"],
-                            metadata={"help": "LoRA files, folders or runs; several (seeds) are averaged"})
-    n: int = field(default=96, metadata={"help": "unseen creatures and prompts"})
-    steps: int = field(default=50, metadata={"help": "sampling steps"})
-    guidance: float = field(default=6.0, metadata={"help": "classifier-free guidance scale"})
-    controls: bool = field(default=False, metadata={"help": "also print what the scores can be fooled by"})
-    out: str = field(default="", metadata={"help": "also write the rows to this json file"})
+    lora: list[str] = knob(["toy/lora"], "LoRA files, folders or runs; several (seeds) are averaged")
+    n: int = knob(96, "unseen creatures and prompts")
+    steps: int = knob(50, "sampling steps")
+    guidance: float = knob(6.0, "classifier-free guidance scale")
+    controls: bool = knob(False, "also print what the scores can be fooled by")
+    out: str = knob("", "also write the rows to this json file")
 
 
 def score(cfg):
@@ -343,10 +343,10 @@ def write_refs(folder, n=6):
 
 @dataclass
 class Picture:
-    lora: list[str] = field(default_factory=lambda: ["toy/lora"], metadata={"help": "LoRAs to show side by side"})
-    titles: list[str] = field(default_factory=lambda: ["ours"], metadata={"help": "a title for each"})
-    n: int = field(default=6, metadata={"help": "creatures: the first of the test set"})
-    out: str = field(default="assets/toy.png", metadata={"help": "file to write"})
+    lora: list[str] = knob(["toy/lora"], "LoRAs to show side by side")
+    titles: list[str] = knob(["ours"], "a title for each")
+    n: int = knob(6, "creatures: the first of the test set")
+    out: str = knob("assets/toy.png", "file to write")
 
 
 def picture(cfg, scale=5):
