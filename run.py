@@ -208,8 +208,9 @@ class Log:
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 # Knobs of train.py that leave what is trained as it is: runs that differ only in these are the same run.
-NOT_TRAINED = {"toy", "name", "out", "workers", "save_every", "keep_checkpoints", "grad_device", "gradcos_every",
-               "val_every", "sample_every", "val_images", "val_videos", "val_pairs", "val_clips", "val_refs"}
+NOT_TRAINED = {"toy", "name", "out", "workers", "save_every", "keep_checkpoints", "guidance", "grad_device",
+               "gradcos_every", "val_every", "sample_every", "val_images", "val_videos", "val_pairs", "val_clips",
+               "val_refs"}
 SIGTERM = threading.Event()  # the job is asked to end: it saves first
 
 

@@ -31,7 +31,7 @@ class Config:
     out: str = knob("sample.mp4", "file to write; .png for a single picture (--frames 1)")
     seed: int = knob(0, "seed of the starting noise")
     steps: int = knob(50, "denoising steps")
-    guidance: float = knob(6.0, "classifier-free guidance scale, on the text only; 1 turns it off")
+    guidance: float = knob(0.0, "classifier-free guidance scale, on the text only; 1 is off; 0 takes the LoRA's (6)")
     dynamic_cfg: bool = knob(False, "let the guidance scale grow over the steps (the pipeline's use_dynamic_cfg)")
     negative_prompt: str = knob("", "negative prompt of the guidance")
     frames: int = knob(0, "frames of the video, cut to 8k+1; 1 makes a picture; 0 takes the base's (49)")
@@ -44,7 +44,7 @@ class Config:
     offload: str = knob("none", "'model' or 'sequential' keeps weights in RAM until needed (for a small GPU)")
 
     def __post_init__(self):
-        check_bounds(self, positive="steps", not_negative="seed frames fps height width enlarge")
+        check_bounds(self, positive="steps", not_negative="seed guidance frames fps height width enlarge")
         suffixes = (".png", ".mp4") if self.frames == 1 else (".mp4", ".mov", ".mkv")
         if Path(self.out).suffix not in suffixes:
             raise ValueError(f"--out must end in {' or '.join(suffixes)}, got {self.out!r}")
@@ -84,6 +84,11 @@ def load(lora="", base="", device="cpu", use_lora=True, int8=False):
 def trained_with_cls(header):
     """Does this LoRA expect <cls> in front of a prompt? (--cls False trains without, Table 6)"""
     return header.get("cls") != "False"
+
+
+def guidance_of(header):
+    """The guidance scale that this LoRA's run asks for; the authors' 6 where the file does not say."""
+    return float(header.get("guidance", 6.0))
 
 
 def encode_references(pipe, pictures, height, width):
@@ -129,7 +134,7 @@ def contact_sheet(video, reference=None, enlarge=1, columns=6):
     return sheet
 
 
-def write_sample_sheets(pipe, folder, out, step, size, frames, cls=True):
+def write_sample_sheets(pipe, folder, out, step, size, frames, cls=True, guidance=6.0):
     """While training: a contact sheet for each picture in `folder`, with a fixed seed: out/NAME-000400.png.
 
     Each rank takes its share of the pictures; each has its prompt in a .txt file of its name."""
@@ -143,7 +148,7 @@ def write_sample_sheets(pipe, folder, out, step, size, frames, cls=True):
         text = [encode_prompt(pipe, [t]).to(pipe.transformer.device)  # the text encoder may be in RAM
                 for t in (with_reference_token(prompt, cls), "")]
         (video,) = generate(pipe, encode_references(pipe, [picture], *size), [prompt], [0],
-                            frames=frames, height=size[0], width=size[1], text=text)
+                            guidance=guidance, frames=frames, height=size[0], width=size[1], text=text)
         contact_sheet(video, picture, max(1, 128 // video[0].height)).save(out / f"{file.stem}-{step:06d}.png")
 
 
@@ -189,8 +194,9 @@ def main(cfg):
 
     for i, prompt in enumerate(prompts):
         print(f"{prompt!r}, seed {cfg.seed}")
-        (video,) = generate(pipe, latents, [prompt], [cfg.seed], cfg.steps, cfg.guidance, cfg.frames,
-                            cfg.height, cfg.width, trained_with_cls(header), cfg.dynamic_cfg, cfg.negative_prompt)
+        (video,) = generate(pipe, latents, [prompt], [cfg.seed], cfg.steps, cfg.guidance or guidance_of(header),
+                            cfg.frames, cfg.height, cfg.width, trained_with_cls(header), cfg.dynamic_cfg,
+                            cfg.negative_prompt)
         file = out.with_stem(f"{out.stem}-{i}") if len(prompts) > 1 else out
         enlarge = cfg.enlarge or max(1, 256 // video[0].height)
         if len(video) == 1:

@@ -86,6 +86,7 @@ class Config:
     vae_tiling: bool = knob(True, "encode in tiles, one sample at a time, to save memory (A.2)")
     workers: int = knob(4, "processes per rank that read data")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
+    guidance: float = knob(6.0, "guidance scale of its samples, here and in sample.py (the authors' code)")
     # watching the run: none of this changes what is trained
     gradcos_every: int = knob(0, "steps between measurements of the two gradients' cosine (4.1, B.1); 0 never")
     val_every: int = knob(0, "steps between held-out losses (B.1's batches); 0 never")
@@ -105,7 +106,8 @@ class Config:
             self, shares="p token_drop view_drop lora_dropout crop_jitter beta1 beta2",
             positive="lora_rank lora_alpha frames fps steps image_batch video_batch image_micro video_micro lr cycles "
                      "grad_clip save_every keep_checkpoints val_pairs val_clips",
-            not_negative="height width seed weight_decay warmup workers gradcos_every val_every sample_every pcgrad")
+            not_negative="height width seed weight_decay warmup workers guidance gradcos_every val_every sample_every "
+                         "pcgrad")
         if self.sample_every and not Path(self.val_refs or "none").is_dir():
             raise ValueError(f"--sample_every needs a folder of pictures and prompts: no --val_refs {self.val_refs!r}")
         if self.pcgrad == 1:
@@ -117,11 +119,12 @@ class Config:
                              "it needs --view_drop 0 and --token_drop below 1")
 
 
-TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", name="toy", lora_rank=32, lora_alpha=16.0,
-           lora_dropout=0.0, frames=9, fps=4.0, crop_jitter=0.0, view_drop=0.0, steps=1000, image_batch=32,
-           image_micro=32, video_batch=8, video_micro=8, lr=1.5e-3, warmup=50, save_every=250,
-           gradient_checkpointing=False, vae_tiling=False, workers=0, val_images="toy/data/val_pairs",
-           val_videos="toy/data/val_clips", val_refs="toy/refs", val_every=100, sample_every=500)
+TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", cache="toy/data/cache",
+           name="toy", lora_rank=32, lora_alpha=16.0, lora_dropout=0.0, frames=9, fps=4.0, crop_jitter=0.0,
+           view_drop=0.0, steps=500, image_batch=16, image_micro=16, video_batch=8, video_micro=8,
+           lr=3e-3, warmup=30, save_every=100, gradient_checkpointing=False, vae_tiling=False, workers=0, guidance=2.0,
+           val_images="toy/data/val_pairs", val_videos="toy/data/val_clips", val_refs="toy/refs", val_every=100,
+           sample_every=250)
 
 
 # ---- what a step is --------------------------------------------------------------------------------------------------
@@ -409,7 +412,7 @@ def describe(cfg, run, parameters, datasets, size, start, device):
 
 def save(transformer, folder, cfg):
     """The LoRA with what sample.py needs to know of its training in the file's header."""
-    save_lora(transformer, folder, base=cfg.base, cls=str(cfg.cls), fps=str(cfg.fps),
+    save_lora(transformer, folder, base=cfg.base, cls=str(cfg.cls), fps=str(cfg.fps), guidance=str(cfg.guidance),
               trained_by=json.dumps(asdict(cfg)))
 
 
@@ -464,7 +467,7 @@ class Validation:
         if due(cfg.sample_every) and step:
             with self.autocast:
                 write_sample_sheets(self.pipe, cfg.val_refs, self.run / "samples", step, self.size, self.frames,
-                                    cfg.cls)
+                                    cfg.cls, cfg.guidance)
         transformer.train()
 
     def losses(self, task):
@@ -498,7 +501,7 @@ def main(cfg):
     diffusers_logging.disable_progress_bar()
     if cfg.toy:
         from toy import world
-        world.ensure_data(cfg.images, cfg.videos, cfg.val_images, cfg.val_videos)
+        cfg = world.ensure_data(cfg)
     train(cfg)
     if dist.is_initialized():  # after train() has returned: its DDP model must go before the group does
         dist.barrier()

@@ -401,13 +401,11 @@ class Latents:
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
 
 
-def prepare_cache(cfg):
-    """Encode each clip (and pair) once. Under torchrun each rank takes its share of the files."""
+def prepare_cache(cfg, rank=0, world_size=1):
+    """Encode each clip (and pair) once; this rank's share of the files."""
     if not cfg.videos and not cfg.images:
         raise ValueError("nothing to cache: pass --videos, --images or both")
-    rank, world_size = rank_and_world_size()
     device = find_device(cfg.device)
-    join_ranks("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
     pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32)
     pipe.vae.to(device)
     if cfg.vae_tiling:
@@ -421,18 +419,22 @@ def prepare_cache(cfg):
             cache_task(cfg, pipe, task, folder, size, frames, rank, world_size)
 
 
-def encode_item(cfg, pipe, task, dataset, item, size):
-    """({"moments"}, prompts) of one clip (T,2C,h,w) or of the crops of one pair (crops,2,1,2C,h,w)."""
+def prepare_cache_on_all_ranks(cfg):
+    """Encode each clip (and pair) once. Under torchrun each rank takes its share of the files."""
+    join_ranks("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
+    prepare_cache(cfg, *rank_and_world_size())
+
+
+def load_item(cfg, task, dataset, item, size):
+    """(pixels, prompts) of one clip, (1,F,3,H,W), or of all crops of one pair, (crops * 2,1,3,H,W)."""
     if task == "video":
-        pixels = to_pixels(load_clip(item, dataset.frames, dataset.fps, size))
-        moments = encode_moments(pipe.vae, normalise(pixels[None]))[0]
-        return {"moments": moments}, [item.with_suffix(".txt").read_text().strip()]
+        frames = load_clip(item, dataset.frames, dataset.fps, size)
+        return to_pixels(frames)[None], [item.with_suffix(".txt").read_text().strip()]
     views, prompts = dataset.load(item)
     r = rng(cfg.seed, "crops", item)
     crops = [to_pixels([resize_center_crop(view, *size, cfg.crop_jitter, r)])
              for _ in range(cfg.crops) for view in views]
-    moments = encode_moments(pipe.vae, normalise(torch.stack(crops)))  # (crops*2, 1, 2C, h, w)
-    return {"moments": moments.unflatten(0, (cfg.crops, 2))}, prompts
+    return torch.stack(crops), prompts
 
 
 def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
@@ -459,20 +461,29 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
     if rank == 0 and counts[0]:
         write(index, json.dumps(key | {"complete": False}, indent=1))
     cached = torch.tensor(0)
-    for item, file, stamp in tqdm(todo, desc=f"caching {task}s", disable=rank > 0):
-        try:
-            tensors, prompts = encode_item(cfg, pipe, task, dataset, item, size)
-        except (ValueError, KeyError, OSError) as e:
-            print(f"skipped: {e}", file=sys.stderr)
+    together = max(1, 4 // cfg.crops) if task == "image" else 1  # 8 pictures a call keep the VAE busy; above, it fails
+    for i in tqdm(range(0, len(todo), together), desc=f"caching {task}s", disable=rank > 0):
+        files, pixels, prompts = [], [], []
+        for item, file, stamp in todo[i:i + together]:
+            try:
+                loaded, words = load_item(cfg, task, dataset, item, size)
+            except (ValueError, KeyError, OSError) as e:
+                print(f"skipped: {e}", file=sys.stderr)
+                continue
+            files, pixels, prompts = [*files, (file, stamp)], [*pixels, loaded], [*prompts, words]
+        if not files:
             continue
-        if cfg.prompts:
-            texts = encode_prompt(pipe, [with_reference_token(p, cfg.cls) for p in prompts])
-            tensors |= {f"text_{d}": text for d, text in enumerate(texts)}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, f"{file}.tmp",
-                  metadata={"stamp": stamp, "prompts": json.dumps(prompts)})
-        os.replace(f"{file}.tmp", file)
-        cached += 1
+        moments = encode_moments(pipe.vae, normalise(torch.cat(pixels))).cpu().chunk(len(files))
+        for (file, stamp), m, words in zip(files, moments, prompts):
+            tensors = {"moments": m[0] if task == "video" else m.unflatten(0, (cfg.crops, 2))}
+            if cfg.prompts:
+                texts = encode_prompt(pipe, [with_reference_token(p, cfg.cls) for p in words]).cpu()
+                tensors |= {f"text_{d}": text for d, text in enumerate(texts)}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({k: v.contiguous().clone() for k, v in tensors.items()}, f"{file}.tmp",
+                      metadata={"stamp": stamp, "prompts": json.dumps(words)})
+            os.replace(f"{file}.tmp", file)
+            cached += 1
     if world_size > 1:
         dist.all_reduce(cached)
     if rank == 0:
@@ -492,7 +503,7 @@ def stamp_of(file):
 
 if __name__ == "__main__":
     commands = {"subjects200k": (Subjects200K, prepare_subjects), "pexels": (Pexels, prepare_pexels),
-                "cache": (Latents, prepare_cache)}
+                "cache": (Latents, prepare_cache_on_all_ranks)}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         usage = "usage: python -m paper.prepare subjects200k | pexels | cache [--help]"
         if sys.argv[1:] in (["-h"], ["--help"]):
