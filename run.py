@@ -272,10 +272,22 @@ def save_checkpoint(run, step, keep, save_weights, state):
 
 
 def resume(run, settings, load_weights, state):
-    """Restore the newest checkpoint; returns the step to go on from, 0 without one. ValueError for other settings."""
-    checkpoint = newest_checkpoint(run)
-    if checkpoint is None:
-        return 0
+    """Restore the newest checkpoint; returns the step to go on from, 0 without one.
+
+    ValueError for other settings, and unless all ranks go on from the same step. Every rank calls it, and has read the
+    run when it returns: rank 0 may then write."""
+    start, checkpoint = 0, newest_checkpoint(run)
+    if checkpoint is not None:
+        start = restore(run, checkpoint, settings, load_weights, state)
+    if dist.is_initialized():
+        ends = torch.tensor([start, -start])
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        if ends[0] != -ends[1]:
+            raise ValueError(f"ranks resume from steps {-ends[1]} to {ends[0]}: is {run} on a disk that all share?")
+    return start
+
+
+def restore(run, checkpoint, settings, load_weights, state):
     before = json.loads((run / "config.json").read_text())
     if unknown := before.keys() - settings.keys():
         raise ValueError(f"{run} was started by another version of this code (it has --{min(unknown)}): choose another "

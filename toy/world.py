@@ -99,30 +99,30 @@ def render(creatures, fields, tiles):
     return render_cells(creatures, fields, tiles).repeat(CELL, 2).repeat(CELL, 3)
 
 
-def draw_walks(rng, directions, distances=None):
-    """Tile positions (N,5,2), one per latent frame: wait, step, wait, step. A walk has `distances` steps, 2 when None.
+def draw_walks(rng, directions, room=None):
+    """Tile positions (N,5,2), one per latent frame: wait, step, wait, step, as far as there is room.
 
-    Of two steps the first alone is made for distance 1, none for 0. All fit inside the field."""
+    room (N,): the tiles between a creature and the edge that it walks to, 2 (all there is) when None; 0 stands."""
     n = len(directions)
-    distances = np.full(n, 2) if distances is None else distances
+    room = np.full(n, GRID - 1) if room is None else room
     way, axis = STEP[directions], np.abs(STEP[directions]).argmax(1)
     start = rng.integers(0, GRID, (n, 2))
-    room = rng.integers(0, GRID - distances)  # where along its axis: 0 when both steps are needed
-    start[np.arange(n), axis] = np.where(way.sum(1) > 0, room, GRID - 1 - room)
-    steps = np.minimum(np.array([0, 0, 1, 1, 2]), distances[:, None])
+    start[np.arange(n), axis] = np.where(way.sum(1) > 0, GRID - 1 - room, room)
+    steps = np.minimum(np.array([0, 0, 1, 1, 2]), room[:, None])
     return start[:, None] + steps[:, :, None] * way[:, None]
 
 
 def draw_clips(rng, n):
-    """n scenes of moving pictures: field and direction indices (direction STANDS: the caption says so), tile positions.
+    """n scenes of moving pictures: field and direction indices, tile positions (N,5,2).
 
-    Stock footage is full of shots in which little happens, whatever their titles say. So of all clips 27 % stand and
-    say so; of those that "walk" 60 % walk two tiles, 25 % one, and 15 % do not move at all.
+    Stock footage is full of shots in which little happens, whatever their titles say. So 27 % of the clips stand, and
+    their captions say so (direction STANDS). The others walk to the edge: 60 % two tiles, 30 % one, and 10 % are there
+    already, so that "walks" hardly moves.
     """
     fields, directions = draw_scenes(rng, n)
-    distances = rng.choice(3, n, p=[0.15, 0.25, 0.60])
+    tiles = draw_walks(rng, directions, rng.choice(3, n, p=[0.1, 0.3, 0.6]))
     stands = rng.random(n) < 0.27
-    tiles = draw_walks(rng, directions, np.where(stands, 0, distances))
+    tiles[stands] = rng.integers(0, GRID, (stands.sum(), 1, 2))  # anywhere
     return fields, np.where(stands, STANDS, directions), tiles
 
 
