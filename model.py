@@ -42,13 +42,6 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers' own loader
 
 # ---- the transformer -------------------------------------------------------------------------------------------------
 
-class Span(NamedTuple):
-    """Where the reference tokens are: rows `text : text + kept` of [text | reference | video]; 1 of `frames` frames."""
-    text: int
-    kept: int
-    frames: int
-
-
 class SubjectTransformer(CogVideoXTransformer3DModel):
     """The stock CogVideoX transformer that also takes a reference picture. Same weights, same config, same call.
 
@@ -77,8 +70,8 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
         attention_kwargs = dict(attention_kwargs or {})
         reference = attention_kwargs.pop("reference", None) if reference is None else reference
         B, T, _, H, W = hidden_states.shape
-        p = self.config.patch_size
-        L, N = encoder_hidden_states.shape[1], (H // p) * (W // p)
+        patch = self.config.patch_size
+        L, N = encoder_hidden_states.shape[1], (H // patch) * (W // patch)
 
         temb = self.time_embedding(self.time_proj(timestep).to(hidden_states.dtype), timestep_cond)  # (B, D_time)
 
@@ -117,8 +110,8 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
 
         hidden = hidden[:, K:]  # (B, T*N, D): only the noisy frames are decoded
         hidden = self.norm_out(self.norm_final(hidden), temb=temb)
-        hidden = self.proj_out(hidden)  # (B, T*N, C*p*p)
-        velocity = hidden.reshape(B, T, H // p, W // p, -1, p, p)
+        hidden = self.proj_out(hidden)  # (B, T*N, C*patch*patch)
+        velocity = hidden.reshape(B, T, H // patch, W // patch, -1, patch, patch)
         velocity = velocity.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)  # (B, T, C, H, W)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
@@ -247,6 +240,13 @@ def read_lora(transformer, path):
 
 # ---- LoRA on reference tokens only: lora_scope "reference" ----------------------------------------------------------
 
+class Span(NamedTuple):
+    """Where the reference tokens are: rows `text : text + kept` of [text | reference | video]; 1 of `frames` frames."""
+    text: int
+    kept: int
+    frames: int
+
+
 def _reaches_output(name, blocks):
     """Under scope "reference": does this adapter get a gradient? Not the text projection, and in the last block not
     what comes after the keys and values: the reference's own output is thrown away there."""
@@ -335,7 +335,7 @@ def encode_prompt(pipe, prompts):
 
 @torch.no_grad()
 def encode_moments(vae, pixels):
-    """Pixels (B,F,3,H,W) in [-1,1] -> the VAE posterior's mean and log-variance, (B,T,2C,H/8,W/8): what a cache holds.
+    """Pixels (B,F,3,height,width) in [-1,1] -> the VAE posterior's mean and log-variance (B,T,2C,H,W), as in a cache.
 
     F = 1 for pictures, 8k+1 for clips."""
     pixels = pixels.to(vae.device, vae.dtype).transpose(1, 2)  # the VAE takes (B,3,F,H,W)
@@ -360,7 +360,7 @@ def sample_latents(vae, moments, generator=None):
 
 
 def encode_video(vae, pixels, generator=None):
-    """Pixels (B,F,3,H,W) in [-1,1] -> scaled latents (B,T,C,H/8,W/8), drawn with the generator or (None) the mean."""
+    """Pixels (B,F,3,height,width) in [-1,1] -> scaled latents (B,T,C,H,W): a draw, or without a generator the mean."""
     return sample_latents(vae, encode_moments(vae, pixels), generator)
 
 

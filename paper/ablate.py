@@ -453,7 +453,7 @@ def print_real(whats):
     print("# the data; python -m paper.bench says how long a run takes on your GPU")
     for folder in sorted(needed):
         source, _, n = Path(folder).name.partition("-")
-        print(f"python -m paper.prepare {source} --out {folder} {f'--n {n}' * bool(n)}".rstrip())
+        print(f"python -m paper.prepare {source} --out {folder}" + (f" --n {n}" if n else ""))
     print("\n".join(commands))
 
 
