@@ -1,9 +1,10 @@
 """The preparers against a hostile local server and against files of the real schemas; the cache against no cache."""
+from tests.common import BASE, ROOT, TORCHRUN, run  # before torch
+
+import dataclasses
 import http.server
+import io
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -12,16 +13,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # before torch: the tests compare bits
-
-import train  # noqa: E402
-from data import Clips, ImagePairs  # noqa: E402
-from paper import prepare  # noqa: E402
-from toy import world  # noqa: E402
-
-ROOT = Path(__file__).parents[1]
-BASE = str(ROOT / "toy/base")
+import train
+from data import Clips, ImagePairs
+from paper import prepare
+from run import records
+from toy import world
 
 
 # ---- Subjects200K ----------------------------------------------------------------------------------------------------
@@ -49,9 +47,6 @@ def subjects(tmp_path_factory):
 
 
 def row_of_one_square():
-    import io
-
-    from PIL import Image
     file = io.BytesIO()
     Image.new("RGB", (64, 64)).save(file, "PNG")
     return file.getvalue()
@@ -78,7 +73,11 @@ def test_subjects_are_filtered_and_split_by_subject(subjects, tmp_path, capsys, 
     # A second run does nothing; a lost output is made again, and only that.
     worked = []
     filter_file = prepare.filter_file
-    monkeypatch.setattr(prepare, "filter_file", lambda file, *a: worked.append(file.name) or filter_file(file, *a))
+
+    def note_file(file, *rest):
+        worked.append(file.name)
+        return filter_file(file, *rest)
+    monkeypatch.setattr(prepare, "filter_file", note_file)
     prepare.prepare_subjects(cfg)
     assert worked == []
     next(Path(out).glob("*00001.parquet")).unlink()
@@ -152,14 +151,18 @@ def listing(tmp_path, url, kinds, **more):
     return str(tmp_path / "pexels.parquet")
 
 
-def test_pexels_against_a_hostile_server(server, tmp_path, capsys):
+def test_pexels_against_a_hostile_server(server, tmp_path, capsys, monkeypatch):
     url, hits = server
+    download = prepare.download
+
+    def limited(url, path, cfg):  # only the slow link runs into the limit, however slow this machine is
+        download(url, path, dataclasses.replace(cfg, max_seconds=1.0 if "/slow" in url else cfg.max_seconds))
+    monkeypatch.setattr(prepare, "download", limited)
     kinds = [f"good{i}.mp4" for i in range(6)] + ["moved1.mp4", "flaky1.mp4", "missing1.mp4", "missing2.mp4",
                                                   "truncated1.mp4", "slow1.mp4", "broken1.mp4", "page1.mp4",
                                                   "corrupt1.mp4"]
     source, out = listing(tmp_path, url, kinds), tmp_path / "pexels"
-    cfg = prepare.Pexels(out=str(out), source=source, n=99, val=0, frames=9, fps=4.0, threads=4, timeout=0.3,
-                         max_seconds=1.0, tries=2)
+    cfg = prepare.Pexels(out=str(out), source=source, n=99, val=0, frames=9, fps=4.0, threads=4, tries=2)
     prepare.prepare_pexels(cfg)
     assert "8 of 99 clips kept; 1 filtered, 2 dead links, 4 failed" in capsys.readouterr().out
     clips = Clips(out, (32, 32), 9, 4)
@@ -262,15 +265,16 @@ def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
     assert "20 of 20 images cached" in said.out and "4 of 5 videos cached" in said.out and "9.mp4" in said.err
     train.train(train.Config(**{**knobs, "name": "plain"}))
     train.train(train.Config(**{**knobs, "name": "cached", "cache": "cache"}))
-    losses_of = lambda name: [record["loss"] for record in train.records(Path(f"out/{name}/log.jsonl"))]
+
+    def losses_of(name):
+        return [record["loss"] for record in records(Path(f"out/{name}/log.jsonl"))]
     losses = [losses_of("plain"), losses_of("cached")]
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
     for script, knobs_of_two in ((["-m", "paper.prepare", "cache"], {**vars(cache), "out": "cache2"}),
                                  ([str(ROOT / "train.py"), "--toy"], {**knobs, "name": "two", "cache": "cache2"})):
         flags = [f"--{k}={v}" for k, v in knobs_of_two.items() if v != ""]
-        r = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *script, *flags],
-                           env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        r = run(*TORCHRUN, *script, *flags, cwd=tmp_path)
         assert r.returncode == 0, r.stderr
     assert losses[0] == pytest.approx(losses_of("two"), rel=1e-5)  # two ranks made the cache and trained from it
 

@@ -1,4 +1,6 @@
 """The toy world's scores have known answers on videos whose truth is known."""
+import tests.common  # noqa: F401, before torch
+
 import dataclasses
 
 import numpy as np
