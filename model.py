@@ -12,6 +12,7 @@ Contents: SubjectTransformer (the forward) - LoRA (attach, save, load) - the v l
 """
 import json
 import os
+import re
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -321,9 +322,15 @@ def v_loss(transformer, scheduler, latents, text, timestep, noise, reference=Non
 
 # ---- text and pixels -------------------------------------------------------------------------------------------------
 
-def with_reference_token(prompt, cls=True):
-    """Prepend <cls> (Sec. 3.3) unless the prompt already holds one; cls=False is Table 6's row without it."""
-    return f"{REFERENCE_TOKEN} {prompt}" if cls and REFERENCE_TOKEN not in prompt else prompt
+def with_reference_token(prompt, cls="front", item=""):
+    """Put <cls> into a prompt that holds none: in front (the authors' scripts), or with cls "item" before the subject's
+    name, "An <cls> armchair" (3.3), where the prompt holds it as a word. "off" is Table 6's row without it."""
+    if cls == "off" or REFERENCE_TOKEN in prompt:
+        return prompt
+    word = rf"(?<!\w){re.escape(item)}(?:e?s)?(?!\w)" if item and cls == "item" else ""  # "" matches at the front
+    found = re.search(word, prompt, re.IGNORECASE)
+    at = found.start() if found else 0
+    return f"{prompt[:at]}{REFERENCE_TOKEN} {prompt[at:]}"
 
 
 @torch.no_grad()
@@ -337,9 +344,17 @@ def encode_prompt(pipe, prompts):
 def encode_moments(vae, pixels):
     """Pixels (B,F,3,height,width) in [-1,1] -> the VAE posterior's mean and log-variance (B,T,2C,H,W), as in a cache.
 
-    F = 1 for pictures, 8k+1 for clips."""
+    F = 1 for pictures, 8k+1 for clips. Pictures go whole, at most 8 of 480x720 a call: so they get the same latents in
+    training, in a cache and in sampling. (Above 8 a convolution of diffusers 0.42.1 fails.) Clips follow tile_vae."""
     pixels = pixels.to(vae.device, vae.dtype).transpose(1, 2)  # the VAE takes (B,3,F,H,W)
-    return vae.encode(pixels).latent_dist.parameters.transpose(1, 2)
+    if pixels.shape[2] > 1:
+        return vae.encode(pixels).latent_dist.parameters.transpose(1, 2)
+    tiling, slicing = vae.use_tiling, vae.use_slicing
+    vae.use_tiling = vae.use_slicing = False
+    together = max(1, 8 * 480 * 720 // pixels[0, 0].numel())
+    moments = [vae.encode(few).latent_dist.parameters for few in pixels.split(together)]
+    vae.use_tiling, vae.use_slicing = tiling, slicing
+    return torch.cat(moments).transpose(1, 2)
 
 
 def to_device(x, device):

@@ -44,6 +44,13 @@ def check_bounds(cfg, positive="", not_negative="", shares=""):
             raise ValueError(f"--{name} must be in [0, 1], got {getattr(cfg, name)}")
 
 
+def check_choices(cfg, **choices):
+    """ValueError for the first knob that is none of its choices (names in one string)."""
+    for name, words in choices.items():
+        if getattr(cfg, name) not in words.split():
+            raise ValueError(f"--{name} must be one of {', '.join(words.split())}, got {getattr(cfg, name)!r}")
+
+
 def changed(before, now):
     """"height was 480, now 256; ..." for the settings in `now` that were others before, "" when none was."""
     return "; ".join(f"{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v)
@@ -142,6 +149,16 @@ class Moment:
         return earlier.event.elapsed_time(self.event) / 1000
 
 
+def step_means(task, losses):
+    """What a step's line says of its losses. A mixed step's loss is the mean over its micro-batches, which all weigh
+    the same; beside it stand the two tasks' own."""
+    if task != "mixed":
+        return loss_means(*losses[task])
+    total, count = losses["mixed"].tolist()
+    return {"loss": total / count,
+            **{t: loss_means(*losses[t]) if losses[t][1].any() else None for t in ("image", "video")}}
+
+
 def loss_means(loss_sum, loss_count):
     """Four sums and counts, one per quarter of the timesteps -> {"loss": mean, "loss_by_timestep": 4 means or None}."""
     sums, counts = loss_sum.tolist(), loss_count.tolist()
@@ -169,7 +186,8 @@ class Log:
         self.started = Moment(self.device)
 
     def step(self, step, task, lr, metrics):
-        """metrics: tensors "loss_sum" (4,), "loss_count" (4,), "stop" (1,) over all ranks, and "grad_norm" (1,)."""
+        """metrics: tensors "image" (2,4), "video" (2,4), "mixed" (2,) (see train.no_losses) and "stop" (1,) over all
+        ranks, and "grad_norm" (1,)."""
         metrics = {k: v.to("cpu", non_blocking=True) for k, v in metrics.items()}
         ended = Moment(self.device)  # once this moment is reached, the copies above are complete
         self.flush()
@@ -181,14 +199,15 @@ class Log:
             return
         (step, task, lr, metrics, started, ended), self.pending = self.pending, None
         seconds = ended.seconds_since(started)  # before any metric is read: this waits for the copies
-        means, norm = loss_means(metrics["loss_sum"], metrics["loss_count"]), metrics["grad_norm"].item()
+        means, norm = step_means(task, metrics), metrics["grad_norm"].item()
         self.stop = self.stop or metrics["stop"].item() > 0
         loss = means["loss"]
         if not (abs(loss) < float("inf") and norm < float("inf")):  # NaN fails both
             sys.exit(f"step {step} ({task}): loss {loss}, gradient norm {norm}. Stopped; the last checkpoint is good")
         self.write("log.jsonl", {"step": step, "task": task, **means, "lr": lr, "grad_norm": norm,
                                  "seconds": round(seconds, 4)})
-        self.shown[task] = 0.95 * self.shown.get(task, loss) + 0.05 * loss
+        for t, new in {t: means[t]["loss"] for t in ("image", "video") if means.get(t)}.items() or [(task, loss)]:
+            self.shown[t] = 0.95 * self.shown.get(t, new) + 0.05 * new
         self.bar.set_postfix({k: f"{v:.4f}" for k, v in self.shown.items()}, refresh=False)
         self.bar.update()
 
@@ -208,7 +227,7 @@ class Log:
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 # Knobs of train.py that leave what is trained as it is: runs that differ only in these are the same run.
-NOT_TRAINED = {"toy", "name", "out", "workers", "save_every", "keep_checkpoints", "guidance", "grad_device",
+NOT_TRAINED = {"toy", "recipe", "name", "out", "workers", "save_every", "keep_checkpoints", "guidance", "grad_device",
                "gradcos_every", "val_every", "sample_every", "val_images", "val_videos", "val_pairs", "val_clips",
                "val_refs"}
 SIGTERM = threading.Event()  # the job is asked to end: it saves first

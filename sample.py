@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from data import clip_frames, load_image, normalise, resize_center_crop, save_video, to_pixels
-from model import (LORA_FILE, PAPER_BASE, encode_prompt, encode_video, find_device, frame_size, load_lora,
-                   load_pipeline, lora_header, lora_path, tile_vae, with_reference_token)
+from model import (LORA_FILE, PAPER_BASE, REFERENCE_TOKEN, encode_prompt, encode_video, find_device, frame_size,
+                   load_lora, load_pipeline, lora_header, lora_path, tile_vae, with_reference_token)
 from run import check_bounds, command_line, knob, rank_and_world_size
 
 HERE = Path(__file__).parent
@@ -81,9 +81,11 @@ def load(lora="", base="", device="cpu", use_lora=True, int8=False):
     return pipe, header
 
 
-def trained_with_cls(header):
-    """Does this LoRA expect <cls> in front of a prompt? (--cls False trains without, Table 6)"""
-    return header.get("cls") != "False"
+def cls_of(header):
+    """Where this LoRA's training put <cls> (train.py's --cls). A LoRA from elsewhere, like the authors', has it in
+    front; older files of ours say True or False."""
+    cls = header.get("cls", "front")
+    return {"True": "front", "False": "off"}.get(cls, cls)
 
 
 def guidance_of(header):
@@ -100,7 +102,7 @@ def encode_references(pipe, pictures, height, width):
     return encode_video(pipe.vae, normalise(torch.stack(pixels)))  # of (B, 1, 3, H, W)
 
 
-def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0, height=0, width=0, cls=True,
+def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0, height=0, width=0, cls="front",
              dynamic_cfg=False, negative_prompt="", text=None):
     """Videos as lists of PIL pictures, one per prompt.
 
@@ -134,7 +136,7 @@ def contact_sheet(video, reference=None, enlarge=1, columns=6):
     return sheet
 
 
-def write_sample_sheets(pipe, folder, out, step, size, frames, cls=True, guidance=6.0):
+def write_sample_sheets(pipe, folder, out, step, size, frames, cls="front", guidance=6.0):
     """While training: a contact sheet for each picture in `folder`, with a fixed seed: out/NAME-000400.png.
 
     Each rank takes its share of the pictures; each has its prompt in a .txt file of its name."""
@@ -177,6 +179,9 @@ def main(cfg):
         raise ValueError(f"--height and --width must be multiples of {multiple}, got {cfg.height} x {cfg.width}")
     if cfg.frames and cfg.frames != (frames := clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)):
         print(f"--frames {cfg.frames} cut to {frames}, a length that the VAE can make")
+    if cls_of(header) == "item" and not all(REFERENCE_TOKEN in prompt for prompt in prompts):
+        print(f"this LoRA learned {REFERENCE_TOKEN} before the subject's name ('An {REFERENCE_TOKEN} armchair ...'): "
+              "without one in the prompt it goes in front")
     latents = None
     if reference is not None:  # before any offloading: then the VAE's weights are not where they seem to be
         pipe.vae.to(device)
@@ -195,7 +200,7 @@ def main(cfg):
     for i, prompt in enumerate(prompts):
         print(f"{prompt!r}, seed {cfg.seed}")
         (video,) = generate(pipe, latents, [prompt], [cfg.seed], cfg.steps, cfg.guidance or guidance_of(header),
-                            cfg.frames, cfg.height, cfg.width, trained_with_cls(header), cfg.dynamic_cfg,
+                            cfg.frames, cfg.height, cfg.width, cls_of(header), cfg.dynamic_cfg,
                             cfg.negative_prompt)
         file = out.with_stem(f"{out.stem}-{i}") if len(prompts) > 1 else out
         enlarge = cfg.enlarge or max(1, 256 // video[0].height)

@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
-from data import (CLIP_SUFFIXES, Clips, ImagePairs, cache_key, clip_frames, load_clip, load_image, normalise,
+from data import (CLIP_SUFFIXES, Clips, ImagePairs, cache_key, clip_frames, cls_for, load_clip, load_image, normalise,
                   resize_center_crop, split_views, to_pixels)
 from model import (PAPER_BASE, encode_moments, encode_prompt, find_device, frame_size, load_pipeline, tile_vae,
                    with_reference_token)
@@ -391,7 +391,8 @@ class Latents:
     crops: int = knob(1, "random crops of each pair (with --crop_jitter)")
     crop_jitter: float = knob(0.1, "as in train.py")
     prompts: bool = knob(False, "also cache the prompts' embeddings (1.9 MB each for T5-XXL)")
-    cls: bool = knob(True, "as in train.py")
+    cls: str = knob("front", "as in train.py")
+    cls_video: bool = knob(True, "as in train.py")
     height: int = knob(0, "as in train.py")
     width: int = knob(0, "as in train.py")
     frames: int = knob(49, "as in train.py")
@@ -426,15 +427,15 @@ def prepare_cache_on_all_ranks(cfg):
 
 
 def load_item(cfg, task, dataset, item, size):
-    """(pixels, prompts) of one clip, (1,F,3,H,W), or of all crops of one pair, (crops * 2,1,3,H,W)."""
+    """(pixels, prompts, subject's name) of one clip, (1,F,3,H,W), or of all crops of a pair, (crops * 2,1,3,H,W)."""
     if task == "video":
         frames = load_clip(item, dataset.frames, dataset.fps, size)
-        return to_pixels(frames)[None], [item.with_suffix(".txt").read_text().strip()]
-    views, prompts = dataset.load(item)
+        return to_pixels(frames)[None], [item.with_suffix(".txt").read_text().strip()], ""
+    views, prompts, name = dataset.load(item)
     r = rng(cfg.seed, "crops", item)
     crops = [to_pixels([resize_center_crop(view, *size, cfg.crop_jitter, r)])
              for _ in range(cfg.crops) for view in views]
-    return torch.stack(crops), prompts
+    return torch.stack(crops), prompts, name
 
 
 def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
@@ -461,12 +462,12 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
     if rank == 0 and counts[0]:
         write(index, json.dumps(key | {"complete": False}, indent=1))
     cached = torch.tensor(0)
-    together = max(1, 4 // cfg.crops) if task == "image" else 1  # 8 pictures a call keep the VAE busy; above, it fails
+    together = max(1, 4 // cfg.crops) if task == "image" else 1  # 8 pictures a call keep the VAE busy
     for i in tqdm(range(0, len(todo), together), desc=f"caching {task}s", disable=rank > 0):
         files, pixels, prompts = [], [], []
         for item, file, stamp in todo[i:i + together]:
             try:
-                loaded, words = load_item(cfg, task, dataset, item, size)
+                loaded, *words = load_item(cfg, task, dataset, item, size)
             except (ValueError, KeyError, OSError) as e:
                 print(f"skipped: {e}", file=sys.stderr)
                 continue
@@ -474,14 +475,15 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
         if not files:
             continue
         moments = encode_moments(pipe.vae, normalise(torch.cat(pixels))).cpu().chunk(len(files))
-        for (file, stamp), m, words in zip(files, moments, prompts):
+        for (file, stamp), m, (words, name) in zip(files, moments, prompts):
             tensors = {"moments": m[0] if task == "video" else m.unflatten(0, (cfg.crops, 2))}
             if cfg.prompts:
-                texts = encode_prompt(pipe, [with_reference_token(p, cfg.cls) for p in words]).cpu()
+                words_with_cls = [with_reference_token(p, cls_for(cfg, task), name) for p in words]
+                texts = encode_prompt(pipe, words_with_cls).cpu()
                 tensors |= {f"text_{d}": text for d, text in enumerate(texts)}
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({k: v.contiguous().clone() for k, v in tensors.items()}, f"{file}.tmp",
-                      metadata={"stamp": stamp, "prompts": json.dumps(words)})
+                      metadata={"stamp": stamp, "prompts": json.dumps(words), "item": name})
             os.replace(f"{file}.tmp", file)
             cached += 1
     if world_size > 1:

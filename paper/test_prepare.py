@@ -284,7 +284,7 @@ def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
     again = {f: f.stat().st_mtime_ns for f in Path("cache").glob("**/*.safetensors")}
     assert made.keys() == again.keys() and sum(made[f] != again[f] for f in made) == 1
     for change, message in [(dict(width=24), "width was 32, now 24"), (dict(fps=8.0), "fps was 4.0, now 8.0"),
-                            (dict(cls=False), "cls was True, now False"), (dict(cache="no"), "no cache at no")]:
+                            (dict(cls="off"), "cls was 'front', now 'off'"), (dict(cache="no"), "no cache at no")]:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             train.train(train.Config(**{**knobs, "name": "x", "cache": "cache", **change}))
     with pytest.raises(ValueError, match="choose another --out"):
