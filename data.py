@@ -290,12 +290,14 @@ def cls_for(cfg, task):
     return cfg.cls if task == "image" or cfg.cls_video else "off"
 
 
-def cache_key(cfg, pipe, task, size, frames):
-    """Everything that cached latents depend on: they are refused when any of it has changed."""
+def cache_key(cfg, pipe, task, size, frames, prompts=True):
+    """Everything that cached latents (and prompts) depend on: they are refused when any of it has changed."""
     key = {"vae": weight_fingerprint(pipe.vae.encoder.conv_in.conv.weight), "dtype": str(pipe.vae.dtype),
-           "text_encoder": weight_fingerprint(pipe.text_encoder.get_input_embeddings().weight[:100]),
-           "cls": cls_for(cfg, task), "tiling": cfg.vae_tiling and task == "video",  # pictures are always whole
+           "tiling": cfg.vae_tiling and task == "video",  # pictures are always whole
            "height": size[0], "width": size[1]}
+    if prompts:
+        key |= {"text_encoder": weight_fingerprint(pipe.text_encoder.get_input_embeddings().weight[:100]),
+                "cls": cls_for(cfg, task)}
     if task == "image":
         return key | {"crop_jitter": cfg.crop_jitter}
     return key | {"frames": frames, "fps": cfg.fps}

@@ -61,7 +61,8 @@ def find_lora(path=""):
 
 
 def load(lora="", base="", device="cpu", use_lora=True, int8=False):
-    """(pipeline, header): the base, with the LoRA on it unless use_lora is False. `lora` as for find_lora.
+    """(pipeline, header): the base, with the LoRA on it unless use_lora is False. `lora` as for find_lora. device: the
+    one that it is for, as in --device.
 
     The base is the one asked for, else the one named in the LoRA's header, else the paper's."""
     file = find_lora(lora)
@@ -70,8 +71,8 @@ def load(lora="", base="", device="cpu", use_lora=True, int8=False):
     if not Path(base).exists() and (HERE / base).exists():
         base = HERE / base  # "toy/base" means ours, wherever we are called from
     print(f"base {base}, LoRA {file if use_lora else 'none'}", file=sys.stderr)
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    pipe = load_pipeline(base, dtype, int8=int8)  # stays in RAM here: the caller moves it, or lets it be offloaded
+    dtype = torch.bfloat16 if find_device(device).type == "cuda" else torch.float32
+    pipe = load_pipeline(base, dtype, int8=int8, asked=device)  # in RAM: the caller moves or offloads it
     if use_lora:
         load_lora(pipe.transformer, file)
         for name, parameter in pipe.transformer.named_parameters():
@@ -173,7 +174,7 @@ def main(cfg):
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    pipe, header = load(cfg.lora, cfg.base, device, int8=cfg.int8)
+    pipe, header = load(cfg.lora, cfg.base, cfg.device, int8=cfg.int8)
     multiple = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
     if cfg.height % multiple or cfg.width % multiple:
         raise ValueError(f"--height and --width must be multiples of {multiple}, got {cfg.height} x {cfg.width}")

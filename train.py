@@ -32,7 +32,8 @@ if not {"-h", "--help"} & set(sys.argv):  # diffusers takes seconds to import: -
     from diffusers.utils import logging as diffusers_logging
 
     from model import (add_lora, encode_moments, encode_prompt, find_device, frame_size, load_lora, load_pipeline,
-                       read_lora, sample_latents, save_lora, tile_vae, to_device, v_loss, with_reference_token)
+                       lora_header, read_lora, sample_latents, save_lora, tile_vae, to_device, v_loss,
+                       with_reference_token)
     from sample import write_sample_sheets
 
 
@@ -363,7 +364,10 @@ def add_losses(losses, task, loss, t, num_timesteps):
 
 def load_model(cfg, device):
     """(cfg, pipeline, LoRA parameters): a frozen base in bfloat16, LoRA in float32; on a CPU everything is float32."""
-    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32, int8=cfg.int8)
+    if cfg.init_lora:
+        lora_header(cfg.init_lora)  # a mistake there shows before the base is loaded
+    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32, int8=cfg.int8,
+                         asked=cfg.device)
     pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # else copied there in every step
     if cfg.vae_tiling:
         tile_vae(pipe.vae)
@@ -394,6 +398,8 @@ def open_data(cfg, pipe):
     if cfg.p < 1:
         datasets["image"] = ImagePairs(cfg.images, (height, width), cfg.crop_jitter, cfg.seed, caches["image"])
     if cfg.p > 0:
+        if frames == 1:
+            raise ValueError(f"--frames {cfg.frames} is a picture: video steps need clips of more frames, or --p 0")
         datasets["video"] = Clips(cfg.videos, (height, width), frames, cfg.fps, cfg.random_frame, cfg.seed,
                                        caches["video"])
     for task, dataset in datasets.items():

@@ -8,6 +8,11 @@ Each can be stopped at any moment; the same command goes on where it was and fet
 there is OUT_val, the held-out part that training never sees. Counts of what was kept and why the rest was not are
 printed at the end and kept in OUT/prepare.json.
 """
+import sys
+
+if __name__ == "__main__" and not __package__:
+    sys.exit("run it from the repository's root as a module: python -m paper.prepare")
+
 import errno
 import hashlib
 import io
@@ -15,7 +20,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import threading
 import time
 from collections import Counter
@@ -407,7 +411,9 @@ def prepare_cache(cfg, rank=0, world_size=1):
     if not cfg.videos and not cfg.images:
         raise ValueError("nothing to cache: pass --videos, --images or both")
     device = find_device(cfg.device)
-    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32,
+                         without=("transformer",) if cfg.prompts else ("transformer", "text_encoder"),
+                         asked=cfg.device)
     pipe.vae.to(device)
     if cfg.vae_tiling:
         tile_vae(pipe.vae)
@@ -440,11 +446,9 @@ def load_item(cfg, task, dataset, item, size):
 
 def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
     out = Path(cfg.out) / task
-    key = cache_key(cfg, pipe, task, size, frames)
+    key = cache_key(cfg, pipe, task, size, frames, cfg.prompts)
     if task == "image":
         key |= {"crops": cfg.crops, "seed": cfg.seed}
-    if not cfg.prompts:
-        key = {k: v for k, v in key.items() if k not in ("text_encoder", "cls")}
     dataset = ImagePairs(folder, size) if task == "image" else Clips(folder, size, frames, cfg.fps)
     items = list(range(len(dataset))) if task == "image" else dataset.files
     index = out / "index.json"
