@@ -106,8 +106,10 @@ def test_small_sets_stop_at_n(subjects, tmp_path):
 # ---- Pexels ----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def server(tmp_path):
-    """Serves /good*.mp4 and every way in which a link can disappoint. `hits` counts requests per path."""
+def server(tmp_path, monkeypatch):
+    """Serves /good*.mp4 and every way in which a link can disappoint. `hits` counts requests per path.
+
+    Its port is another each time, and a clip's link decides whether it is held out: here the link without the port."""
     world.write_clips(tmp_path / "clips", n=1)
     clip, hits = (tmp_path / "clips/0000.mp4").read_bytes(), Counter()
 
@@ -140,7 +142,9 @@ def server(tmp_path):
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.daemon_threads = True
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_port}", hits
+    share, port = prepare.share, f":{httpd.server_port}"
+    monkeypatch.setattr(prepare, "share", lambda text: share(text.replace(port, "")))
+    yield f"http://127.0.0.1{port}", hits
     httpd.shutdown()
 
 
