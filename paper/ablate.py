@@ -226,7 +226,9 @@ def train_row(cfg, name, seed):
     """Train the row into out/NAME. Returns the config."""
     from toy import world
     flags = flags_of(cfg.row, cfg.steps, seed, cfg.out)
-    curve = {"save_every": max(1, cfg.steps // 10), "keep_checkpoints": 99} if cfg.row in CURVES else {"save_every": cfg.steps}
+    curve = {"save_every": cfg.steps}
+    if cfg.row in CURVES:
+        curve = {"save_every": max(1, cfg.steps // 10), "keep_checkpoints": 99}
     watched = {"gradcos_every": max(1, cfg.steps // 20)} if cfg.row in WATCHED else {}
     config = train.Config(**{**train.TOY, "toy": True, "seed": seed, "name": name, "out": cfg.out, "val_every": 0,
                              "sample_every": 0, **curve, **watched, **flags})
