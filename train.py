@@ -1,18 +1,21 @@
 """Trains subject-driven video generation without a single subject-video: Algorithm 1 of the paper, in one loop.
-Brackets cite the paper's sections; a knob without brackets is not in the paper.
+(5.1) cites a section of the paper; a knob that cites none is ours.
 
     torchrun --nproc_per_node=8 train.py      # the paper's run: CogVideoX-5B, Subjects200K, Pexels clips
     python train.py --toy                     # the same code on the toy world, minutes on two CPU cores
 
-Each step flips one coin. With probability p it takes plain clips and learns image-to-video (motion): the reference is
-a random frame of the clip with half of its tokens dropped, so that it cannot just be copied. Otherwise it takes pairs
-of pictures of one subject and learns to draw one from the other (identity). The same LoRA learns both.
+The model sees one picture of the subject, the reference, as extra tokens. Each step flips one coin. With probability p
+it takes plain clips and learns image-to-video (motion): the reference is a random frame of the clip with half of its
+tokens dropped, so that it cannot just be copied. Otherwise it takes pairs of pictures of one subject and learns to make
+one from the other (identity); some of them without the reference, so that the caption counts too. The same LoRA learns
+both.
 
 A run writes out/NAME/: config.json, log.jsonl (one line per step), step-000400/ (LoRA weights and training state); and
 what --gradcos_every, --val_every and --sample_every ask for: gradcos.jsonl, val.jsonl, samples/.
-The same command again goes on from the newest checkpoint, bit for bit. SIGTERM saves one and ends the run.
+Run the same command to continue from the newest checkpoint, bit for bit. On SIGTERM a run saves one and stops.
 """
 import json
+import math
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +30,7 @@ from run import (SIGTERM, Log, check_bounds, check_choices, command_line, join_r
                  loss_means, newest_checkpoint, print0, rank_and_world_size, records, resume, rng, save_checkpoint,
                  start_log, sum_over_ranks, torch_rng)
 
-if not {"-h", "--help"} & set(sys.argv):  # diffusers takes seconds to import: --help does without
+if not {"-h", "--help"} & set(sys.argv):  # diffusers takes seconds to import: --help is fast
     from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup
     from diffusers.utils import logging as diffusers_logging
 
@@ -139,13 +142,12 @@ AUTHORS = dict(drop="reference", task_schedule="mixed", view_drop=0.0, crop_jitt
 TOY_AUTHORS = dict(image_micro=2, video_micro=1)  # 8 micro-batches a step: as many pairs and clips as the toy's coin
 
 # ---- what a step is --------------------------------------------------------------------------------------------------
-# Every draw below is made from (seed, stream, step, micro-batch): a resumed run and any number of ranks repeat it.
+# Every random draw is made from (seed, stream, step, micro-batch), so there is no random state to save. A resumed run
+# makes the same draws, and so does another number of ranks with the same micro-batch sizes.
 
 def sample_task(cfg, step, *micro_index):
-    """Eq. 1, TaskSelect: "video" with probability p, else "image". One coin per step, the same on every rank.
-
-    A step of the schedule 'mixed' is "mixed", and each of its micro-batches (micro_index) has a coin of its own: the
-    step's gradient is B.3's (1-p) g_img + p g_vid in the mean."""
+    """Eq. 1, TaskSelect: "video" with probability p, else "image". One coin per step, the same on every rank. With the
+    schedule 'mixed' a step is "mixed", and each micro_index has its coin: on average (1-p) g_img + p g_vid (B.3)."""
     if cfg.task_schedule == "two_stage":
         return "image" if step < image_stage(cfg) else "video"
     if cfg.task_schedule == "mixed" and not micro_index:
@@ -155,15 +157,14 @@ def sample_task(cfg, step, *micro_index):
 
 
 def image_stage(cfg):
-    """Steps of the first stage of 'two_stage' (D.7): each task gets as many as the coin would give it."""
+    """Image steps of 'two_stage' (D.7): as many as the coin would give on average."""
     return round((1 - cfg.p) * cfg.steps)
 
 
 def token_drop(cfg, step, micro_index, n):
-    """TokenDrop (3.4): the reference tokens that a video micro-batch keeps, a random (1 - token_drop) share of n.
-
-    Sorted indices (K,), or None for all n. K is fixed, so that shapes stay the same from step to step. With --drop
-    reference all n stay or none, as in the authors' scripts."""
+    """TokenDrop (3.4) in a video micro-batch. Returns which of the n reference tokens to KEEP, a random share of
+    1 - token_drop, as sorted indices (K,), or None for all. K is fixed, so that shapes stay the same. With --drop
+    reference all are kept or none, as in the authors' scripts."""
     if cfg.drop == "reference":
         return reference_drop(cfg, cfg.token_drop, step, micro_index)
     kept = round((1 - cfg.token_drop) * n)
@@ -175,8 +176,8 @@ def token_drop(cfg, step, micro_index, n):
 
 
 def reference_drop(cfg, probability, step, micro_index):
-    """None keeps the whole reference of a micro-batch; with this probability an empty index keeps nothing of it, so
-    that the model also learns from the caption alone. On image micro-batches this is view drop (A.2)."""
+    """Which reference tokens of a micro-batch to KEEP: None for all; with this probability an empty index, for none, so
+    that the model also learns from the caption alone. In image micro-batches this is view drop (A.2)."""
     if rng(cfg.seed, "drop", step, micro_index).random() < probability:
         return torch.empty(0, dtype=torch.long)
     return None
@@ -185,9 +186,9 @@ def reference_drop(cfg, probability, step, micro_index):
 def encode_batch(cfg, pipe, batch, keep, noise_rng):
     """A batch of the loader -> latents x (B,T,C,H,W), reference latents (B,1,C,H,W), text (B,L,D), on the device.
 
-    Pixels (uint8) go through the VAE; a cache holds the VAE's moments instead. Both end in a draw of latents. The
-    reference picture is encoded alone: it is no slice of a clip's latents. When `keep` keeps none of its tokens zeros
-    stand in for it, and only its draw is made: the draws after it stay what they are."""
+    Pixels (uint8) go through the VAE; a cache holds the VAE's moments instead. Latents are sampled from the moments
+    either way. The reference is encoded on its own, not cut from the clip's latents. When `keep` keeps none of it,
+    zeros stand in for it; its draw is made all the same, and leaves the next ones as they are."""
     device = pipe.transformer.device
 
     def encode(pixels_or_moments):
@@ -234,7 +235,7 @@ def train(cfg):
     transformer = pipe.transformer.to(device)
     pipe.vae.to(device)
     if not all(dataset.cache and dataset.cache.prompts for dataset in datasets.values()):
-        pipe.text_encoder.to(device)  # else it stays in RAM, for the held-out prompts and the samples
+        pipe.text_encoder.to(device)  # with cached prompts it stays in RAM
     num_timesteps = pipe.scheduler.config.num_train_timesteps
     n_ref = reference_tokens(pipe, size)  # tokens of the whole reference
 
@@ -251,59 +252,62 @@ def train(cfg):
 
     model = transformer
     if world_size > 1:
-        # Every rank made the same LoRA on the same base: nothing to broadcast (8-bit weights could not be).
+        # Every rank builds the same weights, so DDP need not broadcast them (it cannot broadcast 8-bit ones).
         model = torch.nn.parallel.DistributedDataParallel(transformer, gradient_as_bucket_view=True, init_sync=False)
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     log = Log(run if rank == 0 else None, start, cfg.steps, device)
     validation = Validation(cfg, pipe, run, size, frames, autocast, log)
-    # Micro-batches 0, 1, 2, ... of a step go to the ranks in turn: a random draw belongs to one of them, not to a rank.
+    # The loader flips the same coins, so that it can read ahead. The loop checks that they agree.
     loader = batches(datasets, keys_in_order(cfg, start, grad_accum_steps, micro_batch_size), cfg.workers)
 
-    for step in range(start, cfg.steps + 1):  # one pass more than steps: the last one only saves and measures
+    for step in range(start, cfg.steps + 1):
+        # Between two steps, and after the last: once in a while save, stop if asked, measure.
         last = step == cfg.steps
-        if step > start and (step % cfg.save_every == 0 or last or log.stop):            # once in a while: save
+        if step > start and (step % cfg.save_every == 0 or last or log.stop):
             log.flush()
             if rank == 0:
                 save_checkpoint(run, step, cfg.keep_checkpoints, lambda folder: save(transformer, folder, cfg), state)
         if log.stop and not last:
             break
-        validation.measure(step)                                     # once in a while; does not affect training
+        validation.measure(step)                                     # does not affect training
         if last:
             break
 
+        # One step of Algorithm 1.
         log.start()
         step_task = sample_task(cfg, step)                           # Eq. 1: u < p ? video : image
         losses = no_losses(device)
         for micro in range(grad_accum_steps[step_task]):
-            micro_index = micro * world_size + rank                  # counted over all ranks
+            micro_index = micro * world_size + rank                  # micro-batches go to the ranks in turn
             task = sample_task(cfg, step, micro_index) if step_task == "mixed" else step_task
             batch = next(loader)                                     # pairs, or clips with a random frame (3.4)
             assert batch["keys"][0] == (task, step, micro_index * micro_batch_size[task]), batch["keys"]
             if task == "video":
                 keep = token_drop(cfg, step, micro_index, n_ref)     # (K,): a random part of the reference's tokens
             else:
-                keep = reference_drop(cfg, cfg.view_drop, step, micro_index)    # all of them, or none
+                keep = reference_drop(cfg, cfg.view_drop, step, micro_index)    # None: all of them; empty: none
             noise_rng = torch_rng(cfg.seed, "noise", step, micro_index)
             x, ref, text = encode_batch(cfg, pipe, batch, keep, noise_rng)      # (B,T,C,H,W), (B,1,C,H,W), (B,L,D)
             keep = None if keep is None else to_device(keep, device)
             t, noise = sample_noise(x, pipe.scheduler, noise_rng)    # (B,), (B,T,C,H,W)
 
             torch.manual_seed(torch_rng(cfg.seed, "dropout", step, micro_index).initial_seed())  # for LoRA dropout
-            last_micro = micro == grad_accum_steps[step_task] - 1    # ranks average their gradients there
-            with nullcontext() if last_micro or world_size == 1 else model.no_sync():
+            sync = micro == grad_accum_steps[step_task] - 1          # ranks average gradients in the last backward
+            with nullcontext() if sync or world_size == 1 else model.no_sync():
                 with autocast:                                       # bfloat16 on a GPU
                     loss = v_loss(model, pipe.scheduler, x, text, t, noise, ref, keep)  # (B,): L_vid or L_img
                 (loss.mean() / grad_accum_steps[step_task]).backward()          # g_vid or g_img
             add_losses(losses, task, loss, t, num_timesteps)
-            log.skipped(batch["skipped"])
+            log.skipped(batch["skipped"])                            # unreadable files
         if cfg.pcgrad:
-            state["pcgrad"](parameters, step_task)                        # 4.3: project out the other task's gradient
+            state["pcgrad"](parameters, step_task)                   # 4.3: project out the other task's gradient
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
         optimizer.step()                                             # theta <- theta - eta g
         lr = lr_schedule.get_last_lr()[0]
         lr_schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        stop = torch.full((1,), float(SIGTERM.is_set()), device=device)  # the other ranks learn of it here
+        # One sum over ranks for the losses and the request to stop: all ranks stop at the same step.
+        stop = torch.full((1,), float(SIGTERM.is_set()), device=device)
         log.step(step, step_task, lr, {**sum_over_ranks({**losses, "stop": stop}), "grad_norm": grad_norm})
 
     log.close()
@@ -315,8 +319,8 @@ def train(cfg):
 # ---- the parts of a run ----------------------------------------------------------------------------------------------
 
 def divide_batches(cfg, world_size):
-    """(cfg, {"image": micro-batches per rank and step, "video": ..., "mixed": ...}). What does not divide is made
-    smaller, and a line says so. ValueError for a batch of fewer samples than ranks."""
+    """(cfg, {"image": micro-batches per rank and step, "video": ..., "mixed": ...}). Sizes that do not divide are made
+    smaller, with a message. ValueError for a batch of fewer samples than ranks."""
     grad_accum_steps = {}
     for task in ("image", "video"):
         batch, micro = getattr(cfg, f"{task}_batch"), getattr(cfg, f"{task}_micro")
@@ -372,7 +376,7 @@ def load_model(cfg, device):
     if cfg.vae_tiling:
         tile_vae(pipe.vae)
     transformer = pipe.transformer.train()
-    if cfg.init_lora:  # rank, alpha and scope are the file's
+    if cfg.init_lora:  # rank, alpha and scope come from the file
         parameters = load_lora(transformer, cfg.init_lora, cfg.lora_dropout)
         config = transformer.peft_config["default"]
         cfg = replace(cfg, lora_rank=config.r, lora_alpha=config.lora_alpha, lora_scope=transformer.lora_scope)
@@ -385,15 +389,14 @@ def load_model(cfg, device):
 
 
 def open_data(cfg, pipe):
-    """(data sets, (height, width), frames). Only what this run's coin can ask for is opened, and one sample of each is
-    read: a mistake shows here, and not in a worker."""
+    """(data sets, (height, width), frames). Only what this run's coin can ask for is opened."""
     height, width = cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1]
     multiple = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
     if height % multiple or width % multiple:
         raise ValueError(f"--height and --width must be multiples of {multiple}, got {height} x {width}")
     frames = clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)
     if frames != cfg.frames:
-        print0(f"--frames {cfg.frames} cut to {frames}, a length that the VAE gives back unchanged")
+        print0(f"--frames {cfg.frames} cut to {frames}: the VAE takes no other length")
     datasets, caches = {}, open_caches(cfg, pipe, (height, width), frames)
     if cfg.p < 1:
         datasets["image"] = ImagePairs(cfg.images, (height, width), cfg.crop_jitter, cfg.seed, caches["image"])
@@ -403,7 +406,7 @@ def open_data(cfg, pipe):
         datasets["video"] = Clips(cfg.videos, (height, width), frames, cfg.fps, cfg.random_frame, cfg.seed,
                                        caches["video"])
     for task, dataset in datasets.items():
-        dataset[0, 0]
+        dataset[0, 0]  # read one sample now: bad data fails here, not in a worker
         if dataset.cache and dataset.cache.cached < len(dataset):
             print0(f"{cfg.cache} holds {dataset.cache.cached} of {len(dataset)} {task}s; the others are left out (if "
                    "they are new: run python -m paper.prepare cache again)")
@@ -423,15 +426,16 @@ def make_optimizer(cfg, parameters):
     def decay_over(steps):
         return get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, cfg.warmup, steps, cfg.cycles)
     lr_schedule = decay_over(cfg.steps)
-    if cfg.task_schedule == "two_stage" and 0 < (switch := image_stage(cfg)) < cfg.steps:
+    first = image_stage(cfg)
+    if cfg.task_schedule == "two_stage" and 0 < first < cfg.steps:
         # Two trainings, one after the other: with one decay over both the second would have hardly any learning rate.
-        stages = [decay_over(switch), decay_over(cfg.steps - switch)]
-        lr_schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, stages, [switch])
+        stages = [decay_over(first), decay_over(cfg.steps - first)]
+        lr_schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, stages, [first])
     return optimizer, lr_schedule
 
 
 def already_measured(cfg, run, step):
-    """Do the logs hold every measurement of this step that the flags ask for?"""
+    """Do the logs hold every number of this step that the flags ask for? (Sample sheets are not checked.)"""
     asked = [file for file, every in (("gradcos.jsonl", cfg.gradcos_every), ("val.jsonl", cfg.val_every)) if every]
     return all(any(record["step"] == step for record in records(run / file)) for file in asked)
 
@@ -455,9 +459,9 @@ def save(transformer, folder, cfg):
 class Validation:
     """Held-out losses, gradient cosines and sample sheets of the model as it is after `step` steps.
 
-    The held-out batches are B.1's: fixed samples, noise, timesteps and kept tokens, without view drop. They are the
-    same in every run, whatever its seed. Encoded once and kept in RAM (6 MB a clip at full size). Each rank has a
-    share."""
+    The held-out batches are B.1's: fixed samples, noise, timesteps and kept tokens, without view drop. They do not
+    depend on --seed, only on the data's flags and the micro-batch sizes. They are encoded once and kept in RAM (6 MB a
+    clip at full size). Each rank has its part of them."""
 
     SEED = 2**31 - 1
 
@@ -475,7 +479,7 @@ class Validation:
                     "video": Clips(cfg.val_videos, self.size, self.frames, cfg.fps, cfg.random_frame, cfg.seed)}
         for task, micro in (("image", cfg.image_micro), ("video", cfg.video_micro)):
             n = self.count[task]
-            for micro_index in range(rank, -(-n // micro), world_size):
+            for micro_index in range(rank, math.ceil(n / micro), world_size):
                 keys = [(task, 0, i) for i in range(micro_index * micro, min(n, (micro_index + 1) * micro))]
                 noise_rng = torch_rng(cfg.seed, "noise", 0, micro_index)
                 keep = None
@@ -498,7 +502,7 @@ class Validation:
             self.log.write("gradcos.jsonl", {"step": step, **gradcos.measure(self.scalars, named, cfg.grad_device)})
         if due(cfg.val_every):
             self.log.write("val.jsonl", {"step": step, **self.mean_losses()})
-        if due(cfg.sample_every) and step:
+        if due(cfg.sample_every) and step > 0:
             with self.autocast:
                 write_sample_sheets(self.pipe, cfg.val_refs, self.run / "samples", step, self.size, self.frames,
                                     cfg.cls, cfg.guidance)
@@ -514,7 +518,7 @@ class Validation:
             yield loss, inputs["timestep"]
 
     def scalars(self, task):
-        """The same as scalars that sum to the mean over the whole batch, all ranks together: for the gradient."""
+        """Losses for the gradient: their sum over micro-batches and ranks is the mean loss of the batch."""
         return (loss.sum() / self.count[task] for loss, _ in self.losses(task))
 
     @torch.no_grad()
@@ -535,7 +539,7 @@ def main(cfg):
         from toy import world
         cfg = world.ensure_data(cfg)
     train(cfg)
-    if dist.is_initialized():  # after train() has returned: its DDP model must go before the group does
+    if dist.is_initialized():  # train() must return first: its DDP model uses the group
         dist.barrier()
         dist.destroy_process_group()
 

@@ -183,9 +183,9 @@ class Config:
     seeds: int = knob(3, "seeds 0, 1, ...")
     jobs: int = knob(2, "rows side by side, one thread each")
     steps: int = knob(train.TOY["steps"], "training steps of a row")
-    n: int = knob(96, "unseen creatures that score a row")
-    sample_steps: int = knob(25, "denoising steps when scoring")
-    curve_n: int = knob(32, "unseen creatures that score a checkpoint on the way")
+    n: int = knob(64, "unseen creatures that score a row")
+    sample_steps: int = knob(20, "denoising steps when scoring")
+    curve_n: int = knob(24, "unseen creatures that score a checkpoint on the way")
     results: str = knob("paper/results", "folder with one file per row and seed")
     out: str = knob("out/ablate", "where the runs and their cached latents live")
     assets: str = knob("assets", "where the figures go")
@@ -225,16 +225,18 @@ def train_and_score(cfg):
         config = train_row(cfg, name, seed)
         if not result.is_file():
             scored = score_row(cfg, run, config)
-            record = {"row": cfg.row, "seed": seed, "flags": ROWS[cfg.row], **settings(cfg), "commit": commit()} | scored
+            record = {"row": cfg.row, "seed": seed, "flags": ROWS[cfg.row], **settings(cfg), "commit": commit()}
             result.parent.mkdir(parents=True, exist_ok=True)
-            write(result, json.dumps(record, indent=1) + "\n")
+            write(result, json.dumps(record | scored, indent=1) + "\n")
 
 
 def train_row(cfg, name, seed):
     """Train the row into out/NAME. Returns the config."""
     from toy import world
     flags = flags_of(cfg.row, cfg.steps, seed, cfg.out)
-    curve = {"save_every": cfg.steps // 10, "keep_checkpoints": 99} if cfg.row in CURVES else {"save_every": cfg.steps}
+    curve = {"save_every": cfg.steps}
+    if cfg.row in CURVES:
+        curve = {"save_every": max(1, cfg.steps // 10), "keep_checkpoints": 99}
     watched = {"gradcos_every": max(1, cfg.steps // 20)} if cfg.row in WATCHED else {}
     config = train.Config(**{**train.TOY, "toy": True, "seed": seed, "name": name, "out": cfg.out, "val_every": 0,
                              "sample_every": 0, **curve, **watched, **flags})

@@ -106,8 +106,10 @@ def test_small_sets_stop_at_n(subjects, tmp_path):
 # ---- Pexels ----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def server(tmp_path):
-    """Serves /good*.mp4 and every way in which a link can disappoint. `hits` counts requests per path."""
+def server(tmp_path, monkeypatch):
+    """Serves /good*.mp4 and every way in which a link can disappoint. `hits` counts requests per path.
+
+    Its port is another each time, and a clip's link decides whether it is held out: here the link without the port."""
     world.write_clips(tmp_path / "clips", n=1)
     clip, hits = (tmp_path / "clips/0000.mp4").read_bytes(), Counter()
 
@@ -140,7 +142,9 @@ def server(tmp_path):
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.daemon_threads = True
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_port}", hits
+    share, port = prepare.share, f":{httpd.server_port}"
+    monkeypatch.setattr(prepare, "share", lambda text: share(text.replace(port, "")))
+    yield f"http://127.0.0.1{port}", hits
     httpd.shutdown()
 
 
@@ -256,7 +260,7 @@ def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
     world.write_clips("clips", n=4)
     Path("clips/9.mp4").write_bytes(b"not a clip")
     Path("clips/9.txt").write_text("nothing")
-    knobs = {**train.TOY, "base": BASE, "images": "pairs", "videos": "clips", "image_batch": 4, "image_micro": 2,
+    knobs = {**train.TOY, "base": BASE, "cache": "", "images": "pairs", "videos": "clips", "image_batch": 4, "image_micro": 2,
              "video_batch": 4, "video_micro": 2, "p": 0.5, "steps": 6, "val_every": 0, "sample_every": 0}
     cache = prepare.Latents(out="cache", base=BASE, videos="clips", images="pairs", crop_jitter=0.0, prompts=True,
                             frames=9, fps=4.0, vae_tiling=False)
