@@ -19,6 +19,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageOps
@@ -93,6 +94,38 @@ def split_views(image):
     return [image.crop((x + t, t, x + w // 2 - t, h - t)) for x in (0, w // 2)]
 
 
+def read_text(path):
+    """A caption or a list of prompts. ValueError for a file that is no text."""
+    try:
+        return Path(path).read_text().strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text (UTF-8)")
+
+
+def read_pairs(path):
+    """The records of a pairs.jsonl. ValueError names the first line that is none."""
+    pairs = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            pairs.append(json.loads(line))
+            missing = {"image_0", "image_1", "description_0", "description_1"} - set(pairs[-1])
+        except (json.JSONDecodeError, TypeError) as e:
+            raise ValueError(f"{path}, line {number} is no JSON of a pair: {e}")
+        if missing:
+            raise ValueError(f"{path}, line {number} lacks {', '.join(sorted(missing))}")
+    return pairs
+
+
+def open_parquet(path, **options):
+    """A pyarrow ParquetFile. ValueError names a file that is cut or no parquet."""
+    try:
+        return pq.ParquetFile(path, **options)
+    except (pa.ArrowInvalid, OSError) as e:
+        raise ValueError(f"cannot read {path}: {str(e).splitlines()[0]} Is it a whole parquet file?")
+
+
 class ImagePairs(Dataset):
     """D_img: (I_ref, I_out, P). Each pair serves in both directions: view d with its own caption, the other as I_ref.
 
@@ -109,9 +142,9 @@ class ImagePairs(Dataset):
             raise FileNotFoundError(f"no folder of image pairs at {folder}")
         self.rows = []  # (file, row group, row in it) of parquet, or a dict of pairs.jsonl
         if (self.folder / "pairs.jsonl").is_file():
-            self.rows = [json.loads(line) for line in (self.folder / "pairs.jsonl").read_text().splitlines() if line]
+            self.rows = read_pairs(self.folder / "pairs.jsonl")
         for file in sorted(self.folder.glob("**/*.parquet")):
-            meta = pq.ParquetFile(file).metadata
+            meta = open_parquet(file).metadata
             missing = {"image", "description"} - set(meta.schema.to_arrow_schema().names)
             if missing:
                 raise ValueError(f"{file} lacks the Subjects200K column(s) {', '.join(sorted(missing))}")
@@ -172,7 +205,7 @@ def _row_group(file, group):
 @lru_cache(maxsize=64)
 def _parquet(file, process):
     """An open file, once per process: parsing the footer again for each row would cost more than reading the row."""
-    return pq.ParquetFile(file, memory_map=True)
+    return open_parquet(file, memory_map=True)
 
 
 # ---- clips -----------------------------------------------------------------------------------------------------------
@@ -251,7 +284,7 @@ class Clips(Dataset):
 
     def source(self, file):
         """(name, stamp): where the cache keeps this clip, and what changes when the clip or its caption does."""
-        return str(file.relative_to(self.folder)), f"{_size(file)} {file.with_suffix('.txt').read_text().strip()}"
+        return str(file.relative_to(self.folder)), f"{_size(file)} {read_text(file.with_suffix('.txt'))}"
 
     def random_frame_select(self, r):
         """RandomFrameSelect (3.4, Algorithm 1): which frame of the clip is the reference picture."""
@@ -268,7 +301,7 @@ class Clips(Dataset):
                         "item": "", **_text(cached, 0)}
             pixels = to_pixels(load_clip(file, self.frames, self.fps, self.size))
             return {"reference": pixels[i:i + 1], "pixels": pixels,
-                    "prompt": file.with_suffix(".txt").read_text().strip(), "item": ""}
+                    "prompt": read_text(file.with_suffix(".txt")), "item": ""}
         return _first_readable(make, self.seed, "video", key)
 
 

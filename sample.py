@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data import clip_frames, load_image, normalise, resize_center_crop, save_video, to_pixels
+from data import clip_frames, load_image, normalise, read_text, resize_center_crop, save_video, to_pixels
 from model import (LORA_FILE, PAPER_BASE, REFERENCE_TOKEN, encode_prompt, encode_video, find_device, frame_size,
                    load_lora, load_pipeline, lora_header, lora_path, tile_vae, with_reference_token)
 from run import check_bounds, command_line, knob, rank_and_world_size
@@ -124,6 +124,20 @@ def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0,
         attention_kwargs={"reference": references}).frames
 
 
+def decode_what_fits(vae):
+    """Let the VAE decode in tiles when the whole video does not fit on the GPU."""
+    whole = vae.decode
+
+    def decode(*args, **kwargs):
+        try:
+            return whole(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            tile_vae(vae)
+        return whole(*args, **kwargs)
+    vae.decode = decode
+
+
 def contact_sheet(video, reference=None, enlarge=1, columns=6):
     """One row: the reference, a gap, then `columns` frames evenly spread over the video."""
     picks = sorted({round(i * (len(video) - 1) / max(columns - 1, 1)) for i in range(columns)})
@@ -147,7 +161,7 @@ def write_sample_sheets(pipe, folder, out, step, size, frames, cls="front", guid
     pipe.set_progress_bar_config(disable=True)
     for file in pictures[rank::world_size]:
         picture = load_image(file)
-        prompt = file.with_suffix(".txt").read_text().strip()
+        prompt = read_text(file.with_suffix(".txt"))
         text = [encode_prompt(pipe, [t]).to(pipe.transformer.device)  # the text encoder may be in RAM
                 for t in (with_reference_token(prompt, cls), "")]
         (video,) = generate(pipe, encode_references(pipe, [picture], *size), [prompt], [0],
@@ -161,11 +175,11 @@ def main(cfg):
         raise ValueError(f"--offload {cfg.offload} keeps weights off a GPU until needed, and this run has none")
     reference = load_image(cfg.ref) if cfg.ref else None
     beside = Path(cfg.ref or "none").with_suffix(".txt")
-    prompts = [cfg.prompt or (beside.read_text().strip() if beside.is_file() else "")]
+    prompts = [cfg.prompt or (read_text(beside) if beside.is_file() else "")]
     if cfg.prompts:
         if not Path(cfg.prompts).is_file():
             raise FileNotFoundError(f"--prompts: no file {cfg.prompts}; it takes a text file with a prompt per line")
-        prompts = [line.strip() for line in Path(cfg.prompts).read_text().splitlines() if line.strip()]
+        prompts = [line.strip() for line in read_text(cfg.prompts).splitlines() if line.strip()]
         if not prompts:
             raise ValueError(f"--prompts: no prompts in {cfg.prompts}")
     if not prompts[0]:
@@ -190,6 +204,7 @@ def main(cfg):
         latents = encode_references(pipe, [reference], height, width).to(device)
     if cfg.offload == "none":
         pipe.to(device)
+        decode_what_fits(pipe.vae)
     else:
         pipe.vae.to("cpu")
         tile_vae(pipe.vae)
@@ -216,4 +231,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__)
+    command_line(main, Config, __doc__, out_of_memory="--offload model or sequential, --int8 True, fewer --frames")

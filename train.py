@@ -255,7 +255,7 @@ def train(cfg):
         # Every rank builds the same weights, so DDP need not broadcast them (it cannot broadcast 8-bit ones).
         model = torch.nn.parallel.DistributedDataParallel(transformer, gradient_as_bucket_view=True, init_sync=False)
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-    log = Log(run if rank == 0 else None, start, cfg.steps, device)
+    log = Log(run if rank == 0 else None, start, [sample_task(cfg, s) for s in range(cfg.steps)], device)
     validation = Validation(cfg, pipe, run, size, frames, autocast, log)
     # The loader flips the same coins, so that it can read ahead. The loop checks that they agree.
     loader = batches(datasets, keys_in_order(cfg, start, grad_accum_steps, micro_batch_size), cfg.workers)
@@ -552,4 +552,5 @@ def defaults(argv):
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__, **defaults(sys.argv))
+    command_line(main, Config, __doc__, **defaults(sys.argv),
+                 out_of_memory="a smaller --image_micro or --video_micro, --gradient_checkpointing True, --int8 True")

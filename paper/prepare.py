@@ -40,7 +40,7 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
 from data import (CLIP_SUFFIXES, Clips, ImagePairs, cache_key, clip_frames, cls_for, load_clip, load_image, normalise,
-                  resize_center_crop, split_views, to_pixels)
+                  open_parquet, read_text, resize_center_crop, split_views, to_pixels)
 from model import (PAPER_BASE, encode_moments, encode_prompt, find_device, frame_size, load_pipeline, tile_vae,
                    with_reference_token)
 from run import changed, command_line, join_ranks, knob, rank_and_world_size, rng, write
@@ -169,7 +169,7 @@ def whole(path, rows):
 
 def filter_file(source, paths, cfg, kept):
     """Write the rows of one source file that are kept to paths["train"] and ["val"], 16 rows a group. Counts."""
-    parquet, counts, writers = pq.ParquetFile(source), Counter(train=0, val=0), {}
+    parquet, counts, writers = open_parquet(source), Counter(train=0, val=0), {}
     columns = [c for c in ("image", "collection", "quality_assessment", "description")
                if c in parquet.schema_arrow.names]
     missing = {"image", "description"} - set(columns)
@@ -306,7 +306,7 @@ def prepare_pexels(cfg):
     manifest = Manifest(cfg.out, options)
     rows = []
     for _, fetch in parquet_files(cfg.source, beside(cfg.out, "_download")):
-        table = pq.read_table(fetch())
+        table = open_parquet(fetch()).read()
         missing = {"video", "title"} - set(table.column_names)
         if missing:
             raise ValueError(f"{cfg.source} lacks the Pexels-400k column(s) {', '.join(sorted(missing))}")
@@ -436,7 +436,7 @@ def load_item(cfg, task, dataset, item, size):
     """(pixels, prompts, subject's name) of one clip, (1,F,3,H,W), or of all crops of a pair, (crops * 2,1,3,H,W)."""
     if task == "video":
         frames = load_clip(item, dataset.frames, dataset.fps, size)
-        return to_pixels(frames)[None], [item.with_suffix(".txt").read_text().strip()], ""
+        return to_pixels(frames)[None], [read_text(item.with_suffix(".txt"))], ""
     views, prompts, name = dataset.load(item)
     r = rng(cfg.seed, "crops", item)
     crops = [to_pixels([resize_center_crop(view, *size, cfg.crop_jitter, r)])
