@@ -435,6 +435,17 @@ def refuse_cpu(base, asked):
                          f"({why}). --device cpu runs it all the same, slowly")
 
 
+def sampling_dtype(base, device):
+    """float32 on a CPU; on a GPU bfloat16, or float16 for CogVideoX-2b (no RoPE), which was trained in it."""
+    if device.type != "cuda":
+        return torch.float32
+    try:
+        config = SubjectTransformer.load_config(base, subfolder="transformer")
+    except OSError:  # load_pipeline says it better
+        return torch.bfloat16
+    return torch.bfloat16 if config.get("use_rotary_positional_embeddings") else torch.float16
+
+
 def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False, without=(), asked="cpu"):
     """The stock CogVideoXPipeline of a diffusers folder or hub id, with our transformer and a tokenizer that knows
     <cls>. One line of FileNotFoundError when there is no such base.

@@ -19,6 +19,7 @@ from statistics import median
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -178,13 +179,25 @@ def loss_means(loss_sum, loss_count):
     return {"loss": sum(sums) / sum(counts), "loss_by_timestep": [s / c if c else None for s, c in zip(sums, counts)]}
 
 
+def numbers_in(record, name):
+    """("log/image/loss", 0.3), ... for every number in a record of dicts and lists, but its step."""
+    if isinstance(record, (dict, list)):
+        for key, value in record.items() if isinstance(record, dict) else enumerate(record):
+            yield from numbers_in(value, f"{name}/{key}") if key != "step" else ()
+    elif isinstance(record, (int, float)):
+        yield name, record
+
+
 class Log:
     """log.jsonl and the progress bar. The metrics of a step are read one step late, so nothing waits for the GPU.
 
     run: the run's folder, None on all ranks but the first. tasks: the task of every step; the run begins at `start`."""
 
-    def __init__(self, run, start, tasks, device):
-        self.run, self.device = run, device
+    def __init__(self, run, start, tasks, device, tensorboard=False):
+        self.run, self.device, self.board = run, device, None
+        if run and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(run / "tensorboard", purge_step=start)
         self.bar = tqdm(total=len(tasks), initial=start, mininterval=1, disable=run is None,
                         bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]")
         self.to_come = Counter(tasks[start:])
@@ -198,6 +211,15 @@ class Log:
         if self.run:
             with open(self.run / file, "a") as f:
                 f.write(json.dumps(record) + "\n")
+        for name, value in numbers_in(record, Path(file).stem) if self.board else []:
+            self.board.add_scalar(name, value, record["step"])
+
+    def pictures(self, folder, step):
+        """Show the sample sheets of this step, of all ranks, in TensorBoard."""
+        if dist.is_initialized():
+            dist.barrier()
+        for file in sorted(Path(folder).glob(f"*-{step:06d}.png")) if self.board else []:
+            self.board.add_image(file.stem[:-7], np.asarray(Image.open(file).convert("RGB")), step, dataformats="HWC")
 
     def start(self):
         self.started = Moment(self.device)
@@ -253,6 +275,8 @@ class Log:
     def close(self):
         self.flush()
         self.bar.close()
+        if self.board:
+            self.board.close()
         if self.unusable:
             print(f"{len(self.unusable)} unusable file(s) were skipped")
 
@@ -260,7 +284,8 @@ class Log:
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 # Knobs of train.py that leave what is trained as it is: runs that differ only in these are the same run.
-NOT_TRAINED = {"toy", "recipe", "name", "out", "workers", "save_every", "keep_checkpoints", "guidance", "grad_device",
+NOT_TRAINED = {"toy", "recipe", "tensorboard", "name", "out", "workers", "save_every", "keep_checkpoints", "guidance",
+               "grad_device",
                "gradcos_every", "val_every", "sample_every", "val_images", "val_videos", "val_pairs", "val_clips",
                "val_refs"}
 SIGTERM = threading.Event()  # the job is asked to end: it saves first

@@ -15,7 +15,7 @@ from PIL import Image
 
 from data import clip_frames, fit_reference, load_image, normalise, read_text, resize_center_crop, save_video, to_pixels
 from model import (LORA_FILE, PAPER_BASE, REFERENCE_TOKEN, encode_prompt, encode_video, find_device, frame_size,
-                   load_lora, load_pipeline, lora_header, lora_path, tile_vae, with_reference_token)
+                   load_lora, load_pipeline, lora_header, lora_path, sampling_dtype, tile_vae, with_reference_token)
 from run import check_bounds, command_line, knob, rank_and_world_size
 
 HERE = Path(__file__).parent
@@ -32,6 +32,7 @@ class Config:
     seed: int = knob(0, "seed of the starting noise")
     steps: int = knob(50, "denoising steps")
     guidance: float = knob(0.0, "classifier-free guidance scale, on the text only; 1 is off; 0 takes the LoRA's (6)")
+    lora_scale: float = knob(1.0, "how much of the LoRA: 0 is the base alone, 1 what was trained")
     dynamic_cfg: bool = knob(False, "let the guidance scale grow over the steps (the pipeline's use_dynamic_cfg)")
     negative_prompt: str = knob("", "negative prompt of the guidance")
     frames: int = knob(0, "frames of the video, cut to 8k+1; 1 makes a picture; 0 takes the base's (49)")
@@ -44,7 +45,7 @@ class Config:
     offload: str = knob("none", "'model' or 'sequential' keeps weights in RAM until needed (for a small GPU)")
 
     def __post_init__(self):
-        check_bounds(self, positive="steps", not_negative="seed guidance frames fps height width enlarge")
+        check_bounds(self, positive="steps", not_negative="seed guidance frames fps height width enlarge lora_scale")
         suffixes = (".png", ".mp4") if self.frames == 1 else (".mp4", ".mov", ".mkv")
         if Path(self.out).suffix not in suffixes:
             raise ValueError(f"--out must end in {' or '.join(suffixes)}, got {self.out!r}")
@@ -71,7 +72,7 @@ def load(lora="", base="", device="cpu", use_lora=True, int8=False):
     if not Path(base).exists() and (HERE / base).exists():
         base = HERE / base  # "toy/base" means ours, wherever we are called from
     print(f"base {base}, LoRA {file if use_lora else 'none'}", file=sys.stderr)
-    dtype = torch.bfloat16 if find_device(device).type == "cuda" else torch.float32
+    dtype = sampling_dtype(base, find_device(device))
     pipe = load_pipeline(base, dtype, int8=int8, asked=device)  # in RAM: the caller moves or offloads it
     if use_lora:
         load_lora(pipe.transformer, file)
@@ -104,7 +105,7 @@ def encode_references(pipe, pictures, height, width, fit="cover"):
 
 
 def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0, height=0, width=0, cls="front",
-             dynamic_cfg=False, negative_prompt="", text=None):
+             dynamic_cfg=False, negative_prompt="", text=None, lora_scale=1.0):
     """Videos as lists of PIL pictures, one per prompt.
 
     references: latents from encode_references, one per prompt or one for all, or None (text-to-video). text: embeddings
@@ -121,7 +122,7 @@ def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0,
         height=height, width=width, num_frames=frames, num_inference_steps=steps, guidance_scale=guidance,
         use_dynamic_cfg=dynamic_cfg, generator=[torch.Generator().manual_seed(s) for s in seeds],
         max_sequence_length=pipe.transformer.config.max_text_seq_length,
-        attention_kwargs={"reference": references}).frames
+        attention_kwargs={"reference": references, **({"scale": lora_scale} if lora_scale != 1 else {})}).frames
 
 
 def decode_what_fits(vae):
@@ -218,7 +219,7 @@ def main(cfg):
         print(f"{prompt!r}, seed {cfg.seed}")
         (video,) = generate(pipe, latents, [prompt], [cfg.seed], cfg.steps, cfg.guidance or guidance_of(header),
                             cfg.frames, cfg.height, cfg.width, cls_of(header), cfg.dynamic_cfg,
-                            cfg.negative_prompt)
+                            cfg.negative_prompt, lora_scale=cfg.lora_scale)
         file = out.with_stem(f"{out.stem}-{i}") if len(prompts) > 1 else out
         enlarge = cfg.enlarge or max(1, 256 // video[0].height)
         if len(video) == 1:

@@ -14,6 +14,7 @@ A run writes out/NAME/: config.json, log.jsonl (one line per step), step-000400/
 what --gradcos_every, --val_every and --sample_every ask for: gradcos.jsonl, val.jsonl, samples/.
 Run the same command to continue from the newest checkpoint, bit for bit. On SIGTERM a run saves one and stops.
 """
+import importlib.util
 import json
 import math
 import sys
@@ -105,6 +106,7 @@ class Config:
     val_pairs: int = knob(64, "held-out image pairs to measure with")
     val_clips: int = knob(32, "held-out clips to measure with")
     val_refs: str = knob("", "folder of pictures to sample from, each with its prompt in a .txt file of its name")
+    tensorboard: bool = knob(False, "write losses, norms, the cosine and sample sheets to out/NAME/tensorboard as well")
     # an alternative to the coin alone
     pcgrad: int = knob(0, "PCGrad against the gradients of this many last steps (4.3, B.3; Table 5: 4, 8); 0 is off")
     grad_device: str = knob("", "where flat gradients live (cosine: two, PCGrad: one per buffered step; 2 GB each); "
@@ -121,10 +123,8 @@ class Config:
                          "pcgrad")
         if self.sample_every and not Path(self.val_refs or "none").is_dir():
             raise ValueError(f"--sample_every needs a folder of pictures and prompts: no --val_refs {self.val_refs!r}")
-        if self.pcgrad == 1:
-            raise ValueError("--pcgrad 1 only ever holds the step's own task: a buffer needs 2 or more")
-        if self.pcgrad and self.task_schedule == "mixed":
-            raise ValueError("--pcgrad needs steps of one task, not --task_schedule mixed")
+        if self.pcgrad == 1 or self.pcgrad and self.task_schedule == "mixed":
+            raise ValueError("--pcgrad: a buffer needs 2 or more steps, each of one task (no --task_schedule mixed)")
         if self.lora_scope == "reference" and (self.view_drop > 0 or self.token_drop == 1
                                                or self.token_drop > 0 and self.drop == "reference"):
             raise ValueError("--lora_scope reference has nothing to train in a batch without reference tokens: "
@@ -256,7 +256,7 @@ def train(cfg):
         # Every rank builds the same weights, so DDP need not broadcast them (it cannot broadcast 8-bit ones).
         model = torch.nn.parallel.DistributedDataParallel(transformer, gradient_as_bucket_view=True, init_sync=False)
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-    log = Log(run if rank == 0 else None, start, [sample_task(cfg, s) for s in range(cfg.steps)], device)
+    log = Log(run if rank == 0 else None, start, tasks_in_order(cfg), device, cfg.tensorboard)
     validation = Validation(cfg, pipe, run, size, frames, autocast, log)
     # The loader flips the same coins, so that it can read ahead. The loop checks that they agree.
     loader = batches(datasets, keys_in_order(cfg, start, grad_accum_steps, micro_batch_size), cfg.workers)
@@ -339,6 +339,10 @@ def divide_batches(cfg, world_size):
     if cfg.task_schedule == "mixed" and grad_accum_steps["mixed"] * world_size == 1:
         print0("--task_schedule mixed has one micro-batch a step, so one coin: a smaller --image_micro makes more")
     return cfg, grad_accum_steps
+
+
+def tasks_in_order(cfg):
+    return [sample_task(cfg, step) for step in range(cfg.steps)]
 
 
 def keys_in_order(cfg, start, grad_accum_steps, micro_batch_size):
@@ -507,6 +511,8 @@ class Validation:
             with self.autocast:
                 write_sample_sheets(self.pipe, cfg.val_refs, self.run / "samples", step, self.size, self.frames,
                                     cfg.cls, cfg.guidance, cfg.fit)
+            if cfg.tensorboard:
+                self.log.pictures(self.run / "samples", step)
         transformer.train()
 
     def losses(self, task):
@@ -535,6 +541,8 @@ class Validation:
 
 def main(cfg):
     listen_for_sigterm()
+    if cfg.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise ValueError("--tensorboard needs tensorboard: pip install tensorboard")
     diffusers_logging.disable_progress_bar()
     if cfg.toy:
         from toy import world

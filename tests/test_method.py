@@ -1,10 +1,13 @@
 """The paper's recipe and its authors': what drops, where <cls> stands, the coins of a step, one VAE path for pictures.
 """
-from tests.common import knobs_fixture  # noqa: F401
-from tests.common import BASE, ROOT, TORCHRUN, command, go_back, log_of, run, weights_of  # before torch
+from tests.common import inputs_fixture, knobs_fixture  # noqa: F401
+from tests.common import (BASE, ROOT, TORCHRUN, C, H, L, N, T, W, command, go_back, log_of, run,
+                          weights_of)  # before torch
 
 import dataclasses
 import io
+import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from diffusers import CogVideoXTransformer3DModel
 from PIL import Image
 
 import data
@@ -92,7 +96,7 @@ def test_mixed_tosses_a_coin_for_each_micro_batch():
     tasks = [[train.sample_task(cfg, step, micro) for micro in range(32)] for step in range(200)]
     assert abs(np.mean([task == "video" for step in tasks for task in step]) - 0.2) < 0.02
     assert len(set(map(tuple, tasks))) == 200  # no two steps, and no two micro-batches, share their coins
-    with pytest.raises(ValueError, match="--pcgrad needs steps of one task"):
+    with pytest.raises(ValueError, match="--pcgrad: a buffer needs 2 or more steps, each of one"):
         train.Config(task_schedule="mixed", pcgrad=4)
 
 
@@ -292,3 +296,118 @@ def test_cached_and_uncached_losses_are_equal_under_every_recipe(knobs, tmp_path
         train.train(dataclasses.replace(cfg, name=name, cache=cache))
     plain, cached = ([line["loss"] for line in log_of(f"out/{name}")] for name in ("plain", "cached"))
     assert len(plain) == 4 and plain == pytest.approx(cached, rel=1e-5)
+
+
+# ---- sampling and watching -------------------------------------------------------------------------------------------
+
+def test_lora_scale():
+    """0 is the base, 1 changes nothing, 2 is a LoRA whose B is doubled."""
+    pipe, _ = sample.load(str(ROOT / "toy/lora"), BASE)
+    base, _ = sample.load(str(ROOT / "toy/lora"), BASE, use_lora=False)
+    latents = sample.encode_references(pipe, [data.load_image(ROOT / "toy/refs/creature-0.png")], 32, 32)
+
+    def video(pipe, **options):
+        (video,) = sample.generate(pipe, latents, ["a creature stands"], [0], steps=2, guidance=2.0, **options)
+        return np.stack([np.asarray(frame) for frame in video]).astype(int)
+    one, zero, two = video(pipe), video(pipe, lora_scale=0.0), video(pipe, lora_scale=2.0)
+    assert np.abs(zero - video(base)).max() <= 1 < np.abs(zero - one).max()
+    assert np.array_equal(video(pipe), one)  # the scale is gone afterwards
+    for name, parameter in pipe.transformer.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 2
+    assert np.abs(video(pipe) - two).max() <= 1
+
+
+@pytest.fixture
+def board(monkeypatch):
+    """What a run tells TensorBoard, installed or not."""
+    told = {"scalars": {}, "images": {}}
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            told["folder"] = folder
+
+        def add_scalar(self, name, value, step):
+            told["scalars"].setdefault(name, []).append((step, value))
+
+        def add_image(self, name, picture, step, dataformats):
+            told["images"][name, step] = picture.shape
+
+        def close(self):
+            told["closed"] = True
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    return told
+
+
+def test_tensorboard_gets_losses_norms_cosine_and_sheets(knobs, tmp_path, monkeypatch, board):
+    monkeypatch.chdir(tmp_path)
+    Path("refs").mkdir()
+    shutil.copy(ROOT / "toy/refs/creature-0.png", "refs")
+    Path("refs/creature-0.txt").write_text("a creature walks left")
+    train.train(train.Config(**{**knobs, "steps": 2, "gradcos_every": 2, "val_every": 2, "sample_every": 2,
+                                "val_refs": "refs", "tensorboard": True}))
+    lines, scalars = log_of("out/toy"), board["scalars"]
+    assert scalars["log/loss"] == [(line["step"], line["loss"]) for line in lines]
+    assert scalars["log/grad_norm"] == [(line["step"], line["grad_norm"]) for line in lines]
+    assert [step for step, _ in scalars["gradcos/cosine"]] == [step for step, _ in scalars["val/image/loss"]] == [0, 2]
+    assert list(board["images"]) == [("creature-0", 2)] and board["closed"]
+    assert board["folder"] == Path("out/toy/tensorboard") and "log/step" not in scalars
+
+
+def test_tensorboard_that_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--tensorboard needs tensorboard: pip install tensorboard"):
+        train.main(train.Config(tensorboard=True))
+
+
+# ---- CogVideoX-2b ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def without_rope():
+    """A tiny CogVideoX-2b, whose positions are sines added to the tokens; in our class and in the stock one."""
+    torch.manual_seed(0)
+    config = dict(num_attention_heads=2, attention_head_dim=16, in_channels=C, out_channels=C, time_embed_dim=8,
+                  text_embed_dim=12, num_layers=3, sample_width=W, sample_height=H, sample_frames=9,
+                  max_text_seq_length=L, use_rotary_positional_embeddings=False)
+    ours, stock = model.SubjectTransformer(**config).eval(), CogVideoXTransformer3DModel(**config).eval()
+    stock.load_state_dict(ours.state_dict())
+    return ours, stock
+
+
+def test_reference_is_frame_zero_without_rope(without_rope, inputs):
+    ours, stock = without_rope
+    x, text, t, ref = inputs
+    assert torch.equal(ours(x, text, t).sample, stock(x, text, t).sample)
+    expected = stock(torch.cat([ref, x], 1), text, t).sample[:, 1:]
+    assert (ours(x, text, t, reference=ref).sample - expected).abs().max() < 1e-6
+    assert (ours(x, text, t, attention_kwargs={"reference": ref}).sample - expected).abs().max() < 1e-6
+    assert (ours(x, text, t, reference=ref, keep=torch.arange(N)).sample - expected).abs().max() < 1e-6
+    assert (ours(ref.expand(-1, T, -1, -1, -1), text, t, reference=ref).sample - expected).abs().max() > 1e-4
+
+
+def test_a_base_without_rope_trains_and_samples_in_its_dtype(without_rope, inputs):
+    """bfloat16 in training, as every base; float16, which CogVideoX-2b was trained in, in sampling."""
+    ours, _ = without_rope
+    x, text, t, ref = inputs
+    dtype = torch.bfloat16
+    parameters = model.add_lora(ours.to(dtype).train(), 4, 2)
+    assert all(p.dtype == torch.float32 for p in parameters)
+    scheduler = model.load_pipeline(BASE).scheduler
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.v_loss(ours, scheduler, x, text.to(dtype), t, torch.randn_like(x), ref, torch.arange(3))
+    loss.mean().backward()
+    assert torch.isfinite(loss).all() and any(p.grad.abs().max() > 0 for p in parameters)
+    dtype = torch.float16
+    ours.eval().to(dtype)
+    velocity = ours(x.to(dtype), text.to(dtype), t, reference=ref).sample
+    assert velocity.dtype == dtype and torch.isfinite(velocity).all()
+
+
+def test_cogvideox_2b_at_its_size():
+    """30 layers, no RoPE, on the meta device: the LoRA's modules and parameters."""
+    with torch.device("meta"):
+        transformer = model.SubjectTransformer(
+            num_attention_heads=30, num_layers=30, time_embed_dim=512, text_embed_dim=4096, sample_width=90,
+            sample_height=60, use_rotary_positional_embeddings=False)
+        assert sum(p.numel() for p in transformer.parameters()) == pytest.approx(1.7e9, rel=0.03)
+        assert len(model.add_lora(transformer, 128, 64)) == 2 * (30 * 8 + 2)  # 5B: 2 * 338, 42 blocks
