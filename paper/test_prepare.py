@@ -260,8 +260,8 @@ def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
     world.write_clips("clips", n=4)
     Path("clips/9.mp4").write_bytes(b"not a clip")
     Path("clips/9.txt").write_text("nothing")
-    knobs = {**train.TOY, "base": BASE, "cache": "", "images": "pairs", "videos": "clips", "image_batch": 4, "image_micro": 2,
-             "video_batch": 4, "video_micro": 2, "p": 0.5, "steps": 6, "val_every": 0, "sample_every": 0}
+    knobs = {**train.TOY, "base": BASE, "cache": "", "images": "pairs", "videos": "clips", "image_batch": 4,
+             "image_micro": 2, "video_batch": 4, "video_micro": 2, "p": 0.5, "steps": 6, "val_every": 0, "sample_every": 0}
     cache = prepare.Latents(out="cache", base=BASE, videos="clips", images="pairs", crop_jitter=0.0, prompts=True,
                             frames=9, fps=4.0, vae_tiling=False)
     prepare.prepare_cache(cache)
