@@ -25,23 +25,25 @@ import torch
 import torch.distributed as dist
 
 import gradcos
-from data import ImagePairs, Clips, batches, clip_frames, normalise, open_caches
-from run import (SIGTERM, Log, check_bounds, command_line, join_ranks, knob, listen_for_sigterm, loss_means,
-                 newest_checkpoint, print0, rank_and_world_size, records, resume, rng, save_checkpoint, start_log,
-                 sum_over_ranks, torch_rng)
+from data import ImagePairs, Clips, batches, clip_frames, cls_for, normalise, open_caches
+from run import (SIGTERM, Log, check_bounds, check_choices, command_line, join_ranks, knob, listen_for_sigterm,
+                 loss_means, newest_checkpoint, print0, rank_and_world_size, records, resume, rng, save_checkpoint,
+                 start_log, sum_over_ranks, torch_rng)
 
 if not {"-h", "--help"} & set(sys.argv):  # diffusers takes seconds to import: --help is fast
     from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup
     from diffusers.utils import logging as diffusers_logging
 
     from model import (add_lora, encode_moments, encode_prompt, find_device, frame_size, load_lora, load_pipeline,
-                       read_lora, sample_latents, save_lora, tile_vae, to_device, v_loss, with_reference_token)
+                       lora_header, read_lora, sample_latents, save_lora, tile_vae, to_device, v_loss,
+                       with_reference_token)
     from sample import write_sample_sheets
 
 
 @dataclass
 class Config:
     toy: bool = knob(False, "take the defaults of the toy world (TOY below); other flags still count")
+    recipe: str = knob("paper", "'authors' takes the defaults of the authors' scripts (AUTHORS below; paper/NOTES.md)")
     # model
     base: str = knob("THUDM/CogVideoX-5b", "diffusers CogVideoX folder or hub id (5.1)")
     int8: bool = knob(False, "keep the frozen transformer in 8 bits (torchao): half the memory, for a 24 GB GPU")
@@ -61,11 +63,14 @@ class Config:
     crop_jitter: float = knob(0.1, "random zoom and shift of each picture of a pair, as a share of its size (A.2)")
     # the method
     p: float = knob(0.2, "probability of a video step (Eq. 1, D.5)")
-    task_schedule: str = knob("switch", "'switch' flips the coin each step; 'two_stage': all image steps first (D.7)")
+    task_schedule: str = knob("switch", "'switch' flips the coin each step; 'two_stage': all image steps first (D.7); "
+                                        "'mixed': each of image_batch/image_micro micro-batches flips its own (B.3)")
     random_frame: bool = knob(True, "reference = a random frame of the clip, not always the first (3.4, Figure 12)")
     token_drop: float = knob(0.5, "share of reference tokens dropped in video steps; 1 is text-to-video (Table 7)")
+    drop: str = knob("tokens", "what it drops: 'tokens' (3.4), or in that share of micro-batches the 'reference'")
     view_drop: float = knob(0.5, "probability that an image micro-batch trains without its reference (A.2)")
-    cls: bool = knob(True, "prepend <cls> to prompts (3.3, Table 6)")
+    cls: str = knob("front", "where <cls> stands: 'front', 'item' (An <cls> armchair), or 'off' (3.3, Table 6)")
+    cls_video: bool = knob(True, "video prompts get <cls> too")
     # optimisation
     steps: int = knob(4000, "optimiser steps (5.1)")
     image_batch: int = knob(256, "image pairs per image step, all ranks together (5.1)")
@@ -105,6 +110,8 @@ class Config:
                                 "'cpu' keeps them off the GPU")
 
     def __post_init__(self):
+        check_choices(self, recipe="paper authors", task_schedule="switch two_stage mixed", drop="tokens reference",
+                      cls="front item off")
         check_bounds(
             self, shares="p token_drop view_drop lora_dropout crop_jitter beta1 beta2",
             positive="lora_rank lora_alpha frames fps steps image_batch video_batch image_micro video_micro lr cycles "
@@ -115,11 +122,12 @@ class Config:
             raise ValueError(f"--sample_every needs a folder of pictures and prompts: no --val_refs {self.val_refs!r}")
         if self.pcgrad == 1:
             raise ValueError("--pcgrad 1 only ever holds the step's own task: a buffer needs 2 or more")
-        if self.task_schedule not in ("switch", "two_stage"):
-            raise ValueError(f"--task_schedule must be 'switch' or 'two_stage', got {self.task_schedule!r}")
-        if self.lora_scope == "reference" and (self.view_drop > 0 or self.token_drop == 1):
+        if self.pcgrad and self.task_schedule == "mixed":
+            raise ValueError("--pcgrad needs steps of one task, not --task_schedule mixed")
+        if self.lora_scope == "reference" and (self.view_drop > 0 or self.token_drop == 1
+                                               or self.token_drop > 0 and self.drop == "reference"):
             raise ValueError("--lora_scope reference has nothing to train in a batch without reference tokens: "
-                             "it needs --view_drop 0 and --token_drop below 1")
+                             "it needs --view_drop 0, and --token_drop below 1 (0 with --drop reference)")
 
 
 TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", cache="toy/data/cache",
@@ -129,16 +137,22 @@ TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", ca
            val_images="toy/data/val_pairs", val_videos="toy/data/val_clips", val_refs="toy/refs", val_every=100,
            sample_every=250)
 
+AUTHORS = dict(drop="reference", task_schedule="mixed", view_drop=0.0, crop_jitter=0.0, lora_dropout=0.0, cls="front",
+               cls_video=False, vae_tiling=False, image_micro=8, video_micro=1)
+TOY_AUTHORS = dict(image_micro=2, video_micro=1)  # 8 micro-batches a step: as many pairs and clips as the toy's coin
 
 # ---- what a step is --------------------------------------------------------------------------------------------------
 # Every random draw is made from (seed, stream, step, micro-batch), so there is no random state to save. A resumed run
 # makes the same draws, and so does another number of ranks with the same micro-batch sizes.
 
-def sample_task(cfg, step):
-    """Eq. 1, TaskSelect: "video" with probability p, else "image". One coin per step, the same on every rank."""
+def sample_task(cfg, step, *micro_index):
+    """Eq. 1, TaskSelect: "video" with probability p, else "image". One coin per step, the same on every rank. With the
+    schedule 'mixed' a step is "mixed", and each micro_index has its coin: on average (1-p) g_img + p g_vid (B.3)."""
     if cfg.task_schedule == "two_stage":
         return "image" if step < image_stage(cfg) else "video"
-    u = rng(cfg.seed, "coin", step).random()
+    if cfg.task_schedule == "mixed" and not micro_index:
+        return "mixed"
+    u = rng(cfg.seed, "coin", step, *micro_index).random()
     return "video" if u < cfg.p else "image"
 
 
@@ -149,7 +163,10 @@ def image_stage(cfg):
 
 def token_drop(cfg, step, micro_index, n):
     """TokenDrop (3.4) in a video micro-batch. Returns which of the n reference tokens to KEEP, a random share of
-    1 - token_drop, as sorted indices (K,), or None for all. K is fixed, so that shapes stay the same."""
+    1 - token_drop, as sorted indices (K,), or None for all. K is fixed, so that shapes stay the same. With --drop
+    reference all are kept or none, as in the authors' scripts."""
+    if cfg.drop == "reference":
+        return reference_drop(cfg, cfg.token_drop, step, micro_index)
     kept = round((1 - cfg.token_drop) * n)
     if cfg.lora_scope == "reference":
         kept = max(kept, 1)  # LoRA needs a token to act on
@@ -158,19 +175,20 @@ def token_drop(cfg, step, micro_index, n):
     return torch.from_numpy(rng(cfg.seed, "drop", step, micro_index).permutation(n)[:kept]).sort().values
 
 
-def view_drop(cfg, step, micro_index):
-    """View drop (A.2) in an image micro-batch. Returns which reference tokens to KEEP: None for all; with probability
-    view_drop an empty index, for none, so that the model also learns from the caption alone."""
-    if rng(cfg.seed, "drop", step, micro_index).random() < cfg.view_drop:
+def reference_drop(cfg, probability, step, micro_index):
+    """Which reference tokens of a micro-batch to KEEP: None for all; with this probability an empty index, for none, so
+    that the model also learns from the caption alone. In image micro-batches this is view drop (A.2)."""
+    if rng(cfg.seed, "drop", step, micro_index).random() < probability:
         return torch.empty(0, dtype=torch.long)
     return None
 
 
-def encode_batch(cfg, pipe, batch, noise_rng):
+def encode_batch(cfg, pipe, batch, keep, noise_rng):
     """A batch of the loader -> latents x (B,T,C,H,W), reference latents (B,1,C,H,W), text (B,L,D), on the device.
 
     Pixels (uint8) go through the VAE; a cache holds the VAE's moments instead. Latents are sampled from the moments
-    either way. The reference is encoded on its own, not cut from the clip's latents."""
+    either way. The reference is encoded on its own, not cut from the clip's latents. When `keep` keeps none of it,
+    zeros stand in for it; its draw is made all the same, and leaves the next ones as they are."""
     device = pipe.transformer.device
 
     def encode(pixels_or_moments):
@@ -178,11 +196,18 @@ def encode_batch(cfg, pipe, batch, noise_rng):
         if moments.dtype == torch.uint8:
             moments = encode_moments(pipe.vae, normalise(moments))
         return sample_latents(pipe.vae, moments, noise_rng)
-    x, ref = encode(batch["pixels"]), encode(batch["reference"])
+    x = encode(batch["pixels"])
+    if keep is None or len(keep):
+        ref = encode(batch["reference"])
+    else:
+        ref = torch.zeros_like(x[:, :1])
+        torch.randn(ref.shape, generator=noise_rng)
     if "text" in batch:
         text = to_device(batch["text"], device)
     else:
-        text = to_device(encode_prompt(pipe, [with_reference_token(t, cfg.cls) for t in batch["prompt"]]), device)
+        cls = cls_for(cfg, batch["keys"][0][0])
+        prompts = [with_reference_token(t, cls, item) for t, item in zip(batch["prompt"], batch["item"])]
+        text = to_device(encode_prompt(pipe, prompts), device)
     return x, ref, text
 
 
@@ -230,7 +255,7 @@ def train(cfg):
         # Every rank builds the same weights, so DDP need not broadcast them (it cannot broadcast 8-bit ones).
         model = torch.nn.parallel.DistributedDataParallel(transformer, gradient_as_bucket_view=True, init_sync=False)
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-    log = Log(run if rank == 0 else None, start, cfg.steps, device)
+    log = Log(run if rank == 0 else None, start, [sample_task(cfg, s) for s in range(cfg.steps)], device)
     validation = Validation(cfg, pipe, run, size, frames, autocast, log)
     # The loader flips the same coins, so that it can read ahead. The loop checks that they agree.
     loader = batches(datasets, keys_in_order(cfg, start, grad_accum_steps, micro_batch_size), cfg.workers)
@@ -250,31 +275,32 @@ def train(cfg):
 
         # One step of Algorithm 1.
         log.start()
-        task = sample_task(cfg, step)                                # Eq. 1: u < p ? video : image
-        losses = {"loss_sum": torch.zeros(4, device=device), "loss_count": torch.zeros(4, device=device)}
-        for micro in range(grad_accum_steps[task]):
+        step_task = sample_task(cfg, step)                           # Eq. 1: u < p ? video : image
+        losses = no_losses(device)
+        for micro in range(grad_accum_steps[step_task]):
             micro_index = micro * world_size + rank                  # micro-batches go to the ranks in turn
+            task = sample_task(cfg, step, micro_index) if step_task == "mixed" else step_task
             batch = next(loader)                                     # pairs, or clips with a random frame (3.4)
             assert batch["keys"][0] == (task, step, micro_index * micro_batch_size[task]), batch["keys"]
-            noise_rng = torch_rng(cfg.seed, "noise", step, micro_index)
-            x, ref, text = encode_batch(cfg, pipe, batch, noise_rng)    # (B,T,C,H,W), (B,1,C,H,W), (B,L,D)
             if task == "video":
                 keep = token_drop(cfg, step, micro_index, n_ref)     # (K,): a random part of the reference's tokens
             else:
-                keep = view_drop(cfg, step, micro_index)             # None: all of them; empty: none
+                keep = reference_drop(cfg, cfg.view_drop, step, micro_index)    # None: all of them; empty: none
+            noise_rng = torch_rng(cfg.seed, "noise", step, micro_index)
+            x, ref, text = encode_batch(cfg, pipe, batch, keep, noise_rng)      # (B,T,C,H,W), (B,1,C,H,W), (B,L,D)
             keep = None if keep is None else to_device(keep, device)
             t, noise = sample_noise(x, pipe.scheduler, noise_rng)    # (B,), (B,T,C,H,W)
 
             torch.manual_seed(torch_rng(cfg.seed, "dropout", step, micro_index).initial_seed())  # for LoRA dropout
-            sync = micro == grad_accum_steps[task] - 1               # ranks average gradients in the last backward
+            sync = micro == grad_accum_steps[step_task] - 1          # ranks average gradients in the last backward
             with nullcontext() if sync or world_size == 1 else model.no_sync():
                 with autocast:                                       # bfloat16 on a GPU
                     loss = v_loss(model, pipe.scheduler, x, text, t, noise, ref, keep)  # (B,): L_vid or L_img
-                (loss.mean() / grad_accum_steps[task]).backward()    # g_vid or g_img
-            add_losses(losses, loss, t, num_timesteps)
+                (loss.mean() / grad_accum_steps[step_task]).backward()          # g_vid or g_img
+            add_losses(losses, task, loss, t, num_timesteps)
             log.skipped(batch["skipped"])                            # unreadable files
         if cfg.pcgrad:
-            state["pcgrad"](parameters, task)                        # 4.3: project out the other task's gradient
+            state["pcgrad"](parameters, step_task)                   # 4.3: project out the other task's gradient
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
         optimizer.step()                                             # theta <- theta - eta g
         lr = lr_schedule.get_last_lr()[0]
@@ -282,7 +308,7 @@ def train(cfg):
         optimizer.zero_grad(set_to_none=True)
         # One sum over ranks for the losses and the request to stop: all ranks stop at the same step.
         stop = torch.full((1,), float(SIGTERM.is_set()), device=device)
-        log.step(step, task, lr, {**sum_over_ranks({**losses, "stop": stop}), "grad_norm": grad_norm})
+        log.step(step, step_task, lr, {**sum_over_ranks({**losses, "stop": stop}), "grad_norm": grad_norm})
 
     log.close()
     if log.stop and not last:
@@ -293,7 +319,7 @@ def train(cfg):
 # ---- the parts of a run ----------------------------------------------------------------------------------------------
 
 def divide_batches(cfg, world_size):
-    """(cfg, {"image": micro-batches per rank and step, "video": ...}). Sizes that do not divide are made
+    """(cfg, {"image": micro-batches per rank and step, "video": ..., "mixed": ...}). Sizes that do not divide are made
     smaller, with a message. ValueError for a batch of fewer samples than ranks."""
     grad_accum_steps = {}
     for task in ("image", "video"):
@@ -308,6 +334,9 @@ def divide_batches(cfg, world_size):
             print0(f"--{task}_micro {micro} is now {fits}: {batch} samples on {world_size} rank(s) divide by it")
         cfg = replace(cfg, **{f"{task}_batch": batch, f"{task}_micro": fits})
         grad_accum_steps[task] = batch // (fits * world_size)
+    grad_accum_steps["mixed"] = grad_accum_steps["image"]  # each of image_micro pairs or video_micro clips
+    if cfg.task_schedule == "mixed" and grad_accum_steps["mixed"] * world_size == 1:
+        print0("--task_schedule mixed has one micro-batch a step, so one coin: a smaller --image_micro makes more")
     return cfg, grad_accum_steps
 
 
@@ -315,23 +344,34 @@ def keys_in_order(cfg, start, grad_accum_steps, micro_batch_size):
     """What this rank's loop will ask the loader for: each micro-batch's keys (task, step, index of the sample)."""
     rank, world_size = rank_and_world_size()
     for step in range(start, cfg.steps):
-        task = sample_task(cfg, step)
-        for micro in range(grad_accum_steps[task]):
-            first = (micro * world_size + rank) * micro_batch_size[task]
+        step_task = sample_task(cfg, step)
+        for micro in range(grad_accum_steps[step_task]):
+            micro_index = micro * world_size + rank
+            task = sample_task(cfg, step, micro_index) if step_task == "mixed" else step_task
+            first = micro_index * micro_batch_size[task]
             yield [(task, step, first + j) for j in range(micro_batch_size[task])]
 
 
-def add_losses(losses, loss, t, num_timesteps):
-    """Add a micro-batch's losses (B,) to the sums and counts of the four quarters of the timesteps."""
-    quarter = 4 * t // num_timesteps
-    zeros = torch.zeros(4, device=loss.device)
-    losses["loss_sum"] += zeros.index_add(0, quarter, loss.detach())
-    losses["loss_count"] += zeros.index_add(0, quarter, torch.ones_like(loss.detach()))
+def no_losses(device):
+    """Per task the sums and the counts of losses in the four quarters of the timesteps; of "mixed" the sum of the
+    micro-batches' means and their count."""
+    return {"image": torch.zeros(2, 4, device=device), "video": torch.zeros(2, 4, device=device),
+            "mixed": torch.zeros(2, device=device)}
+
+
+def add_losses(losses, task, loss, t, num_timesteps):
+    """Add a micro-batch's losses (B,)."""
+    quarter, loss = 4 * t // num_timesteps, loss.detach()
+    losses[task] += torch.zeros_like(losses[task]).index_add(1, quarter, torch.stack([loss, torch.ones_like(loss)]))
+    losses["mixed"] += torch.stack([loss.mean(), torch.ones_like(loss[0])])
 
 
 def load_model(cfg, device):
     """(cfg, pipeline, LoRA parameters): a frozen base in bfloat16, LoRA in float32; on a CPU everything is float32."""
-    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32, int8=cfg.int8)
+    if cfg.init_lora:
+        lora_header(cfg.init_lora)  # a mistake there shows before the base is loaded
+    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32, int8=cfg.int8,
+                         asked=cfg.device)
     pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # else copied there in every step
     if cfg.vae_tiling:
         tile_vae(pipe.vae)
@@ -361,6 +401,8 @@ def open_data(cfg, pipe):
     if cfg.p < 1:
         datasets["image"] = ImagePairs(cfg.images, (height, width), cfg.crop_jitter, cfg.seed, caches["image"])
     if cfg.p > 0:
+        if frames == 1:
+            raise ValueError(f"--frames {cfg.frames} is a picture: video steps need clips of more frames, or --p 0")
         datasets["video"] = Clips(cfg.videos, (height, width), frames, cfg.fps, cfg.random_frame, cfg.seed,
                                        caches["video"])
     for task, dataset in datasets.items():
@@ -408,7 +450,7 @@ def describe(cfg, run, parameters, datasets, size, start, device):
 
 def save(transformer, folder, cfg):
     """The LoRA with what sample.py needs to know of its training in the file's header."""
-    save_lora(transformer, folder, base=cfg.base, cls=str(cfg.cls), fps=str(cfg.fps), guidance=str(cfg.guidance),
+    save_lora(transformer, folder, base=cfg.base, cls=cfg.cls, fps=str(cfg.fps), guidance=str(cfg.guidance),
               trained_by=json.dumps(asdict(cfg)))
 
 
@@ -440,10 +482,10 @@ class Validation:
             for micro_index in range(rank, math.ceil(n / micro), world_size):
                 keys = [(task, 0, i) for i in range(micro_index * micro, min(n, (micro_index + 1) * micro))]
                 noise_rng = torch_rng(cfg.seed, "noise", 0, micro_index)
-                x, ref, text = encode_batch(cfg, self.pipe, next(batches(datasets, [keys])), noise_rng)
                 keep = None
                 if task == "video":
                     keep = token_drop(cfg, 0, micro_index, reference_tokens(self.pipe, self.size))
+                x, ref, text = encode_batch(cfg, self.pipe, next(batches(datasets, [keys])), keep, noise_rng)
                 t, noise = sample_noise(x, self.pipe.scheduler, noise_rng)
                 inputs = dict(latents=x, text=text, timestep=t, noise=noise, reference=ref, keep=keep)
                 self.share[task].append({k: None if v is None else v.cpu() for k, v in inputs.items()})
@@ -484,14 +526,12 @@ class Validation:
     @torch.no_grad()
     def mean_losses(self):
         """{task: {"loss", "loss_by_timestep": 4 means}} over the whole batch, all ranks together."""
-        means = {}
+        losses = no_losses(self.pipe.transformer.device)
         for task in self.share:
-            device = self.pipe.transformer.device
-            losses = {"loss_sum": torch.zeros(4, device=device), "loss_count": torch.zeros(4, device=device)}
             for loss, t in self.losses(task):
-                add_losses(losses, loss, t, self.pipe.scheduler.config.num_train_timesteps)
-            means[task] = loss_means(**sum_over_ranks(losses))
-        return means
+                add_losses(losses, task, loss, t, self.pipe.scheduler.config.num_train_timesteps)
+        losses = sum_over_ranks(losses)
+        return {task: loss_means(*losses[task]) for task in self.share}
 
 
 def main(cfg):
@@ -506,5 +546,13 @@ def main(cfg):
         dist.destroy_process_group()
 
 
+def defaults(argv):
+    """What --toy and --recipe put in the place of Config's defaults. A flag given by hand wins over both."""
+    toy = any(word.split("=")[0] == "--toy" for word in argv)
+    authors = "--recipe authors" in " ".join(argv).replace("=", " ")
+    return (TOY if toy else {}) | (AUTHORS if authors else {}) | (TOY_AUTHORS if toy and authors else {})
+
+
 if __name__ == "__main__":
-    command_line(main, Config, __doc__, **(TOY if any(a.split("=")[0] == "--toy" for a in sys.argv) else {}))
+    command_line(main, Config, __doc__, **defaults(sys.argv),
+                 out_of_memory="a smaller --image_micro or --video_micro, --gradient_checkpointing True, --int8 True")

@@ -8,6 +8,11 @@ Each can be stopped at any moment; the same command goes on where it was and fet
 there is OUT_val, the held-out part that training never sees. Counts of what was kept and why the rest was not are
 printed at the end and kept in OUT/prepare.json.
 """
+import sys
+
+if __name__ == "__main__" and not __package__:
+    sys.exit("run it from the repository's root as a module: python -m paper.prepare")
+
 import errno
 import hashlib
 import io
@@ -15,7 +20,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import threading
 import time
 from collections import Counter
@@ -35,8 +39,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
-from data import (CLIP_SUFFIXES, Clips, ImagePairs, cache_key, clip_frames, load_clip, load_image, normalise,
-                  resize_center_crop, split_views, to_pixels)
+from data import (CLIP_SUFFIXES, Clips, ImagePairs, cache_key, clip_frames, cls_for, load_clip, load_image, normalise,
+                  open_parquet, read_text, resize_center_crop, split_views, to_pixels)
 from model import (PAPER_BASE, encode_moments, encode_prompt, find_device, frame_size, load_pipeline, tile_vae,
                    with_reference_token)
 from run import changed, command_line, join_ranks, knob, rank_and_world_size, rng, write
@@ -165,7 +169,7 @@ def whole(path, rows):
 
 def filter_file(source, paths, cfg, kept):
     """Write the rows of one source file that are kept to paths["train"] and ["val"], 16 rows a group. Counts."""
-    parquet, counts, writers = pq.ParquetFile(source), Counter(train=0, val=0), {}
+    parquet, counts, writers = open_parquet(source), Counter(train=0, val=0), {}
     columns = [c for c in ("image", "collection", "quality_assessment", "description")
                if c in parquet.schema_arrow.names]
     missing = {"image", "description"} - set(columns)
@@ -302,7 +306,7 @@ def prepare_pexels(cfg):
     manifest = Manifest(cfg.out, options)
     rows = []
     for _, fetch in parquet_files(cfg.source, beside(cfg.out, "_download")):
-        table = pq.read_table(fetch())
+        table = open_parquet(fetch()).read()
         missing = {"video", "title"} - set(table.column_names)
         if missing:
             raise ValueError(f"{cfg.source} lacks the Pexels-400k column(s) {', '.join(sorted(missing))}")
@@ -391,7 +395,8 @@ class Latents:
     crops: int = knob(1, "random crops of each pair (with --crop_jitter)")
     crop_jitter: float = knob(0.1, "as in train.py")
     prompts: bool = knob(False, "also cache the prompts' embeddings (1.9 MB each for T5-XXL)")
-    cls: bool = knob(True, "as in train.py")
+    cls: str = knob("front", "as in train.py")
+    cls_video: bool = knob(True, "as in train.py")
     height: int = knob(0, "as in train.py")
     width: int = knob(0, "as in train.py")
     frames: int = knob(49, "as in train.py")
@@ -406,7 +411,9 @@ def prepare_cache(cfg, rank=0, world_size=1):
     if not cfg.videos and not cfg.images:
         raise ValueError("nothing to cache: pass --videos, --images or both")
     device = find_device(cfg.device)
-    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32,
+                         without=("transformer",) if cfg.prompts else ("transformer", "text_encoder"),
+                         asked=cfg.device)
     pipe.vae.to(device)
     if cfg.vae_tiling:
         tile_vae(pipe.vae)
@@ -426,24 +433,22 @@ def prepare_cache_on_all_ranks(cfg):
 
 
 def load_item(cfg, task, dataset, item, size):
-    """(pixels, prompts) of one clip, (1,F,3,H,W), or of all crops of one pair, (crops * 2,1,3,H,W)."""
+    """(pixels, prompts, subject's name) of one clip, (1,F,3,H,W), or of all crops of a pair, (crops * 2,1,3,H,W)."""
     if task == "video":
         frames = load_clip(item, dataset.frames, dataset.fps, size)
-        return to_pixels(frames)[None], [item.with_suffix(".txt").read_text().strip()]
-    views, prompts = dataset.load(item)
+        return to_pixels(frames)[None], [read_text(item.with_suffix(".txt"))], ""
+    views, prompts, name = dataset.load(item)
     r = rng(cfg.seed, "crops", item)
     crops = [to_pixels([resize_center_crop(view, *size, cfg.crop_jitter, r)])
              for _ in range(cfg.crops) for view in views]
-    return torch.stack(crops), prompts
+    return torch.stack(crops), prompts, name
 
 
 def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
     out = Path(cfg.out) / task
-    key = cache_key(cfg, pipe, task, size, frames)
+    key = cache_key(cfg, pipe, task, size, frames, cfg.prompts)
     if task == "image":
         key |= {"crops": cfg.crops, "seed": cfg.seed}
-    if not cfg.prompts:
-        key = {k: v for k, v in key.items() if k not in ("text_encoder", "cls")}
     dataset = ImagePairs(folder, size) if task == "image" else Clips(folder, size, frames, cfg.fps)
     items = list(range(len(dataset))) if task == "image" else dataset.files
     index = out / "index.json"
@@ -461,12 +466,12 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
     if rank == 0 and counts[0]:
         write(index, json.dumps(key | {"complete": False}, indent=1))
     cached = torch.tensor(0)
-    together = max(1, 4 // cfg.crops) if task == "image" else 1  # 8 pictures a call keep the VAE busy; above, it fails
+    together = max(1, 4 // cfg.crops) if task == "image" else 1  # 8 pictures a call keep the VAE busy
     for i in tqdm(range(0, len(todo), together), desc=f"caching {task}s", disable=rank > 0):
         files, pixels, prompts = [], [], []
         for item, file, stamp in todo[i:i + together]:
             try:
-                loaded, words = load_item(cfg, task, dataset, item, size)
+                loaded, *words = load_item(cfg, task, dataset, item, size)
             except (ValueError, KeyError, OSError) as e:
                 print(f"skipped: {e}", file=sys.stderr)
                 continue
@@ -474,14 +479,15 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
         if not files:
             continue
         moments = encode_moments(pipe.vae, normalise(torch.cat(pixels))).cpu().chunk(len(files))
-        for (file, stamp), m, words in zip(files, moments, prompts):
+        for (file, stamp), m, (words, name) in zip(files, moments, prompts):
             tensors = {"moments": m[0] if task == "video" else m.unflatten(0, (cfg.crops, 2))}
             if cfg.prompts:
-                texts = encode_prompt(pipe, [with_reference_token(p, cfg.cls) for p in words]).cpu()
+                words_with_cls = [with_reference_token(p, cls_for(cfg, task), name) for p in words]
+                texts = encode_prompt(pipe, words_with_cls).cpu()
                 tensors |= {f"text_{d}": text for d, text in enumerate(texts)}
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({k: v.contiguous().clone() for k, v in tensors.items()}, f"{file}.tmp",
-                      metadata={"stamp": stamp, "prompts": json.dumps(words)})
+                      metadata={"stamp": stamp, "prompts": json.dumps(words), "item": name})
             os.replace(f"{file}.tmp", file)
             cached += 1
     if world_size > 1:

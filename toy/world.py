@@ -376,12 +376,15 @@ def score_lora(lora, n, with_reference=True, guidance=0.0, frames=0, **options):
     """(scores, videos) of the LoRA at `lora` on the first n of the test set. guidance 0 takes the LoRA's own.
 
     frames=1 samples single pictures instead, of a creature that stands: what image steps train."""
-    from sample import guidance_of, load, trained_with_cls
+    from model import with_reference_token
+    from sample import cls_of, guidance_of, load
     pipe, header = load(lora=str(lora))
     test = draw_test_set(n)
     if frames == 1:
         test = dataclasses.replace(test, prompts=[caption(f) for f in test.fields])
-    videos = sample_test_set(pipe, test, test.references if with_reference else None, cls=trained_with_cls(header),
+    cls = cls_of(header)
+    test = dataclasses.replace(test, prompts=[with_reference_token(p, cls, "creature") for p in test.prompts])
+    videos = sample_test_set(pipe, test, test.references if with_reference else None, cls=cls,
                              guidance=guidance or guidance_of(header), frames=frames, **options)
     return score_videos(videos, test), videos
 
