@@ -69,6 +69,21 @@ def resize_center_crop(image, height, width, jitter=0.0, rng=None):
     return image.crop((left, top, left + width, top + height))
 
 
+def pad_to_shape(image, height, width):
+    """White beside or above and below the picture, so that nothing of it is lost when it becomes height x width."""
+    w = max(image.width, round(image.height * width / height))
+    h = max(image.height, round(image.width * height / width))
+    padded = Image.new("RGB", (w, h), "white")
+    padded.paste(image, ((w - image.width) // 2, (h - image.height) // 2))
+    return padded
+
+
+def fit_reference(image, height, width, fit, jitter=0.0, rng=None):
+    """A reference picture at height x width: fit "cover" cuts what stands over, "pad" adds white instead."""
+    image = pad_to_shape(image, height, width) if fit == "pad" else image
+    return resize_center_crop(image, height, width, jitter, rng)
+
+
 def to_pixels(images):
     """PIL pictures of one size -> uint8 (F,3,H,W)."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
@@ -129,15 +144,15 @@ def open_parquet(path, **options):
 class ImagePairs(Dataset):
     """D_img: (I_ref, I_out, P). Each pair serves in both directions: view d with its own caption, the other as I_ref.
 
-    folder, size (height, width), crop_jitter, seed. Item (step, index) -> {"reference" (1,3,H,W) uint8,
+    folder, size (height, width), crop_jitter, seed, fit (of the reference). Item (step, index) -> {"reference" and
     "pixels" (1,3,H,W) uint8, "prompt", "item": the subject's name or "", "skipped": one line for each unreadable pair
     met on the way}. With a `cache` (see Cache) the first two are VAE moments (1,2C,h,w) instead, and "text" may hold
     the prompt's embedding.
     """
 
-    def __init__(self, folder, size, crop_jitter=0.0, seed=0, cache=None):
+    def __init__(self, folder, size, crop_jitter=0.0, seed=0, cache=None, fit="cover"):
         self.folder, self.size, self.crop_jitter, self.seed = Path(folder), size, crop_jitter, seed
-        self.cache = cache
+        self.cache, self.fit = cache, fit
         if not self.folder.is_dir():
             raise FileNotFoundError(f"no folder of image pairs at {folder}")
         self.rows = []  # (file, row group, row in it) of parquet, or a dict of pairs.jsonl
@@ -184,12 +199,12 @@ class ImagePairs(Dataset):
             d = pick % 2  # direction: view d is the target
             if self.cache:
                 cached, prompts, item = self.cache.read(*self.source(pick // 2))
-                crop = cached["moments"][int(r.integers(len(cached["moments"])))]  # (2, 1, 2C, h, w)
-                return {"reference": crop[1 - d], "pixels": crop[d], "prompt": prompts[d], "item": item,
+                crop = cached["moments"][int(r.integers(len(cached["moments"])))]  # (2 or 4 with --fit pad,1,2C,h,w)
+                return {"reference": crop[-1 - d], "pixels": crop[d], "prompt": prompts[d], "item": item,
                         **_text(cached, d)}
             views, captions, item = self.load(pick // 2)
             target = resize_center_crop(views[d], *self.size, self.crop_jitter, r)
-            reference = resize_center_crop(views[1 - d], *self.size, self.crop_jitter, r)
+            reference = fit_reference(views[1 - d], *self.size, self.fit, self.crop_jitter, r)
             return {"reference": to_pixels([reference]), "pixels": to_pixels([target]), "prompt": captions[d],
                     "item": item}
         return _first_readable(make, self.seed, "image", key)
@@ -243,12 +258,12 @@ def load_clip(path, frames, fps, size=None, first=0):
     raise ValueError(f"the clip {path} is too short: {len(pictures)} frames at {fps} fps, {frames} asked")
 
 
-def save_video(path, pictures, fps, enlarge=1):
+def save_video(path, pictures, fps, enlarge=1, format=None):
     """Write PIL pictures as H.264 (yuv420p, which every player takes), enlarged by a whole number, nearest neighbour.
 
     Small pictures need it: yuv420p keeps one colour per 2x2 pixels. Same input, same file."""
     width, height = pictures[0].width * enlarge, pictures[0].height * enlarge
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format=format) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "12", "preset": "veryfast", "threads": "1"}
@@ -332,7 +347,7 @@ def cache_key(cfg, pipe, task, size, frames, prompts=True):
         key |= {"text_encoder": weight_fingerprint(pipe.text_encoder.get_input_embeddings().weight[:100]),
                 "cls": cls_for(cfg, task)}
     if task == "image":
-        return key | {"crop_jitter": cfg.crop_jitter}
+        return key | {"crop_jitter": cfg.crop_jitter, "fit": cfg.fit}
     return key | {"frames": frames, "fps": cfg.fps}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data import clip_frames, load_image, normalise, read_text, resize_center_crop, save_video, to_pixels
+from data import clip_frames, fit_reference, load_image, normalise, read_text, resize_center_crop, save_video, to_pixels
 from model import (LORA_FILE, PAPER_BASE, REFERENCE_TOKEN, encode_prompt, encode_video, find_device, frame_size,
                    load_lora, load_pipeline, lora_header, lora_path, tile_vae, with_reference_token)
 from run import check_bounds, command_line, knob, rank_and_world_size
@@ -94,12 +94,12 @@ def guidance_of(header):
     return float(header.get("guidance", 6.0))
 
 
-def encode_references(pipe, pictures, height, width):
+def encode_references(pipe, pictures, height, width, fit="cover"):
     """PIL pictures -> scaled latents (B,1,C,H/8,W/8) on the VAE's device.
 
-    Each picture is resized to cover the frame, as in training, and encoded by the VAE to its mean, so that nothing is
-    random but the starting noise."""
-    pixels = [to_pixels([resize_center_crop(picture, height, width)]) for picture in pictures]
+    Each picture is resized to cover the frame, or with white beside it to fit in (train.py's --fit), and encoded by the
+    VAE to its mean, so that nothing is random but the starting noise."""
+    pixels = [to_pixels([fit_reference(picture, height, width, fit)]) for picture in pictures]
     return encode_video(pipe.vae, normalise(torch.stack(pixels)))  # of (B, 1, 3, H, W)
 
 
@@ -151,7 +151,8 @@ def contact_sheet(video, reference=None, enlarge=1, columns=6):
     return sheet
 
 
-def write_sample_sheets(pipe, folder, out, step, size, frames, cls="front", guidance=6.0):
+def write_sample_sheets(pipe, folder, out, step, size, frames, cls="front", guidance=6.0,
+                        fit="cover"):
     """While training: a contact sheet for each picture in `folder`, with a fixed seed: out/NAME-000400.png.
 
     Each rank takes its share of the pictures; each has its prompt in a .txt file of its name."""
@@ -164,7 +165,7 @@ def write_sample_sheets(pipe, folder, out, step, size, frames, cls="front", guid
         prompt = read_text(file.with_suffix(".txt"))
         text = [encode_prompt(pipe, [t]).to(pipe.transformer.device)  # the text encoder may be in RAM
                 for t in (with_reference_token(prompt, cls), "")]
-        (video,) = generate(pipe, encode_references(pipe, [picture], *size), [prompt], [0],
+        (video,) = generate(pipe, encode_references(pipe, [picture], *size, fit), [prompt], [0],
                             guidance=guidance, frames=frames, height=size[0], width=size[1], text=text)
         contact_sheet(video, picture, max(1, 128 // video[0].height)).save(out / f"{file.stem}-{step:06d}.png")
 
@@ -201,7 +202,7 @@ def main(cfg):
     if reference is not None:  # before any offloading: then the VAE's weights are not where they seem to be
         pipe.vae.to(device)
         height, width = cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1]
-        latents = encode_references(pipe, [reference], height, width).to(device)
+        latents = encode_references(pipe, [reference], height, width, header.get("fit", "cover")).to(device)
     if cfg.offload == "none":
         pipe.to(device)
         decode_what_fits(pipe.vae)

@@ -60,6 +60,7 @@ class Config:
     width: int = knob(0, "frame width in pixels; 0 takes the base's: 720 (Alg. 1)")
     frames: int = knob(49, "frames of a training clip, cut to 8k+1 (A.2)")
     fps: float = knob(8.0, "frames per second that clips are read at (A.2)")
+    fit: str = knob("cover", "references of pairs: 'cover' (cut; subjects stand in the centre) or 'pad' (white)")
     crop_jitter: float = knob(0.1, "random zoom and shift of each picture of a pair, as a share of its size (A.2)")
     # the method
     p: float = knob(0.2, "probability of a video step (Eq. 1, D.5)")
@@ -111,7 +112,7 @@ class Config:
 
     def __post_init__(self):
         check_choices(self, recipe="paper authors", task_schedule="switch two_stage mixed", drop="tokens reference",
-                      cls="front item off")
+                      cls="front item off", fit="cover pad")
         check_bounds(
             self, shares="p token_drop view_drop lora_dropout crop_jitter beta1 beta2",
             positive="lora_rank lora_alpha frames fps steps image_batch video_batch image_micro video_micro lr cycles "
@@ -399,7 +400,7 @@ def open_data(cfg, pipe):
         print0(f"--frames {cfg.frames} cut to {frames}: the VAE takes no other length")
     datasets, caches = {}, open_caches(cfg, pipe, (height, width), frames)
     if cfg.p < 1:
-        datasets["image"] = ImagePairs(cfg.images, (height, width), cfg.crop_jitter, cfg.seed, caches["image"])
+        datasets["image"] = ImagePairs(cfg.images, (height, width), cfg.crop_jitter, cfg.seed, caches["image"], cfg.fit)
     if cfg.p > 0:
         if frames == 1:
             raise ValueError(f"--frames {cfg.frames} is a picture: video steps need clips of more frames, or --p 0")
@@ -450,8 +451,8 @@ def describe(cfg, run, parameters, datasets, size, start, device):
 
 def save(transformer, folder, cfg):
     """The LoRA with what sample.py needs to know of its training in the file's header."""
-    save_lora(transformer, folder, base=cfg.base, cls=cfg.cls, fps=str(cfg.fps), guidance=str(cfg.guidance),
-              trained_by=json.dumps(asdict(cfg)))
+    save_lora(transformer, folder, base=cfg.base, cls=cfg.cls, fit=cfg.fit, fps=str(cfg.fps),
+              guidance=str(cfg.guidance), trained_by=json.dumps(asdict(cfg)))
 
 
 # ---- watching a run --------------------------------------------------------------------------------------------------
@@ -475,7 +476,7 @@ class Validation:
 
     def encode(self, cfg):
         rank, world_size = rank_and_world_size()
-        datasets = {"image": ImagePairs(cfg.val_images, self.size, cfg.crop_jitter, cfg.seed),
+        datasets = {"image": ImagePairs(cfg.val_images, self.size, cfg.crop_jitter, cfg.seed, fit=cfg.fit),
                     "video": Clips(cfg.val_videos, self.size, self.frames, cfg.fps, cfg.random_frame, cfg.seed)}
         for task, micro in (("image", cfg.image_micro), ("video", cfg.video_micro)):
             n = self.count[task]
@@ -507,7 +508,7 @@ class Validation:
         if due(cfg.sample_every) and step > 0:
             with self.autocast:
                 write_sample_sheets(self.pipe, cfg.val_refs, self.run / "samples", step, self.size, self.frames,
-                                    cfg.cls, cfg.guidance)
+                                    cfg.cls, cfg.guidance, cfg.fit)
         transformer.train()
 
     def losses(self, task):

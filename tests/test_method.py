@@ -4,10 +4,14 @@ from tests.common import knobs_fixture  # noqa: F401
 from tests.common import BASE, ROOT, TORCHRUN, command, go_back, log_of, run, weights_of  # before torch
 
 import dataclasses
+import io
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +22,7 @@ import sample
 import train
 from paper import prepare
 from run import torch_rng
+from toy import world
 
 
 # ---- what drops ------------------------------------------------------------------------------------------------------
@@ -224,6 +229,18 @@ def test_a_picture_has_the_same_latents_in_training_cache_and_sampling(tmp_path,
             assert torch.allclose(found[path][name], whole, atol=1e-5), (path, name)
 
 
+def test_fit_covers_or_pads():
+    """A white-framed square of one colour: cover cuts its top and bottom, pad shows all of it between white bars."""
+    picture = Image.new("RGB", (40, 40), "red")
+    picture.paste("blue", (0, 0, 40, 5))  # a stripe at the top, which covering 3:2 loses
+    cover, pad = (np.asarray(data.fit_reference(picture, 24, 36, fit)).astype(int) for fit in ("cover", "pad"))
+    assert cover.shape == pad.shape == (24, 36, 3) and np.abs(cover[2:-2] - (255, 0, 0)).max() < 5
+    assert (pad[:, :5] > 250).all() and (pad[:, -5:] > 250).all()
+    assert np.abs(pad[8:-2, 8:28] - (255, 0, 0)).max() < 5 and np.abs(pad[0, 8:28] - (0, 0, 255)).max() < 25
+    tall = np.asarray(data.fit_reference(Image.new("RGB", (90, 160), "red"), 24, 36, "pad"))
+    assert (tall[12, :, 1] < 128).sum() in (13, 14)  # 24 * 9 / 16
+
+
 def test_at_most_eight_whole_pictures_a_call(monkeypatch):
     calls, vae = [], large_vae()
     monkeypatch.setattr(vae, "encode", lambda x: calls.append(tuple(x.shape)) or SimpleNamespace(
@@ -254,14 +271,23 @@ def test_a_dropped_reference_is_not_encoded_and_the_draws_stay(knobs):
         assert (calls_kept, calls_dropped) == (2, 1)
 
 
-@pytest.mark.parametrize("flags", [{}, train.AUTHORS, {"cls": "item"}, {"drop": "reference"}],
-                         ids=["paper", "authors", "item", "reference"])
+@pytest.mark.parametrize("flags", [{}, train.AUTHORS, {"cls": "item"}, {"drop": "reference"},
+                                   {"fit": "pad"}], ids=["paper", "authors", "item", "reference", "pad"])
 def test_cached_and_uncached_losses_are_equal_under_every_recipe(knobs, tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
-    cfg = train.Config(**{**knobs, "steps": 4, "lora_dropout": 0.0, **flags, "image_micro": 4, "video_micro": 2})
+    world.write_pairs("pairs", n=8)
+    for file in Path("pairs").glob("*.parquet"):  # wider than high: where the two fits differ
+        rows = pq.read_table(file).to_pylist()
+        for row in rows:
+            sheet = Image.open(io.BytesIO(row["image"]["bytes"])).resize((200, 60))
+            sheet.save(buffer := io.BytesIO(), "PNG")
+            row["image"]["bytes"] = buffer.getvalue()
+        pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=16)
+    cfg = train.Config(**{**knobs, "images": "pairs", "steps": 4, "lora_dropout": 0.0, **flags, "image_micro": 4,
+                          "video_micro": 2})
     prepare.prepare_cache(prepare.Latents(out="cache", prompts=True, device="cpu", **{
-        k: getattr(cfg, k) for k in ("base", "images", "videos", "crop_jitter", "cls", "cls_video", "frames", "fps",
-                                     "vae_tiling")}))
+        k: getattr(cfg, k) for k in ("base", "images", "videos", "crop_jitter", "fit", "cls", "cls_video", "frames",
+                                     "fps", "vae_tiling")}))
     for name, cache in (("plain", ""), ("cached", "cache")):
         train.train(dataclasses.replace(cfg, name=name, cache=cache))
     plain, cached = ([line["loss"] for line in log_of(f"out/{name}")] for name in ("plain", "cached"))
