@@ -185,7 +185,7 @@ class Config:
     steps: int = knob(train.TOY["steps"], "training steps of a row")
     n: int = knob(64, "unseen creatures that score a row")
     sample_steps: int = knob(20, "denoising steps when scoring")
-    curve_n: int = knob(24, "unseen creatures that score a checkpoint on the way")
+    curve_n: int = knob(32, "unseen creatures that score a checkpoint on the way")
     results: str = knob("paper/results", "folder with one file per row and seed")
     out: str = knob("out/ablate", "where the runs and their cached latents live")
     assets: str = knob("assets", "where the figures go")
@@ -236,7 +236,7 @@ def train_row(cfg, name, seed):
     flags = flags_of(cfg.row, cfg.steps, seed, cfg.out)
     curve = {"save_every": cfg.steps}
     if cfg.row in CURVES:
-        curve = {"save_every": max(1, cfg.steps // 10), "keep_checkpoints": 99}
+        curve = {"save_every": max(1, flags["steps"] // 5), "keep_checkpoints": 99}
     watched = {"gradcos_every": max(1, cfg.steps // 20)} if cfg.row in WATCHED else {}
     config = train.Config(**{**train.TOY, "toy": True, "seed": seed, "name": name, "out": cfg.out, "val_every": 0,
                              "sample_every": 0, **curve, **watched, **flags})
