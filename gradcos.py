@@ -149,7 +149,7 @@ def read_runs(folders, file):
     differ = [k for k in configs[0] if any(c.get(k) != configs[0][k] for c in configs)]
     groups = {}
     for folder, config, record in zip(folders, configs, records):
-        label = ", ".join(f"{k} = {config.get(k)}" for k in differ) or Path(folder).name
+        label = ", ".join(f"{k} = {config.get(k)}" for k in differ) or Path(folders[0]).name
         groups.setdefault(label, []).append(record)
     return groups
 

@@ -501,6 +501,8 @@ class Validation:
 
         def due(every):
             return every and (step % every == 0 or step == cfg.steps)
+        if not (due(cfg.gradcos_every) or due(cfg.val_every) or due(cfg.sample_every)):
+            return
         transformer.eval()
         if due(cfg.gradcos_every):
             named = [(n, p) for n, p in transformer.named_parameters() if p.requires_grad]

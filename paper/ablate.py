@@ -185,7 +185,7 @@ class Config:
     steps: int = knob(train.TOY["steps"], "training steps of a row")
     n: int = knob(64, "unseen creatures that score a row")
     sample_steps: int = knob(20, "denoising steps when scoring")
-    curve_n: int = knob(24, "unseen creatures that score a checkpoint on the way")
+    curve_n: int = knob(32, "unseen creatures that score a checkpoint on the way")
     results: str = knob("paper/results", "folder with one file per row and seed")
     out: str = knob("out/ablate", "where the runs and their cached latents live")
     assets: str = knob("assets", "where the figures go")
@@ -236,7 +236,7 @@ def train_row(cfg, name, seed):
     flags = flags_of(cfg.row, cfg.steps, seed, cfg.out)
     curve = {"save_every": cfg.steps}
     if cfg.row in CURVES:
-        curve = {"save_every": max(1, cfg.steps // 10), "keep_checkpoints": 99}
+        curve = {"save_every": max(1, flags["steps"] // 5), "keep_checkpoints": 99}
     watched = {"gradcos_every": max(1, cfg.steps // 20)} if cfg.row in WATCHED else {}
     config = train.Config(**{**train.TOY, "toy": True, "seed": seed, "name": name, "out": cfg.out, "val_every": 0,
                              "sample_every": 0, **curve, **watched, **flags})
@@ -363,6 +363,9 @@ def single_picture_lines(results):
 
 def control_lines(cfg, file, first):
     """The rows of results/controls.json or guidance.json."""
+    if not (Path(cfg.results) / file).is_file():
+        yield "Not run yet."
+        return
     rows = json.loads((Path(cfg.results) / file).read_text())["rows"]
     yield f"| {first} | {' | '.join(COLUMNS)} |"
     yield "|---" * (len(COLUMNS) + 1) + "|"
@@ -394,15 +397,17 @@ def finding_lines(rows, results, cfg):
         if not {name for name in (high, low) if isinstance(name, str)} <= rows:
             continue
         a, b = ({seed: record["scores"][column] for seed, record in results.get(name, {}).items()}
-                if isinstance(name, str) else None for name in (high, low))
-        a, b = a or dict.fromkeys(b or {}, high), b or dict.fromkeys(a or {}, low)
+                if isinstance(name, str) else dict.fromkeys(range(cfg.seeds), name) for name in (high, low))
         seeds = sorted(seed for seed in a.keys() & b.keys() if not np.isnan(a[seed] - b[seed]))
+        run = bool(a and b)
         a, b = [a[seed] for seed in seeds], [b[seed] for seed in seeds]
         gradient = column in GRADIENT_COLUMNS
         smallest = 0.0 if gradient else 200 / cfg.n  # per cent: two videos of n
         ruling = verdict(np.subtract(a, b), *margin, smallest=smallest)
         if seeds and not gradient and not margin and min(np.mean(a), np.mean(b)) >= 98:
             ruling = "not decidable: both at the ceiling"
+        if not run:
+            ruling = "not run yet"
         shown = ", ".join(f"{x - y:+.{3 if gradient else 1}f}" for x, y in zip(a, b)) or "-"
         yield f"| {where} | {claim} | {column} | {shown} | {ruling} |"
 
@@ -415,7 +420,7 @@ def write_results(cfg):
              "and scores\nwhat is missing there. "
              f"Per cent over {cfg.n} unseen creatures, mean ± standard deviation over the seeds; {cfg.sample_steps} "
              "denoising\nsteps, the LoRA's own guidance. `toy/world.py` defines the scores. The paper's numbers are in "
-             "its own units."]
+             "its own units.\nA row of 0 seeds has not been run yet."]
     parts += ["## Findings", "\n".join(finding_lines(set(ROWS), results, cfg)), CANNOT_SHOW.strip(),
               "## What the scores can be fooled by, and what bounds them",
               "\n".join(control_lines(cfg, "controls.json", "controls")),
@@ -525,6 +530,10 @@ def draw_dose(plt, results, controls):
 def make_controls(cfg):
     """results/controls.json and guidance.json, where they are missing. They need the run of `ours`, seed 0."""
     from toy import world
+    files = [Path(cfg.results) / name for name in ("controls.json", "guidance.json")]
+    if all(file.is_file() for file in files):
+        return
+    run_missing(cfg, ["ours"], 1, runs=True)
     run = f"{cfg.out}/ours-0"
     if not (Path(cfg.results) / "controls.json").is_file():
         rows = world.score_controls(run, cfg.n, steps=cfg.sample_steps)
@@ -546,6 +555,8 @@ def main(cfg):
         return print_real(cfg.what or tables)
     load_results(cfg)  # results that cannot be compared stop here, not after hours
     failed = 0
+    if not cfg.what or "headline" in cfg.what:
+        make_controls(cfg)
     if tables:
         rows = list(dict.fromkeys(row for table in tables for row, _, _ in TABLES[table]))
         failed = run_missing(cfg, rows, cfg.seeds)

@@ -116,11 +116,11 @@ def draw_clips(rng, n):
     """n scenes of moving pictures: field and direction indices, tile positions (N,5,2).
 
     Stock footage is full of shots in which little happens, whatever their titles say. So 27 % of the clips stand, and
-    their captions say so (direction STANDS). The others walk to the edge: 60 % two tiles, 30 % one, and 10 % are there
-    already, so that "walks" hardly moves.
+    their captions say so (direction STANDS). The others walk to the edge, two tiles; but 12 % of them are there
+    already, and do not move although their captions say so.
     """
     fields, directions = draw_scenes(rng, n)
-    tiles = draw_walks(rng, directions, rng.choice(3, n, p=[0.1, 0.3, 0.6]))
+    tiles = draw_walks(rng, directions, rng.choice([0, GRID - 1], n, p=[0.12, 0.88]))
     stands = rng.random(n) < 0.27
     tiles[stands] = rng.integers(0, GRID, (stands.sum(), 1, 2))  # anywhere
     return fields, np.where(stands, STANDS, directions), tiles
