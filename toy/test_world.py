@@ -73,16 +73,18 @@ def test_cells_count_wrong_cells():
 
 
 def test_clips_walk_to_the_edge_and_some_stand():
-    fields, directions, tiles = world.draw_clips(np.random.default_rng(0), 20000)
+    fields, directions, tiles = world.draw_clips(np.random.default_rng(0), 20000, standing=0.2)
     stands = directions == world.STANDS
     way = world.STEP[directions[~stands]]
     walk = ((tiles[~stands, -1] - tiles[~stands, 0]) * way).sum(1)
-    assert abs(stands.mean() - 0.27) < 0.02 and (tiles[stands] == tiles[stands, :1]).all()
-    assert np.allclose(np.bincount(walk) / len(walk), [0.12, 0, 0.88], atol=0.02)
+    assert abs(stands.mean() - 0.2) < 0.02 and (tiles[stands] == tiles[stands, :1]).all()
+    assert np.allclose(np.bincount(walk) / len(walk), [0.1 / 0.8, 0, 0.7 / 0.8], atol=0.02)
     end = (tiles[~stands, -1] * way).sum(1)
     assert set(end[way.sum(1) > 0]) == {world.GRID - 1} and set(end[way.sum(1) < 0]) == {0}
     assert tiles.min() == 0 and tiles.max() == world.GRID - 1
     assert not world.held_out(fields, directions).any()
+    _, directions, tiles = world.draw_clips(np.random.default_rng(0), 1000)  # the default: all walk two tiles
+    assert world.STANDS not in directions and (abs(tiles[:, -1] - tiles[:, 0]).sum(1) == 2).all()
 
 
 def views_of(folder):

@@ -39,6 +39,7 @@ class Config:
     steps: int = knob(9000, "steps of transformer training")
     batch: int = knob(48, "clips per transformer step; three times as many stills")
     lr: float = knob(1.5e-3, "peak learning rate of the transformer")
+    standing: float = knob(0.0, "share of clips that stand and say so; half as many again stand and say \"walks\"")
     stills: float = knob(0.25, "share of steps on still pictures")
     pool: int = knob(12_000, "clips, and as many stills, that are drawn and encoded once")
     vae_minutes: float = knob(1e9, "stop the VAE after this time (the schedule adapts)")
@@ -94,10 +95,10 @@ def build(seed):
     return CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
 
 
-def draw(rng, n, still, device):
+def draw(rng, n, still, device, standing=0.0):
     """n scenes: pixels (n, 9 or 1, 3, 32, 32) in [-1,1], and what is in them: field, direction, colours."""
     creatures = world.draw_creatures(rng, n)
-    fields, directions, tiles = world.draw_clips(rng, n)
+    fields, directions, tiles = world.draw_clips(rng, n, standing)
     if still:
         directions, tiles = np.full(n, world.STANDS), rng.integers(0, world.GRID, (n, 1, 2))
     cells = torch.from_numpy(world.render_cells(creatures, fields, tiles)).to(device)  # small: enlarged on the device
@@ -114,12 +115,12 @@ def all_captions():
     return table, lambda f, d, c: (f * 5 + d) * 65 + c
 
 
-def encode_pool(pipe, rng, n, still, device, autocast):
+def encode_pool(pipe, rng, n, still, device, autocast, standing):
     """n scenes as latents (n, 5 or 1, 4, 16, 16), with their caption rows (n, 2): without and with colours named."""
     _, row = all_captions()
     latents, rows = [], []
     for _ in range(0, n, 50):
-        pixels, (fields, directions, colours) = draw(rng, 50, still, device)
+        pixels, (fields, directions, colours) = draw(rng, 50, still, device, standing)
         with autocast():
             latents.append(encode_video(pipe.vae, pixels).half())
         rows.append(np.stack([row(fields, directions, 64),
@@ -168,7 +169,7 @@ def train_transformer(pipe, cfg, device, autocast):
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
     pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)
     rng = np.random.default_rng([cfg.seed, 2])
-    pools = {still: encode_pool(pipe, rng, cfg.pool, still, device, autocast) for still in (True, False)}
+    pools = {still: encode_pool(pipe, rng, cfg.pool, still, device, autocast, cfg.standing) for still in (True, False)}
     captions = all_captions()[0] + [""]
     texts = torch.cat([encode_prompt(pipe, captions[i:i + 256]) for i in range(0, len(captions), 256)])  # (2601,16,64)
     forward = torch.compile(transformer) if cfg.compile else transformer
@@ -205,7 +206,7 @@ def train_transformer(pipe, cfg, device, autocast):
         if step % 100 == 99:  # new creatures all the time: the pool turns over slowly
             for still, (latents, rows) in pools.items():
                 new = torch.randperm(len(latents), device=device)[:250]
-                latents[new], rows[new] = encode_pool(pipe, rng, 250, still, device, autocast)
+                latents[new], rows[new] = encode_pool(pipe, rng, 250, still, device, autocast, cfg.standing)
         if step % 1000 == 999:
             save(pipe, ema, cfg.out)
         if step % 250 == 249:
