@@ -44,6 +44,13 @@ def check_bounds(cfg, positive="", not_negative="", shares=""):
             raise ValueError(f"--{name} must be in [0, 1], got {getattr(cfg, name)}")
 
 
+def check_choices(cfg, **choices):
+    """ValueError for the first knob (name="its choices") that is none of its choices."""
+    for name, words in choices.items():
+        if getattr(cfg, name) not in words.split():
+            raise ValueError(f"--{name} must be {' or '.join(map(repr, words.split()))}, got {getattr(cfg, name)!r}")
+
+
 def changed(before, now):
     """"height was 480, now 256; ..." for the settings in `now` that were others before, "" when none was."""
     return "; ".join(f"{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v)
@@ -210,7 +217,7 @@ class Log:
 # Knobs of train.py that leave what is trained as it is: runs that differ only in these are the same run.
 NOT_TRAINED = {"toy", "name", "out", "workers", "save_every", "keep_checkpoints", "guidance", "grad_device",
                "gradcos_every", "val_every", "sample_every", "val_images", "val_videos", "val_pairs", "val_clips",
-               "val_refs"}
+               "val_refs", "image_checkpointing", "video_checkpointing"}
 SIGTERM = threading.Event()  # the job is asked to end: it saves first
 
 

@@ -23,16 +23,17 @@ import torch.distributed as dist
 
 import gradcos
 from data import ImagePairs, Clips, batches, clip_frames, normalise, open_caches
-from run import (SIGTERM, Log, check_bounds, command_line, join_ranks, knob, listen_for_sigterm, loss_means,
-                 newest_checkpoint, print0, rank_and_world_size, records, resume, rng, save_checkpoint, start_log,
-                 sum_over_ranks, torch_rng)
+from run import (SIGTERM, Log, check_bounds, check_choices, command_line, join_ranks, knob, listen_for_sigterm,
+                 loss_means, newest_checkpoint, print0, rank_and_world_size, records, resume, rng, save_checkpoint,
+                 start_log, sum_over_ranks, torch_rng)
 
 if not {"-h", "--help"} & set(sys.argv):  # diffusers takes seconds to import: --help does without
     from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup
     from diffusers.utils import logging as diffusers_logging
 
-    from model import (add_lora, encode_moments, encode_prompt, find_device, frame_size, load_lora, load_pipeline,
-                       read_lora, sample_latents, save_lora, tile_vae, to_device, v_loss, with_reference_token)
+    from model import (add_lora, attention_order, encode_moments, encode_prompt, find_device, frame_size, load_lora,
+                       load_pipeline, read_lora, sample_latents, save_lora, tile_vae, to_device, v_loss,
+                       with_reference_token)
     from sample import write_sample_sheets
 
 
@@ -82,7 +83,10 @@ class Config:
     seed: int = knob(0, "seed of everything random")
     save_every: int = knob(50, "steps between checkpoints (A.2)")
     keep_checkpoints: int = knob(3, "newest checkpoints that stay on disk")
-    gradient_checkpointing: bool = knob(True, "recompute activations in backward to save memory (A.1)")
+    image_checkpointing: str = knob("none", "what backward recomputes in image steps: 'full' (A.1), 'attention' (all "
+                                            "but attention: its output is kept) or 'none'; less takes more memory")
+    video_checkpointing: str = knob("attention", "the same in video steps")
+    compile: bool = knob(False, "compile the blocks: faster steps, after minutes for each new shape of a micro-batch")
     vae_tiling: bool = knob(True, "encode in tiles, one sample at a time, to save memory (A.2)")
     workers: int = knob(4, "processes per rank that read data")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
@@ -112,8 +116,8 @@ class Config:
             raise ValueError(f"--sample_every needs a folder of pictures and prompts: no --val_refs {self.val_refs!r}")
         if self.pcgrad == 1:
             raise ValueError("--pcgrad 1 only ever holds the step's own task: a buffer needs 2 or more")
-        if self.task_schedule not in ("switch", "two_stage"):
-            raise ValueError(f"--task_schedule must be 'switch' or 'two_stage', got {self.task_schedule!r}")
+        check_choices(self, task_schedule="switch two_stage", image_checkpointing="full attention none",
+                      video_checkpointing="full attention none")
         if self.lora_scope == "reference" and (self.view_drop > 0 or self.token_drop == 1):
             raise ValueError("--lora_scope reference has nothing to train in a batch without reference tokens: "
                              "it needs --view_drop 0 and --token_drop below 1")
@@ -122,7 +126,7 @@ class Config:
 TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", cache="toy/data/cache",
            name="toy", lora_rank=32, lora_alpha=16.0, lora_dropout=0.0, frames=9, fps=4.0, crop_jitter=0.0,
            view_drop=0.0, steps=500, image_batch=16, image_micro=16, video_batch=8, video_micro=8,
-           lr=3e-3, warmup=30, save_every=100, gradient_checkpointing=False, vae_tiling=False, workers=0, guidance=2.0,
+           lr=3e-3, warmup=30, save_every=100, video_checkpointing="none", vae_tiling=False, workers=0, guidance=2.0,
            val_images="toy/data/val_pairs", val_videos="toy/data/val_clips", val_refs="toy/refs", val_every=100,
            sample_every=250)
 
@@ -274,7 +278,7 @@ def train(cfg):
         optimizer.step()                                             # theta <- theta - eta g
         lr = lr_schedule.get_last_lr()[0]
         lr_schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=world_size == 1)             # DDP: zeros, so that they stay in its buckets
         stop = torch.full((1,), float(SIGTERM.is_set()), device=device)  # the other ranks learn of it here
         log.step(step, task, lr, {**sum_over_ranks({**losses, "stop": stop}), "grad_norm": grad_norm})
 
@@ -337,8 +341,9 @@ def load_model(cfg, device):
     else:
         torch.manual_seed(cfg.seed)  # every rank starts from the same LoRA
         parameters = add_lora(transformer, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_scope)
-    if cfg.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    transformer.checkpointing = {"image": cfg.image_checkpointing, "video": cfg.video_checkpointing}
+    if cfg.compile:
+        transformer.compile_blocks()
     return cfg, pipe, parameters
 
 
@@ -374,7 +379,8 @@ def reference_tokens(pipe, size):
 
 def make_optimizer(cfg, parameters):
     """AdamW and its learning rate: warm-up, then cosine with restarts (A.2)."""
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
+                                  fused=parameters[0].is_cuda or None)  # one kernel for all parameters
 
     def decay_over(steps):
         return get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, cfg.warmup, steps, cfg.cycles)
@@ -492,7 +498,8 @@ def main(cfg):
     if cfg.toy:
         from toy import world
         cfg = world.ensure_data(cfg)
-    train(cfg)
+    with attention_order(find_device(cfg.device)):
+        train(cfg)
     if dist.is_initialized():  # after train() has returned: its DDP model must go before the group does
         dist.barrier()
         dist.destroy_process_group()
