@@ -105,7 +105,8 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
             rows = torch.cat([keep.to(hidden.device), torch.arange(N, F_all * N, device=hidden.device)])
             hidden = hidden[:, rows]  # (B, K + T*N, D)
             rope = rope and tuple(table[rows] for table in rope)
-        text, hidden = self.embedding_dropout(text), self.embedding_dropout(hidden)
+        # Contiguous, as every later block's inputs are: compiled, the first one would need kernels of its own.
+        text, hidden = (self.embedding_dropout(x).contiguous() for x in (text, hidden))
 
         checkpointing = self.checkpointing["image" if T == 1 else "video"] if torch.is_grad_enabled() else "none"
         for block in self.transformer_blocks:
@@ -289,6 +290,14 @@ def read_lora(transformer, path):
         raise ValueError(f"LoRA {file} does not fit this base: {len(wrong)} of {len(here)} tensors differ, "
                          f"the first is {min(wrong)}")
     set_peft_model_state_dict(transformer, weights)
+
+
+def merge_lora(transformer):
+    """Fold the adapters into the base (in float32, then rounded to its dtype) and drop them: a third fewer calls."""
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer):
+            module.merge()
+    transformer.unload_lora()
 
 
 # ---- LoRA on reference tokens only: lora_scope "reference" ----------------------------------------------------------

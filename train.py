@@ -68,7 +68,7 @@ class Config:
     steps: int = knob(4000, "optimiser steps (5.1)")
     image_batch: int = knob(256, "image pairs per image step, all ranks together (5.1)")
     video_batch: int = knob(32, "clips per video step, all ranks together (5.1)")
-    image_micro: int = knob(8, "image pairs per forward pass at most; the rest of the batch is accumulated")
+    image_micro: int = knob(1, "image pairs per forward pass at most; the rest of the batch is accumulated")
     video_micro: int = knob(1, "clips per forward pass at most")
     lr: float = knob(5e-5, "peak learning rate of AdamW (5.1)")
     beta1: float = knob(0.9, "AdamW beta1 (A.2)")
