@@ -3,7 +3,7 @@ diffusers and peft: nothing is downloaded.
 
     python -m paper.bench --json bench.json          # on one 80 GB GPU: everything below, measured
     python -m paper.bench --count True               # without a GPU: FLOPs, bytes moved and memory, counted
-    python -m paper.bench --layers 1 --height 32 --width 48 --frames 9 --repeats 2 --warmup 1    # anywhere: a try
+    python -m paper.bench --layers 1 --heads 4 --height 32 --width 48 --frames 9 --repeats 2     # anywhere: a try
 
 The arms of an experiment take turns, one micro-batch each (forward, recomputation, backward): stock (LoRA in float32
 under autocast, everything recomputed), stock once more (what differs there is noise), ours with all levers off, with
@@ -45,6 +45,7 @@ from run import Moment, command_line, knob, records, save_checkpoint
 @dataclass
 class Config:
     layers: int = knob(42, "transformer blocks")
+    heads: int = knob(48, "attention heads, of width 64")
     height: int = knob(480, "frame height in pixels")
     width: int = knob(720, "frame width in pixels")
     frames: int = knob(49, "frames of a clip")
@@ -52,7 +53,7 @@ class Config:
     image_micro: int = knob(1, "image pairs per micro-batch")
     video_micro: int = knob(1, "clips per micro-batch")
     int8: bool = knob(False, "the frozen base in 8 bits (torchao); without the stock arms")
-    warmup: int = knob(3, "image micro-batches of each arm before the clock starts; of clips a quarter")
+    warmup: int = knob(4, "image micro-batches of each arm before the clock starts; of clips a quarter")
     repeats: int = knob(20, "image micro-batches of each arm that are timed; of clips a quarter")
     pictures: int = knob(16, "pictures that the VAE encodes")
     steps: int = knob(50, "denoising steps of the sample")
@@ -87,11 +88,11 @@ def shapes(cfg):
     return {"image": (cfg.image_micro, 1), "video": (cfg.video_micro, frames)}, cfg.height // 16 * (cfg.width // 16)
 
 
-def transformer_5b(layers, kind=SubjectTransformer):
+def transformer_5b(layers, kind=SubjectTransformer, heads=48):
     """CogVideoX-5B's transformer, or its first layers, on the meta device."""
     with torch.device("meta"):
         return kind(
-            num_attention_heads=48, num_layers=layers, time_embed_dim=512, text_embed_dim=4096, sample_width=90,
+            num_attention_heads=heads, num_layers=layers, time_embed_dim=512, text_embed_dim=4096, sample_width=90,
             sample_height=60, use_rotary_positional_embeddings=True, use_learned_positional_embeddings=False)
 
 
@@ -105,7 +106,7 @@ def scheduler_5b(device):
 
 def build(cfg, layers, device, dtype, random=True):
     """(ours, stock, LoRA parameters): CogVideoX-5B in our class and in the stock one, on the same weights."""
-    ours = transformer_5b(layers).to(dtype).to_empty(device=device)
+    ours = transformer_5b(layers, heads=cfg.heads).to(dtype).to_empty(device=device)
     for parameter in ours.parameters() if random else []:
         nn.init.normal_(parameter, std=0.02)
     if cfg.int8 and random:
@@ -113,7 +114,7 @@ def build(cfg, layers, device, dtype, random=True):
         quantize_(ours.transformer_blocks, Int8WeightOnlyConfig())
         follow_autocast(ours.transformer_blocks)
     parameters = add_lora(ours.train(), cfg.rank, cfg.rank / 2, dropout=0.1)
-    stock = transformer_5b(layers, CogVideoXTransformer3DModel).train()
+    stock = transformer_5b(layers, CogVideoXTransformer3DModel, cfg.heads).train()
     stock.add_adapter(ours.peft_config["default"])
     stock.load_state_dict(ours.state_dict(keep_vars=True), assign=True)
     stock.enable_gradient_checkpointing()
@@ -269,7 +270,7 @@ def count_memory(cfg):
     print("\n| GPU | pairs, checkpointing | clips, checkpointing | int8 | rank | T5 | base | LoRA | image step "
           "| video step | fullest, GB |\n" + "|---" * 11 + "|")
     for gpu, pairs, image, clips, video, int8, rank, t5 in FITS:
-        whole = transformer_5b(cfg.layers)
+        whole = transformer_5b(cfg.layers, heads=cfg.heads)
         base = sum(p.numel() for p in whole.parameters()) * (1 if int8 else 2) / 1e9
         lora = sum(p.numel() for p in add_lora(whole, rank, rank / 2)) * 16 / 1e9
         size = Config(**{**asdict(cfg), "image_micro": pairs, "video_micro": clips, "rank": rank})
@@ -360,7 +361,7 @@ def measure_steps(cfg, device, ours, stock, scheduler, autocast, ceiling):
         inputs = random_inputs(cfg, samples, frames, device)
         part = 1 if task == "image" else 4
         times = {name: [] for name in names}
-        for turn in range(-max(1, cfg.warmup // part), max(1, cfg.repeats // part)):
+        for turn in range(-(cfg.warmup // part), max(1, cfg.repeats // part)):
             for name in names:
                 arm = ARMS[name]
                 transformer = use(arm, ours, stock)

@@ -10,7 +10,7 @@ import torch
 from model import add_lora, frame_size
 from paper import bench
 
-SMALL = dict(layers=1, height=32, width=48, frames=9, rank=4, device="cpu")
+SMALL = dict(layers=1, heads=4, height=32, width=48, frames=9, rank=4, device="cpu")
 
 
 def test_bench_runs(tmp_path, capsys):
