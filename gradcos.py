@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from run import NOT_TRAINED, command_line, knob
+from run import records as read_records
 
 
 # ---- the measurement (B.1) -------------------------------------------------------------------------------------------
@@ -142,11 +143,13 @@ def read_runs(folders, file):
     for folder in folders:
         config = json.loads((Path(folder) / "config.json").read_text())
         configs.append({k: v for k, v in config.items() if k not in NOT_TRAINED | {"seed"}})
-        records.append([json.loads(line) for line in (Path(folder) / file).read_text().splitlines()])
+        records.append(read_records(Path(folder) / file))
+        if not records[-1]:
+            raise ValueError(f"{Path(folder) / file} holds no whole measurement")
     differ = [k for k in configs[0] if any(c.get(k) != configs[0][k] for c in configs)]
     groups = {}
     for folder, config, record in zip(folders, configs, records):
-        label = ", ".join(f"{k} = {config.get(k)}" for k in differ) or Path(folder).name
+        label = ", ".join(f"{k} = {config.get(k)}" for k in differ) or Path(folders[0]).name
         groups.setdefault(label, []).append(record)
     return groups
 

@@ -12,6 +12,7 @@ Contents: SubjectTransformer (the forward) - LoRA (attach, save, load) - the v l
 """
 import json
 import os
+import re
 import sys
 from contextlib import nullcontext
 from functools import lru_cache, partial
@@ -33,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers import T5Config, T5EncoderModel
 
 from run import newest_checkpoint, weight_fingerprint
 
@@ -247,10 +249,13 @@ def lora_path(path):
 
 
 def lora_header(path):
-    """The strings that `save_lora` wrote into the file's header (empty for a file from elsewhere)."""
+    """The strings that `save_lora` wrote into the file's header (empty for a file from elsewhere). ValueError for a
+    file that is no LoRA."""
     file = lora_path(path)
     try:
         with safe_open(file, "pt") as f:
+            if not any("lora_A" in key for key in f.keys()):
+                raise ValueError(f"{file} holds no LoRA weights (no lora_A keys)")
             return f.metadata() or {}
     except SafetensorError as e:
         raise ValueError(f"cannot read the LoRA {file}: {e}. Is it a whole .safetensors file?")
@@ -264,9 +269,7 @@ def load_lora(transformer, path, dropout=0.0):
     """
     file, header = lora_path(path), lora_header(path)
     with safe_open(file, "pt") as f:
-        rank = next((f.get_slice(k).get_shape()[0] for k in f.keys() if "lora_A" in k), None)
-    if rank is None:
-        raise ValueError(f"{file} holds no LoRA weights (no lora_A keys)")
+        rank = next(f.get_slice(k).get_shape()[0] for k in f.keys() if "lora_A" in k)
     trained_on = header.get("base_fingerprint")
     if trained_on and trained_on != fingerprint(transformer):
         raise ValueError(f"LoRA {file} was trained on the base {header.get('base', '?')} ({trained_on}), "
@@ -383,9 +386,15 @@ def v_loss(transformer, scheduler, latents, text, timestep, noise, reference=Non
 
 # ---- text and pixels -------------------------------------------------------------------------------------------------
 
-def with_reference_token(prompt, cls=True):
-    """Prepend <cls> (Sec. 3.3) unless the prompt already holds one; cls=False is Table 6's row without it."""
-    return f"{REFERENCE_TOKEN} {prompt}" if cls and REFERENCE_TOKEN not in prompt else prompt
+def with_reference_token(prompt, cls="front", item=""):
+    """Put <cls> into a prompt that holds none: in front (the authors' scripts), or with cls "item" before the subject's
+    name, "An <cls> armchair" (3.3), where the prompt holds it as a word. "off" is Table 6's row without it."""
+    if cls == "off" or REFERENCE_TOKEN in prompt:
+        return prompt
+    word = rf"(?<!\w){re.escape(item)}(?:e?s)?(?!\w)" if item and cls == "item" else ""  # "" matches at the front
+    found = re.search(word, prompt, re.IGNORECASE)
+    at = found.start() if found else 0
+    return f"{prompt[:at]}{REFERENCE_TOKEN} {prompt[at:]}"
 
 
 @torch.no_grad()
@@ -399,9 +408,17 @@ def encode_prompt(pipe, prompts):
 def encode_moments(vae, pixels):
     """Pixels (B,F,3,height,width) in [-1,1] -> the VAE posterior's mean and log-variance (B,T,2C,H,W), as in a cache.
 
-    F = 1 for pictures, 8k+1 for clips."""
+    F = 1 for pictures, 8k+1 for clips. Pictures go whole, at most 8 of 480x720 a call: so they get the same latents in
+    training, in a cache and in sampling. (Above 8 a convolution of diffusers 0.42.1 fails.) Clips follow tile_vae."""
     pixels = pixels.to(vae.device, vae.dtype).transpose(1, 2)  # the VAE takes (B,3,F,H,W)
-    return vae.encode(pixels).latent_dist.parameters.transpose(1, 2)
+    if pixels.shape[2] > 1:
+        return vae.encode(pixels).latent_dist.parameters.transpose(1, 2)
+    tiling, slicing = vae.use_tiling, vae.use_slicing
+    vae.use_tiling = vae.use_slicing = False
+    together = max(1, 8 * 480 * 720 // pixels[0, 0].numel())
+    moments = [vae.encode(few).latent_dist.parameters for few in pixels.split(together)]
+    vae.use_tiling, vae.use_slicing = tiling, slicing
+    return torch.cat(moments).transpose(1, 2)
 
 
 def to_device(x, device):
@@ -459,11 +476,34 @@ def tile_vae(vae):
             return vae.disable_tiling()
 
 
-def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False):
+def without_weights(base, part):
+    """The transformer or text encoder of a base on the meta device: its shapes alone. Only its config is read."""
+    with torch.device("meta"):
+        if part == "transformer":
+            return SubjectTransformer.from_config(SubjectTransformer.load_config(base, subfolder=part))
+        return T5EncoderModel(T5Config.from_pretrained(base, subfolder=part))
+
+
+def refuse_cpu(base, asked):
+    """ValueError when a base of billions of parameters would run on a CPU for want of a GPU. `asked`: the --device."""
+    if asked or torch.cuda.is_available():
+        return
+    size = sum(p.numel() for p in without_weights(base, "transformer").parameters())
+    if size > 1e9:
+        why = ("this torch is built for CPUs" if torch.version.cuda is None else
+               f"CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']!r}" if "CUDA_VISIBLE_DEVICES" in os.environ
+               else "does nvidia-smi show the driver?")
+        raise ValueError(f"{base} has {size / 1e9:.1f} billion parameters, and torch {torch.__version__} sees no GPU "
+                         f"({why}). --device cpu runs it all the same, slowly")
+
+
+def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False, without=(), asked="cpu"):
     """The stock CogVideoXPipeline of a diffusers folder or hub id, with our transformer and a tokenizer that knows
     <cls>. One line of FileNotFoundError when there is no such base.
 
-    int8 (torchao, weight-only): the frozen transformer takes half its memory in bf16, 5.6 GB for CogVideoX-5B."""
+    int8 (torchao, weight-only): the frozen transformer takes half its memory in bf16, 5.6 GB for CogVideoX-5B.
+    without: parts, "transformer" or "text_encoder", whose weights are not read (11 and 9.5 GB): they stay on the meta
+    device. asked: the user's --device, for refuse_cpu."""
     local = (Path(base) / "model_index.json").is_file()
     if not local and (str(base).count("/") != 1 or Path(base).exists() or str(base).startswith((".", "/"))):
         raise FileNotFoundError(f"no base at {base}: expected a diffusers CogVideoX folder (with model_index.json) "
@@ -475,22 +515,26 @@ def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False):
         from torchao.quantization import Int8WeightOnlyConfig
         quantization["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["proj_out"])
     try:
-        transformer = SubjectTransformer.from_pretrained(base, subfolder="transformer", dtype=dtype, **quantization)
-        pipe = CogVideoXPipeline.from_pretrained(base, transformer=transformer, dtype=dtype)
+        refuse_cpu(base, asked)
+        parts = {part: without_weights(base, part) for part in without}
+        if "transformer" not in parts:
+            parts["transformer"] = SubjectTransformer.from_pretrained(base, subfolder="transformer", dtype=dtype,
+                                                                      **quantization)
+        pipe = CogVideoXPipeline.from_pretrained(base, **parts, dtype=dtype)
     except OSError as e:
         if local:
             raise
         raise FileNotFoundError(f"there is no folder {base}, and the hub did not give it: {str(e).splitlines()[0]} "
                                 f"Without network: hf download {base} --local-dir FOLDER elsewhere, then --base FOLDER")
     if int8:
-        follow_autocast(transformer)
+        follow_autocast(pipe.transformer)
     pipe.tokenizer.add_tokens([REFERENCE_TOKEN], special_tokens=True)
     rows = pipe.text_encoder.get_input_embeddings().num_embeddings
     if len(pipe.tokenizer) > rows:  # T5-XXL has 32128 rows and <cls> takes id 32100: nothing is resized
         raise ValueError(f"{base}: the text encoder has {rows} embedding rows, no spare one for {REFERENCE_TOKEN}")
     for module in (pipe.transformer, pipe.vae, pipe.text_encoder):
         module.requires_grad_(False).eval()
-    return pipe.to(device)
+    return pipe if without else pipe.to(device)
 
 
 def follow_autocast(model):

@@ -11,8 +11,10 @@ import sys
 import threading
 import time
 import zlib
+from collections import Counter, deque
 from dataclasses import field
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -32,7 +34,13 @@ def knob(default, text):
 
 
 def check_bounds(cfg, positive="", not_negative="", shares=""):
-    """ValueError for the first knob (names in one string) that is outside its bounds; NaN is outside all of them."""
+    """ValueError for the first knob (names in one string) that is outside its bounds. NaN and infinity are outside all
+    of them, a seed above 63 bits (torch's limit) too."""
+    for name in f"{positive} {not_negative}".split():
+        if not abs(getattr(cfg, name)) < float("inf"):
+            raise ValueError(f"--{name} must be a number, got {getattr(cfg, name)}")
+    if "seed" in not_negative.split() and cfg.seed >= 2**63:
+        raise ValueError(f"--seed must be below 2^63, got {cfg.seed}")
     for name in positive.split():
         if not getattr(cfg, name) > 0:
             raise ValueError(f"--{name} must be positive, got {getattr(cfg, name)}")
@@ -45,10 +53,10 @@ def check_bounds(cfg, positive="", not_negative="", shares=""):
 
 
 def check_choices(cfg, **choices):
-    """ValueError for the first knob (name="its choices") that is none of its choices."""
+    """ValueError for the first knob that is none of its choices (names in one string)."""
     for name, words in choices.items():
         if getattr(cfg, name) not in words.split():
-            raise ValueError(f"--{name} must be {' or '.join(map(repr, words.split()))}, got {getattr(cfg, name)!r}")
+            raise ValueError(f"--{name} must be one of {', '.join(words.split())}, got {getattr(cfg, name)!r}")
 
 
 def changed(before, now):
@@ -56,10 +64,11 @@ def changed(before, now):
     return "; ".join(f"{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v)
 
 
-def command_line(main, Config, description, argv=None, positional=None, **defaults):
+def command_line(main, Config, description, argv=None, positional=None, out_of_memory="", **defaults):
     """Parse the knobs of dataclass `Config` from the command line and call main(config).
 
-    `defaults` replace the dataclass's own; `positional` names the list knob that leading words without -- fill.
+    `defaults` replace the dataclass's own; `positional` names the list knob that leading words without -- fill;
+    `out_of_memory` says which flags save memory.
     A user's mistake (bad flag, value or file) is one line and exit status 1 or 2. TRACEBACK=1 in the environment shows
     the whole traceback instead.
     """
@@ -76,6 +85,10 @@ def command_line(main, Config, description, argv=None, positional=None, **defaul
         if os.environ.get("TRACEBACK"):
             raise
         sys.exit(f"{parser.prog}: error: {e}")
+    except torch.OutOfMemoryError as e:
+        if os.environ.get("TRACEBACK"):
+            raise
+        sys.exit(f"{parser.prog}: error: the GPU's memory is full ({str(e).split('. ')[0]}). Try {out_of_memory}")
 
 
 # ---- random streams --------------------------------------------------------------------------------------------------
@@ -149,6 +162,16 @@ class Moment:
         return earlier.event.elapsed_time(self.event) / 1000
 
 
+def step_means(task, losses):
+    """What a step's line says of its losses. A mixed step's loss is the mean over its micro-batches, which all weigh
+    the same; beside it stand the two tasks' own."""
+    if task != "mixed":
+        return loss_means(*losses[task])
+    total, count = losses["mixed"].tolist()
+    return {"loss": total / count,
+            **{t: loss_means(*losses[t]) if losses[t][1].any() else None for t in ("image", "video")}}
+
+
 def loss_means(loss_sum, loss_count):
     """Four sums and counts, one per quarter of the timesteps -> {"loss": mean, "loss_by_timestep": 4 means or None}."""
     sums, counts = loss_sum.tolist(), loss_count.tolist()
@@ -158,11 +181,15 @@ def loss_means(loss_sum, loss_count):
 class Log:
     """log.jsonl and the progress bar. The metrics of a step are read one step late, so nothing waits for the GPU.
 
-    run: the run's folder, None on all ranks but the first. The run goes from step `start` to step `steps`."""
+    run: the run's folder, None on all ranks but the first. tasks: the task of every step; the run begins at `start`."""
 
-    def __init__(self, run, start, steps, device):
+    def __init__(self, run, start, tasks, device):
         self.run, self.device = run, device
-        self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=1, disable=run is None)
+        self.bar = tqdm(total=len(tasks), initial=start, mininterval=1, disable=run is None,
+                        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]")
+        self.to_come = Counter(tasks[start:])
+        self.seconds = {task: deque(maxlen=20) for task in self.to_come}  # of each task's last 20 steps
+        self.estimated = False
         self.pending, self.shown, self.unusable = None, {}, set()
         self.stop = False  # some rank got a SIGTERM, and all ranks know
 
@@ -176,7 +203,8 @@ class Log:
         self.started = Moment(self.device)
 
     def step(self, step, task, lr, metrics):
-        """metrics: tensors "loss_sum" (4,), "loss_count" (4,), "stop" (1,) over all ranks, and "grad_norm" (1,)."""
+        """metrics: tensors "image" (2,4), "video" (2,4), "mixed" (2,) (see train.no_losses) and "stop" (1,) over all
+        ranks, and "grad_norm" (1,)."""
         metrics = {k: v.to("cpu", non_blocking=True) for k, v in metrics.items()}
         ended = Moment(self.device)  # once this moment is reached, the copies above are complete
         self.flush()
@@ -188,16 +216,33 @@ class Log:
             return
         (step, task, lr, metrics, started, ended), self.pending = self.pending, None
         seconds = ended.seconds_since(started)  # before any metric is read: this waits for the copies
-        means, norm = loss_means(metrics["loss_sum"], metrics["loss_count"]), metrics["grad_norm"].item()
+        means, norm = step_means(task, metrics), metrics["grad_norm"].item()
         self.stop = self.stop or metrics["stop"].item() > 0
         loss = means["loss"]
         if not (abs(loss) < float("inf") and norm < float("inf")):  # NaN fails both
             sys.exit(f"step {step} ({task}): loss {loss}, gradient norm {norm}. Stopped; the last checkpoint is good")
         self.write("log.jsonl", {"step": step, "task": task, **means, "lr": lr, "grad_norm": norm,
                                  "seconds": round(seconds, 4)})
-        self.shown[task] = 0.95 * self.shown.get(task, loss) + 0.05 * loss
-        self.bar.set_postfix({k: f"{v:.4f}" for k, v in self.shown.items()}, refresh=False)
+        for t, new in {t: means[t]["loss"] for t in ("image", "video") if means.get(t)}.items() or [(task, loss)]:
+            self.shown[t] = 0.95 * self.shown.get(t, new) + 0.05 * new
+        left = self.estimate(task, seconds)
+        self.bar.set_postfix({"left": left, **{k: f"{v:.4f}" for k, v in self.shown.items()}}, refresh=False)
         self.bar.update()
+
+    def estimate(self, task, seconds):
+        """The time that the steps to come will take, each as long as the median of its task's last ones; "?" before
+        every task was seen. A line says it once, after 20 steps of each. Saving and measuring come on top."""
+        self.to_come[task] -= 1
+        self.seconds[task].append(seconds)
+        if not all(self.seconds.values()):
+            return "?"
+        pace = {t: median(times) for t, times in self.seconds.items()}
+        left = self.bar.format_interval(sum(pace[t] * n for t, n in self.to_come.items()))
+        if self.run and not self.estimated and all(len(times) == 20 for times in self.seconds.values()):
+            self.estimated = True
+            steps = ", ".join(f"{n} {t} steps of {pace[t]:.2f} s" for t, n in self.to_come.items())
+            self.bar.write(f"about {left} to go: {steps}, and saving and measuring")
+        return left
 
     def skipped(self, reasons):
         """Report each unusable file once."""
@@ -215,7 +260,7 @@ class Log:
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 # Knobs of train.py that leave what is trained as it is: runs that differ only in these are the same run.
-NOT_TRAINED = {"toy", "name", "out", "workers", "save_every", "keep_checkpoints", "guidance", "grad_device",
+NOT_TRAINED = {"toy", "recipe", "name", "out", "workers", "save_every", "keep_checkpoints", "guidance", "grad_device",
                "gradcos_every", "val_every", "sample_every", "val_images", "val_videos", "val_pairs", "val_clips",
                "val_refs", "image_checkpointing", "video_checkpointing"}
 SIGTERM = threading.Event()  # the job is asked to end: it saves first

@@ -14,9 +14,10 @@ import torch
 from diffusers import FirstBlockCacheConfig
 from PIL import Image
 
-from data import clip_frames, load_image, normalise, resize_center_crop, save_video, to_pixels
-from model import (LORA_FILE, PAPER_BASE, attention_order, encode_prompt, encode_video, find_device, frame_size,
-                   load_lora, load_pipeline, lora_header, lora_path, merge_lora, tile_vae, with_reference_token)
+from data import clip_frames, fit_reference, load_image, normalise, read_text, resize_center_crop, save_video, to_pixels
+from model import (LORA_FILE, PAPER_BASE, REFERENCE_TOKEN, attention_order, encode_prompt, encode_video, find_device,
+                   frame_size, load_lora, load_pipeline, lora_header, lora_path, merge_lora, tile_vae,
+                   with_reference_token)
 from run import check_bounds, check_choices, command_line, knob, rank_and_world_size
 
 HERE = Path(__file__).parent
@@ -68,7 +69,8 @@ def find_lora(path=""):
 
 
 def load(lora="", base="", device="cpu", use_lora=True, int8=False):
-    """(pipeline, header): the base, with the LoRA on it unless use_lora is False. `lora` as for find_lora.
+    """(pipeline, header): the base, with the LoRA on it unless use_lora is False. `lora` as for find_lora. device: the
+    one that it is for, as in --device.
 
     The base is the one asked for, else the one named in the LoRA's header, else the paper's."""
     file = find_lora(lora)
@@ -77,8 +79,8 @@ def load(lora="", base="", device="cpu", use_lora=True, int8=False):
     if not Path(base).exists() and (HERE / base).exists():
         base = HERE / base  # "toy/base" means ours, wherever we are called from
     print(f"base {base}, LoRA {file if use_lora else 'none'}", file=sys.stderr)
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    pipe = load_pipeline(base, dtype, int8=int8)  # stays in RAM here: the caller moves it, or lets it be offloaded
+    dtype = torch.bfloat16 if find_device(device).type == "cuda" else torch.float32
+    pipe = load_pipeline(base, dtype, int8=int8, asked=device)  # in RAM: the caller moves or offloads it
     if use_lora:
         load_lora(pipe.transformer, file)
         if pipe.transformer.lora_scope == "all" and not int8:
@@ -91,9 +93,11 @@ def load(lora="", base="", device="cpu", use_lora=True, int8=False):
     return pipe, header
 
 
-def trained_with_cls(header):
-    """Does this LoRA expect <cls> in front of a prompt? (--cls False trains without, Table 6)"""
-    return header.get("cls") != "False"
+def cls_of(header):
+    """Where this LoRA's training put <cls> (train.py's --cls). A LoRA from elsewhere, like the authors', has it in
+    front; older files of ours say True or False."""
+    cls = header.get("cls", "front")
+    return {"True": "front", "False": "off"}.get(cls, cls)
 
 
 def guidance_of(header):
@@ -101,16 +105,16 @@ def guidance_of(header):
     return float(header.get("guidance", 6.0))
 
 
-def encode_references(pipe, pictures, height, width):
+def encode_references(pipe, pictures, height, width, fit="cover"):
     """PIL pictures -> scaled latents (B,1,C,H/8,W/8) on the VAE's device.
 
-    Each picture is resized to cover the frame, as in training, and encoded by the VAE to its mean, so that nothing is
-    random but the starting noise."""
-    pixels = [to_pixels([resize_center_crop(picture, height, width)]) for picture in pictures]
+    Each picture is resized to cover the frame, or with white beside it to fit in (train.py's --fit), and encoded by the
+    VAE to its mean, so that nothing is random but the starting noise."""
+    pixels = [to_pixels([fit_reference(picture, height, width, fit)]) for picture in pictures]
     return encode_video(pipe.vae, normalise(torch.stack(pixels)))  # of (B, 1, 3, H, W)
 
 
-def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0, height=0, width=0, cls=True,
+def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0, height=0, width=0, cls="front",
              dynamic_cfg=False, negative_prompt="", text=None):
     """Videos as lists of PIL pictures, one per prompt.
 
@@ -131,6 +135,20 @@ def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0,
         attention_kwargs={"reference": references}).frames
 
 
+def decode_what_fits(vae):
+    """Let the VAE decode in tiles when the whole video does not fit on the GPU."""
+    whole = vae.decode
+
+    def decode(*args, **kwargs):
+        try:
+            return whole(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            tile_vae(vae)
+        return whole(*args, **kwargs)
+    vae.decode = decode
+
+
 def contact_sheet(video, reference=None, enlarge=1, columns=6):
     """One row: the reference, a gap, then `columns` frames evenly spread over the video."""
     picks = sorted({round(i * (len(video) - 1) / max(columns - 1, 1)) for i in range(columns)})
@@ -144,7 +162,8 @@ def contact_sheet(video, reference=None, enlarge=1, columns=6):
     return sheet
 
 
-def write_sample_sheets(pipe, folder, out, step, size, frames, cls=True, guidance=6.0):
+def write_sample_sheets(pipe, folder, out, step, size, frames, cls="front", guidance=6.0,
+                        fit="cover"):
     """While training: a contact sheet for each picture in `folder`, with a fixed seed: out/NAME-000400.png.
 
     Each rank takes its share of the pictures; each has its prompt in a .txt file of its name."""
@@ -154,10 +173,10 @@ def write_sample_sheets(pipe, folder, out, step, size, frames, cls=True, guidanc
     pipe.set_progress_bar_config(disable=True)
     for file in pictures[rank::world_size]:
         picture = load_image(file)
-        prompt = file.with_suffix(".txt").read_text().strip()
+        prompt = read_text(file.with_suffix(".txt"))
         text = [encode_prompt(pipe, [t]).to(pipe.transformer.device)  # the text encoder may be in RAM
                 for t in (with_reference_token(prompt, cls), "")]
-        (video,) = generate(pipe, encode_references(pipe, [picture], *size), [prompt], [0],
+        (video,) = generate(pipe, encode_references(pipe, [picture], *size, fit), [prompt], [0],
                             guidance=guidance, frames=frames, height=size[0], width=size[1], text=text)
         contact_sheet(video, picture, max(1, 128 // video[0].height)).save(out / f"{file.stem}-{step:06d}.png")
 
@@ -171,7 +190,7 @@ def sample_in_batches(cfg, pipe, header, latents, prompts, device):
         with attention_order(device):
             videos = generate(pipe, latents, batch, [cfg.seed] * len(batch), cfg.steps,
                               cfg.guidance or guidance_of(header), cfg.frames, cfg.height, cfg.width,
-                              trained_with_cls(header), cfg.dynamic_cfg, cfg.negative_prompt)
+                              cls_of(header), cfg.dynamic_cfg, cfg.negative_prompt)
         yield from zip(range(first, first + len(batch)), batch, videos)
 
 
@@ -181,11 +200,11 @@ def main(cfg):
         raise ValueError(f"--offload {cfg.offload} keeps weights off a GPU until needed, and this run has none")
     reference = load_image(cfg.ref) if cfg.ref else None
     beside = Path(cfg.ref or "none").with_suffix(".txt")
-    prompts = [cfg.prompt or (beside.read_text().strip() if beside.is_file() else "")]
+    prompts = [cfg.prompt or (read_text(beside) if beside.is_file() else "")]
     if cfg.prompts:
         if not Path(cfg.prompts).is_file():
             raise FileNotFoundError(f"--prompts: no file {cfg.prompts}; it takes a text file with a prompt per line")
-        prompts = [line.strip() for line in Path(cfg.prompts).read_text().splitlines() if line.strip()]
+        prompts = [line.strip() for line in read_text(cfg.prompts).splitlines() if line.strip()]
         if not prompts:
             raise ValueError(f"--prompts: no prompts in {cfg.prompts}")
     if not prompts[0]:
@@ -194,19 +213,23 @@ def main(cfg):
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    pipe, header = load(cfg.lora, cfg.base, device, int8=cfg.int8)
+    pipe, header = load(cfg.lora, cfg.base, cfg.device, int8=cfg.int8)
     multiple = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
     if cfg.height % multiple or cfg.width % multiple:
         raise ValueError(f"--height and --width must be multiples of {multiple}, got {cfg.height} x {cfg.width}")
     if cfg.frames and cfg.frames != (frames := clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)):
         print(f"--frames {cfg.frames} cut to {frames}, a length that the VAE can make")
+    if cls_of(header) == "item" and not all(REFERENCE_TOKEN in prompt for prompt in prompts):
+        print(f"this LoRA learned {REFERENCE_TOKEN} before the subject's name ('An {REFERENCE_TOKEN} armchair ...'): "
+              "without one in the prompt it goes in front")
     latents = None
     if reference is not None:  # before any offloading: then the VAE's weights are not where they seem to be
         pipe.vae.to(device)
         height, width = cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1]
-        latents = encode_references(pipe, [reference], height, width).to(device)
+        latents = encode_references(pipe, [reference], height, width, header.get("fit", "cover")).to(device)
     if cfg.offload == "none":
         pipe.to(device)
+        decode_what_fits(pipe.vae)
     else:
         pipe.vae.to("cpu")
         tile_vae(pipe.vae)
@@ -233,4 +256,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__)
+    command_line(main, Config, __doc__, out_of_memory="--offload model or sequential, --int8 True, fewer --frames")

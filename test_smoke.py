@@ -262,10 +262,10 @@ def test_token_drop():
 
 
 def test_view_drop():
-    keeps = [train.view_drop(train.Config(), s, 0) for s in range(400)]
+    keeps = [train.reference_drop(train.Config(), 0.5, s, 0) for s in range(400)]
     dropped = [keep is not None for keep in keeps]
     assert abs(np.mean(dropped) - 0.5) < 0.1 and all(keep is None or len(keep) == 0 for keep in keeps)
-    assert all(train.view_drop(train.Config(view_drop=0.0), s, 0) is None for s in range(50))
+    assert all(train.reference_drop(train.Config(), 0.0, s, 0) is None for s in range(50))
 
 
 # ---- text and the VAE ------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def toy():
 def test_cls_token_reaches_the_text_encoder(toy):
     assert model.with_reference_token("a cat") == "<cls> a cat"
     assert model.with_reference_token("a <cls> cat") == "a <cls> cat"
-    assert model.with_reference_token("a cat", cls=False) == "a cat"
+    assert model.with_reference_token("a cat", cls="off") == "a cat"
     ids = toy.tokenizer("<cls> a creature").input_ids
     assert ids[0] == len(toy.tokenizer) - 1 and ids.count(ids[0]) == 1
     with_, without = model.encode_prompt(toy, ["<cls> a creature walks", "a creature walks"])
@@ -308,8 +308,8 @@ def test_vae_encoding(toy):
 
 
 def test_tiles_that_do_not_fit_are_not_used(toy, capsys):
-    """On the toy's VAE diffusers' own tiling would change the size; at 480x720 the tiles fit."""
-    x = torch.zeros(1, 1, 3, 32, 32)
+    """On the toy's VAE diffusers' own tiling would change the size; at 480x720 the tiles fit. Pictures stay whole."""
+    x = torch.zeros(1, 5, 3, 32, 32)
     expected = model.encode_moments(toy.vae, x)
     toy.vae.enable_tiling()
     assert model.encode_moments(toy.vae, x).shape != expected.shape
@@ -323,6 +323,7 @@ def test_tiles_that_do_not_fit_are_not_used(toy, capsys):
     model.tile_vae(large)
     assert large.use_tiling and large.use_slicing
     assert model.encode_moments(large, torch.zeros(1, 1, 3, 480, 720)).shape == (1, 1, 8, 60, 90)
+    assert large.use_tiling and large.use_slicing  # for the clips that follow
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
@@ -331,7 +332,7 @@ def test_sampler_is_the_stock_pipeline(toy):
     stock = CogVideoXPipeline.from_pretrained(BASE)
     assert type(stock.transformer) is CogVideoXTransformer3DModel
     prompt = "a creature walks up over a tan field"
-    (ours,) = sample.generate(toy, None, [prompt], [7], steps=4, cls=False)
+    (ours,) = sample.generate(toy, None, [prompt], [7], steps=4, cls="off")
     theirs = stock(prompt, num_inference_steps=4, guidance_scale=6.0, height=32, width=32, num_frames=9,
                    max_sequence_length=16, generator=torch.Generator().manual_seed(7)).frames[0]
     assert len(ours) == 9 and all(np.array_equal(a, b) for a, b in zip(ours, theirs))

@@ -1,18 +1,21 @@
 """Trains subject-driven video generation without a single subject-video: Algorithm 1 of the paper, in one loop.
-Brackets cite the paper's sections; a knob without brackets is not in the paper.
+(5.1) cites a section of the paper; a knob that cites none is ours.
 
     torchrun --nproc_per_node=8 train.py      # the paper's run: CogVideoX-5B, Subjects200K, Pexels clips
     python train.py --toy                     # the same code on the toy world, minutes on two CPU cores
 
-Each step flips one coin. With probability p it takes plain clips and learns image-to-video (motion): the reference is
-a random frame of the clip with half of its tokens dropped, so that it cannot just be copied. Otherwise it takes pairs
-of pictures of one subject and learns to draw one from the other (identity). The same LoRA learns both.
+The model sees one picture of the subject, the reference, as extra tokens. Each step flips one coin. With probability p
+it takes plain clips and learns image-to-video (motion): the reference is a random frame of the clip with half of its
+tokens dropped, so that it cannot just be copied. Otherwise it takes pairs of pictures of one subject and learns to make
+one from the other (identity); some of them without the reference, so that the caption counts too. The same LoRA learns
+both.
 
 A run writes out/NAME/: config.json, log.jsonl (one line per step), step-000400/ (LoRA weights and training state); and
 what --gradcos_every, --val_every and --sample_every ask for: gradcos.jsonl, val.jsonl, samples/.
-The same command again goes on from the newest checkpoint, bit for bit. SIGTERM saves one and ends the run.
+Run the same command to continue from the newest checkpoint, bit for bit. On SIGTERM a run saves one and stops.
 """
 import json
+import math
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -22,17 +25,17 @@ import torch
 import torch.distributed as dist
 
 import gradcos
-from data import ImagePairs, Clips, batches, clip_frames, normalise, open_caches
+from data import ImagePairs, Clips, batches, clip_frames, cls_for, normalise, open_caches
 from run import (SIGTERM, Log, check_bounds, check_choices, command_line, join_ranks, knob, listen_for_sigterm,
                  loss_means, newest_checkpoint, print0, rank_and_world_size, records, resume, rng, save_checkpoint,
                  start_log, sum_over_ranks, torch_rng)
 
-if not {"-h", "--help"} & set(sys.argv):  # diffusers takes seconds to import: --help does without
+if not {"-h", "--help"} & set(sys.argv):  # diffusers takes seconds to import: --help is fast
     from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup
     from diffusers.utils import logging as diffusers_logging
 
     from model import (add_lora, attention_order, encode_moments, encode_prompt, find_device, frame_size, load_lora,
-                       load_pipeline, read_lora, sample_latents, save_lora, tile_vae, to_device, v_loss,
+                       load_pipeline, lora_header, read_lora, sample_latents, save_lora, tile_vae, to_device, v_loss,
                        with_reference_token)
     from sample import write_sample_sheets
 
@@ -40,6 +43,7 @@ if not {"-h", "--help"} & set(sys.argv):  # diffusers takes seconds to import: -
 @dataclass
 class Config:
     toy: bool = knob(False, "take the defaults of the toy world (TOY below); other flags still count")
+    recipe: str = knob("paper", "'authors' takes the defaults of the authors' scripts (AUTHORS below; paper/NOTES.md)")
     # model
     base: str = knob("THUDM/CogVideoX-5b", "diffusers CogVideoX folder or hub id (5.1)")
     int8: bool = knob(False, "keep the frozen transformer in 8 bits (torchao): half the memory, for a 24 GB GPU")
@@ -56,14 +60,18 @@ class Config:
     width: int = knob(0, "frame width in pixels; 0 takes the base's: 720 (Alg. 1)")
     frames: int = knob(49, "frames of a training clip, cut to 8k+1 (A.2)")
     fps: float = knob(8.0, "frames per second that clips are read at (A.2)")
+    fit: str = knob("cover", "references of pairs: 'cover' (cut; subjects stand in the centre) or 'pad' (white)")
     crop_jitter: float = knob(0.1, "random zoom and shift of each picture of a pair, as a share of its size (A.2)")
     # the method
     p: float = knob(0.2, "probability of a video step (Eq. 1, D.5)")
-    task_schedule: str = knob("switch", "'switch' flips the coin each step; 'two_stage': all image steps first (D.7)")
+    task_schedule: str = knob("switch", "'switch' flips the coin each step; 'two_stage': all image steps first (D.7); "
+                                        "'mixed': each of image_batch/image_micro micro-batches flips its own (B.3)")
     random_frame: bool = knob(True, "reference = a random frame of the clip, not always the first (3.4, Figure 12)")
     token_drop: float = knob(0.5, "share of reference tokens dropped in video steps; 1 is text-to-video (Table 7)")
+    drop: str = knob("tokens", "what it drops: 'tokens' (3.4), or in that share of micro-batches the 'reference'")
     view_drop: float = knob(0.5, "probability that an image micro-batch trains without its reference (A.2)")
-    cls: bool = knob(True, "prepend <cls> to prompts (3.3, Table 6)")
+    cls: str = knob("front", "where <cls> stands: 'front', 'item' (An <cls> armchair), or 'off' (3.3, Table 6)")
+    cls_video: bool = knob(True, "video prompts get <cls> too")
     # optimisation
     steps: int = knob(4000, "optimiser steps (5.1)")
     image_batch: int = knob(256, "image pairs per image step, all ranks together (5.1)")
@@ -83,9 +91,8 @@ class Config:
     seed: int = knob(0, "seed of everything random")
     save_every: int = knob(50, "steps between checkpoints (A.2)")
     keep_checkpoints: int = knob(3, "newest checkpoints that stay on disk")
-    image_checkpointing: str = knob("none", "what backward recomputes in image steps: 'full' (A.1), 'attention' (all "
-                                            "but attention: its output is kept) or 'none'; less takes more memory")
-    video_checkpointing: str = knob("attention", "the same in video steps")
+    image_checkpointing: str = knob("none", "recompute in backward: all but 'attention', 'full' (A.1) or 'none'")
+    video_checkpointing: str = knob("attention", "the same in video steps: 'full', 'attention' or 'none'")
     compile: bool = knob(False, "compile the blocks: faster steps, after minutes for each new shape of a micro-batch")
     vae_tiling: bool = knob(True, "encode in tiles, one sample at a time, to save memory (A.2)")
     workers: int = knob(4, "processes per rank that read data")
@@ -106,21 +113,24 @@ class Config:
                                 "'cpu' keeps them off the GPU")
 
     def __post_init__(self):
+        check_choices(self, recipe="paper authors", task_schedule="switch two_stage mixed", drop="tokens reference",
+                      cls="front item off", fit="cover pad", image_checkpointing="full attention none",
+                      video_checkpointing="full attention none")
         check_bounds(
-            self, shares="p token_drop view_drop lora_dropout crop_jitter beta1 beta2",
+            self, shares="p token_drop view_drop lora_dropout crop_jitter beta1 beta2", not_negative="height width seed "
+            "weight_decay warmup workers guidance gradcos_every val_every sample_every pcgrad",
             positive="lora_rank lora_alpha frames fps steps image_batch video_batch image_micro video_micro lr cycles "
-                     "grad_clip save_every keep_checkpoints val_pairs val_clips",
-            not_negative="height width seed weight_decay warmup workers guidance gradcos_every val_every sample_every "
-                         "pcgrad")
+                     "grad_clip save_every keep_checkpoints val_pairs val_clips")
         if self.sample_every and not Path(self.val_refs or "none").is_dir():
             raise ValueError(f"--sample_every needs a folder of pictures and prompts: no --val_refs {self.val_refs!r}")
         if self.pcgrad == 1:
             raise ValueError("--pcgrad 1 only ever holds the step's own task: a buffer needs 2 or more")
-        check_choices(self, task_schedule="switch two_stage", image_checkpointing="full attention none",
-                      video_checkpointing="full attention none")
-        if self.lora_scope == "reference" and (self.view_drop > 0 or self.token_drop == 1):
+        if self.pcgrad and self.task_schedule == "mixed":
+            raise ValueError("--pcgrad needs steps of one task, not --task_schedule mixed")
+        if self.lora_scope == "reference" and (self.view_drop > 0 or self.token_drop == 1
+                                               or self.token_drop > 0 and self.drop == "reference"):
             raise ValueError("--lora_scope reference has nothing to train in a batch without reference tokens: "
-                             "it needs --view_drop 0 and --token_drop below 1")
+                             "it needs --view_drop 0, and --token_drop below 1 (0 with --drop reference)")
 
 
 TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", cache="toy/data/cache",
@@ -129,28 +139,36 @@ TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", ca
            lr=3e-3, warmup=30, save_every=100, video_checkpointing="none", vae_tiling=False, workers=0, guidance=2.0,
            val_images="toy/data/val_pairs", val_videos="toy/data/val_clips", val_refs="toy/refs", val_every=100,
            sample_every=250)
-
+AUTHORS = dict(drop="reference", task_schedule="mixed", view_drop=0.0, crop_jitter=0.0, lora_dropout=0.0, cls="front",
+               cls_video=False, vae_tiling=False, image_micro=8, video_micro=1, image_checkpointing="attention")
+TOY_AUTHORS = dict(image_micro=2, video_micro=1)  # 8 micro-batches a step: as many pairs and clips as the toy's coin
 
 # ---- what a step is --------------------------------------------------------------------------------------------------
-# Every draw below is made from (seed, stream, step, micro-batch): a resumed run and any number of ranks repeat it.
+# Every random draw is made from (seed, stream, step, micro-batch), so there is no random state to save. A resumed run
+# makes the same draws, and so does another number of ranks with the same micro-batch sizes.
 
-def sample_task(cfg, step):
-    """Eq. 1, TaskSelect: "video" with probability p, else "image". One coin per step, the same on every rank."""
+def sample_task(cfg, step, *micro_index):
+    """Eq. 1, TaskSelect: "video" with probability p, else "image". One coin per step, the same on every rank. With the
+    schedule 'mixed' a step is "mixed", and each micro_index has its coin: on average (1-p) g_img + p g_vid (B.3)."""
     if cfg.task_schedule == "two_stage":
         return "image" if step < image_stage(cfg) else "video"
-    u = rng(cfg.seed, "coin", step).random()
+    if cfg.task_schedule == "mixed" and not micro_index:
+        return "mixed"
+    u = rng(cfg.seed, "coin", step, *micro_index).random()
     return "video" if u < cfg.p else "image"
 
 
 def image_stage(cfg):
-    """Steps of the first stage of 'two_stage' (D.7): each task gets as many as the coin would give it."""
+    """Image steps of 'two_stage' (D.7): as many as the coin would give on average."""
     return round((1 - cfg.p) * cfg.steps)
 
 
 def token_drop(cfg, step, micro_index, n):
-    """TokenDrop (3.4): the reference tokens that a video micro-batch keeps, a random (1 - token_drop) share of n.
-
-    Sorted indices (K,), or None for all n. K is fixed, so that shapes stay the same from step to step."""
+    """TokenDrop (3.4) in a video micro-batch. Returns which of the n reference tokens to KEEP, a random share of
+    1 - token_drop, as sorted indices (K,), or None for all. K is fixed, so that shapes stay the same. With --drop
+    reference all are kept or none, as in the authors' scripts."""
+    if cfg.drop == "reference":
+        return reference_drop(cfg, cfg.token_drop, step, micro_index)
     kept = round((1 - cfg.token_drop) * n)
     if cfg.lora_scope == "reference":
         kept = max(kept, 1)  # LoRA needs a token to act on
@@ -159,19 +177,20 @@ def token_drop(cfg, step, micro_index, n):
     return torch.from_numpy(rng(cfg.seed, "drop", step, micro_index).permutation(n)[:kept]).sort().values
 
 
-def view_drop(cfg, step, micro_index):
-    """View drop (A.2): None keeps the whole reference of an image micro-batch; with probability view_drop an empty
-    index keeps nothing of it, so that the model also learns from the caption alone."""
-    if rng(cfg.seed, "drop", step, micro_index).random() < cfg.view_drop:
+def reference_drop(cfg, probability, step, micro_index):
+    """Which reference tokens of a micro-batch to KEEP: None for all; with this probability an empty index, for none, so
+    that the model also learns from the caption alone. In image micro-batches this is view drop (A.2)."""
+    if rng(cfg.seed, "drop", step, micro_index).random() < probability:
         return torch.empty(0, dtype=torch.long)
     return None
 
 
-def encode_batch(cfg, pipe, batch, noise_rng):
+def encode_batch(cfg, pipe, batch, keep, noise_rng):
     """A batch of the loader -> latents x (B,T,C,H,W), reference latents (B,1,C,H,W), text (B,L,D), on the device.
 
-    Pixels (uint8) go through the VAE; a cache holds the VAE's moments instead. Both end in a draw of latents. The
-    reference picture is encoded alone: it is no slice of a clip's latents."""
+    Pixels (uint8) go through the VAE; a cache holds the VAE's moments instead. Latents are sampled from the moments
+    either way. The reference is encoded on its own, not cut from the clip's latents. When `keep` keeps none of it,
+    zeros stand in for it; its draw is made all the same, and leaves the next ones as they are."""
     device = pipe.transformer.device
 
     def encode(pixels_or_moments):
@@ -179,11 +198,18 @@ def encode_batch(cfg, pipe, batch, noise_rng):
         if moments.dtype == torch.uint8:
             moments = encode_moments(pipe.vae, normalise(moments))
         return sample_latents(pipe.vae, moments, noise_rng)
-    x, ref = encode(batch["pixels"]), encode(batch["reference"])
+    x = encode(batch["pixels"])
+    if keep is None or len(keep):
+        ref = encode(batch["reference"])
+    else:
+        ref = torch.zeros_like(x[:, :1])
+        torch.randn(ref.shape, generator=noise_rng)
     if "text" in batch:
         text = to_device(batch["text"], device)
     else:
-        text = to_device(encode_prompt(pipe, [with_reference_token(t, cfg.cls) for t in batch["prompt"]]), device)
+        cls = cls_for(cfg, batch["keys"][0][0])
+        prompts = [with_reference_token(t, cls, item) for t, item in zip(batch["prompt"], batch["item"])]
+        text = to_device(encode_prompt(pipe, prompts), device)
     return x, ref, text
 
 
@@ -203,7 +229,6 @@ def train(cfg):
         torch.set_float32_matmul_precision("high")  # TF32 (A.2)
     join_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     run = Path(cfg.out) / cfg.name
-
     cfg, grad_accum_steps = divide_batches(cfg, world_size)
     micro_batch_size = {"image": cfg.image_micro, "video": cfg.video_micro}
     cfg, pipe, parameters = load_model(cfg, device)
@@ -211,7 +236,7 @@ def train(cfg):
     transformer = pipe.transformer.to(device)
     pipe.vae.to(device)
     if not all(dataset.cache and dataset.cache.prompts for dataset in datasets.values()):
-        pipe.text_encoder.to(device)  # else it stays in RAM, for the held-out prompts and the samples
+        pipe.text_encoder.to(device)  # with cached prompts it stays in RAM
     num_timesteps = pipe.scheduler.config.num_train_timesteps
     n_ref = reference_tokens(pipe, size)  # tokens of the whole reference
 
@@ -228,59 +253,63 @@ def train(cfg):
 
     model = transformer
     if world_size > 1:
-        # Every rank made the same LoRA on the same base: nothing to broadcast (8-bit weights could not be).
+        # Every rank builds the same weights, so DDP need not broadcast them (it cannot broadcast 8-bit ones).
         model = torch.nn.parallel.DistributedDataParallel(transformer, gradient_as_bucket_view=True, init_sync=False)
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-    log = Log(run if rank == 0 else None, start, cfg.steps, device)
+    log = Log(run if rank == 0 else None, start, [sample_task(cfg, s) for s in range(cfg.steps)], device)
     validation = Validation(cfg, pipe, run, size, frames, autocast, log)
-    # Micro-batches 0, 1, 2, ... of a step go to the ranks in turn: a random draw belongs to one of them, not to a rank.
+    # The loader flips the same coins, so that it can read ahead. The loop checks that they agree.
     loader = batches(datasets, keys_in_order(cfg, start, grad_accum_steps, micro_batch_size), cfg.workers)
 
-    for step in range(start, cfg.steps + 1):  # one pass more than steps: the last one only saves and measures
+    for step in range(start, cfg.steps + 1):
+        # Between two steps, and after the last: once in a while save, stop if asked, measure.
         last = step == cfg.steps
-        if step > start and (step % cfg.save_every == 0 or last or log.stop):            # once in a while: save
+        if step > start and (step % cfg.save_every == 0 or last or log.stop):
             log.flush()
             if rank == 0:
                 save_checkpoint(run, step, cfg.keep_checkpoints, lambda folder: save(transformer, folder, cfg), state)
         if log.stop and not last:
             break
-        validation.measure(step)                                     # once in a while; does not affect training
+        validation.measure(step)                                     # does not affect training
         if last:
             break
 
+        # One step of Algorithm 1.
         log.start()
-        task = sample_task(cfg, step)                                # Eq. 1: u < p ? video : image
-        losses = {"loss_sum": torch.zeros(4, device=device), "loss_count": torch.zeros(4, device=device)}
-        for micro in range(grad_accum_steps[task]):
-            micro_index = micro * world_size + rank                  # counted over all ranks
+        step_task = sample_task(cfg, step)                           # Eq. 1: u < p ? video : image
+        losses = no_losses(device)
+        for micro in range(grad_accum_steps[step_task]):
+            micro_index = micro * world_size + rank                  # micro-batches go to the ranks in turn
+            task = sample_task(cfg, step, micro_index) if step_task == "mixed" else step_task
             batch = next(loader)                                     # pairs, or clips with a random frame (3.4)
             assert batch["keys"][0] == (task, step, micro_index * micro_batch_size[task]), batch["keys"]
-            noise_rng = torch_rng(cfg.seed, "noise", step, micro_index)
-            x, ref, text = encode_batch(cfg, pipe, batch, noise_rng)    # (B,T,C,H,W), (B,1,C,H,W), (B,L,D)
             if task == "video":
                 keep = token_drop(cfg, step, micro_index, n_ref)     # (K,): a random part of the reference's tokens
             else:
-                keep = view_drop(cfg, step, micro_index)             # all of them, or none
+                keep = reference_drop(cfg, cfg.view_drop, step, micro_index)    # None: all of them; empty: none
+            noise_rng = torch_rng(cfg.seed, "noise", step, micro_index)
+            x, ref, text = encode_batch(cfg, pipe, batch, keep, noise_rng)      # (B,T,C,H,W), (B,1,C,H,W), (B,L,D)
             keep = None if keep is None else to_device(keep, device)
             t, noise = sample_noise(x, pipe.scheduler, noise_rng)    # (B,), (B,T,C,H,W)
 
             torch.manual_seed(torch_rng(cfg.seed, "dropout", step, micro_index).initial_seed())  # for LoRA dropout
-            last_micro = micro == grad_accum_steps[task] - 1         # ranks average their gradients there
-            with nullcontext() if last_micro or world_size == 1 else model.no_sync():
+            sync = micro == grad_accum_steps[step_task] - 1          # ranks average gradients in the last backward
+            with nullcontext() if sync or world_size == 1 else model.no_sync():
                 with autocast:                                       # bfloat16 on a GPU
                     loss = v_loss(model, pipe.scheduler, x, text, t, noise, ref, keep)  # (B,): L_vid or L_img
-                (loss.mean() / grad_accum_steps[task]).backward()    # g_vid or g_img
-            add_losses(losses, loss, t, num_timesteps)
-            log.skipped(batch["skipped"])
+                (loss.mean() / grad_accum_steps[step_task]).backward()          # g_vid or g_img
+            add_losses(losses, task, loss, t, num_timesteps)
+            log.skipped(batch["skipped"])                            # unreadable files
         if cfg.pcgrad:
-            state["pcgrad"](parameters, task)                        # 4.3: project out the other task's gradient
+            state["pcgrad"](parameters, step_task)                   # 4.3: project out the other task's gradient
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
         optimizer.step()                                             # theta <- theta - eta g
         lr = lr_schedule.get_last_lr()[0]
         lr_schedule.step()
         optimizer.zero_grad(set_to_none=world_size == 1)             # DDP: zeros, so that they stay in its buckets
-        stop = torch.full((1,), float(SIGTERM.is_set()), device=device)  # the other ranks learn of it here
-        log.step(step, task, lr, {**sum_over_ranks({**losses, "stop": stop}), "grad_norm": grad_norm})
+        # One sum over ranks for the losses and the request to stop: all ranks stop at the same step.
+        stop = torch.full((1,), float(SIGTERM.is_set()), device=device)
+        log.step(step, step_task, lr, {**sum_over_ranks({**losses, "stop": stop}), "grad_norm": grad_norm})
 
     log.close()
     if log.stop and not last:
@@ -291,8 +320,8 @@ def train(cfg):
 # ---- the parts of a run ----------------------------------------------------------------------------------------------
 
 def divide_batches(cfg, world_size):
-    """(cfg, {"image": micro-batches per rank and step, "video": ...}). What does not divide is made smaller, and a line
-    says so. ValueError for a batch of fewer samples than ranks."""
+    """(cfg, {"image": micro-batches per rank and step, "video": ..., "mixed": ...}). Sizes that do not divide are made
+    smaller, with a message. ValueError for a batch of fewer samples than ranks."""
     grad_accum_steps = {}
     for task in ("image", "video"):
         batch, micro = getattr(cfg, f"{task}_batch"), getattr(cfg, f"{task}_micro")
@@ -306,6 +335,9 @@ def divide_batches(cfg, world_size):
             print0(f"--{task}_micro {micro} is now {fits}: {batch} samples on {world_size} rank(s) divide by it")
         cfg = replace(cfg, **{f"{task}_batch": batch, f"{task}_micro": fits})
         grad_accum_steps[task] = batch // (fits * world_size)
+    grad_accum_steps["mixed"] = grad_accum_steps["image"]  # each of image_micro pairs or video_micro clips
+    if cfg.task_schedule == "mixed" and grad_accum_steps["mixed"] * world_size == 1:
+        print0("--task_schedule mixed has one micro-batch a step, so one coin: a smaller --image_micro makes more")
     return cfg, grad_accum_steps
 
 
@@ -313,28 +345,39 @@ def keys_in_order(cfg, start, grad_accum_steps, micro_batch_size):
     """What this rank's loop will ask the loader for: each micro-batch's keys (task, step, index of the sample)."""
     rank, world_size = rank_and_world_size()
     for step in range(start, cfg.steps):
-        task = sample_task(cfg, step)
-        for micro in range(grad_accum_steps[task]):
-            first = (micro * world_size + rank) * micro_batch_size[task]
+        step_task = sample_task(cfg, step)
+        for micro in range(grad_accum_steps[step_task]):
+            micro_index = micro * world_size + rank
+            task = sample_task(cfg, step, micro_index) if step_task == "mixed" else step_task
+            first = micro_index * micro_batch_size[task]
             yield [(task, step, first + j) for j in range(micro_batch_size[task])]
 
 
-def add_losses(losses, loss, t, num_timesteps):
-    """Add a micro-batch's losses (B,) to the sums and counts of the four quarters of the timesteps."""
-    quarter = 4 * t // num_timesteps
-    zeros = torch.zeros(4, device=loss.device)
-    losses["loss_sum"] += zeros.index_add(0, quarter, loss.detach())
-    losses["loss_count"] += zeros.index_add(0, quarter, torch.ones_like(loss.detach()))
+def no_losses(device):
+    """Per task the sums and the counts of losses in the four quarters of the timesteps; of "mixed" the sum of the
+    micro-batches' means and their count."""
+    return {"image": torch.zeros(2, 4, device=device), "video": torch.zeros(2, 4, device=device),
+            "mixed": torch.zeros(2, device=device)}
+
+
+def add_losses(losses, task, loss, t, num_timesteps):
+    """Add a micro-batch's losses (B,)."""
+    quarter, loss = 4 * t // num_timesteps, loss.detach()
+    losses[task] += torch.zeros_like(losses[task]).index_add(1, quarter, torch.stack([loss, torch.ones_like(loss)]))
+    losses["mixed"] += torch.stack([loss.mean(), torch.ones_like(loss[0])])
 
 
 def load_model(cfg, device):
     """(cfg, pipeline, LoRA parameters): a frozen base in bfloat16, LoRA in float32; on a CPU everything is float32."""
-    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32, int8=cfg.int8)
+    if cfg.init_lora:
+        lora_header(cfg.init_lora)  # a mistake there shows before the base is loaded
+    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32, int8=cfg.int8,
+                         asked=cfg.device)
     pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # else copied there in every step
     if cfg.vae_tiling:
         tile_vae(pipe.vae)
     transformer = pipe.transformer.train()
-    if cfg.init_lora:  # rank, alpha and scope are the file's
+    if cfg.init_lora:  # rank, alpha and scope come from the file
         parameters = load_lora(transformer, cfg.init_lora, cfg.lora_dropout)
         config = transformer.peft_config["default"]
         cfg = replace(cfg, lora_rank=config.r, lora_alpha=config.lora_alpha, lora_scope=transformer.lora_scope)
@@ -348,23 +391,24 @@ def load_model(cfg, device):
 
 
 def open_data(cfg, pipe):
-    """(data sets, (height, width), frames). Only what this run's coin can ask for is opened, and one sample of each is
-    read: a mistake shows here, and not in a worker."""
+    """(data sets, (height, width), frames). Only what this run's coin can ask for is opened."""
     height, width = cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1]
     multiple = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
     if height % multiple or width % multiple:
         raise ValueError(f"--height and --width must be multiples of {multiple}, got {height} x {width}")
     frames = clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)
     if frames != cfg.frames:
-        print0(f"--frames {cfg.frames} cut to {frames}, a length that the VAE gives back unchanged")
+        print0(f"--frames {cfg.frames} cut to {frames}: the VAE takes no other length")
     datasets, caches = {}, open_caches(cfg, pipe, (height, width), frames)
     if cfg.p < 1:
-        datasets["image"] = ImagePairs(cfg.images, (height, width), cfg.crop_jitter, cfg.seed, caches["image"])
+        datasets["image"] = ImagePairs(cfg.images, (height, width), cfg.crop_jitter, cfg.seed, caches["image"], cfg.fit)
     if cfg.p > 0:
+        if frames == 1:
+            raise ValueError(f"--frames {cfg.frames} is a picture: video steps need clips of more frames, or --p 0")
         datasets["video"] = Clips(cfg.videos, (height, width), frames, cfg.fps, cfg.random_frame, cfg.seed,
                                        caches["video"])
     for task, dataset in datasets.items():
-        dataset[0, 0]
+        dataset[0, 0]  # read one sample now: bad data fails here, not in a worker
         if dataset.cache and dataset.cache.cached < len(dataset):
             print0(f"{cfg.cache} holds {dataset.cache.cached} of {len(dataset)} {task}s; the others are left out (if "
                    "they are new: run python -m paper.prepare cache again)")
@@ -385,15 +429,16 @@ def make_optimizer(cfg, parameters):
     def decay_over(steps):
         return get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, cfg.warmup, steps, cfg.cycles)
     lr_schedule = decay_over(cfg.steps)
-    if cfg.task_schedule == "two_stage" and 0 < (switch := image_stage(cfg)) < cfg.steps:
+    first = image_stage(cfg)
+    if cfg.task_schedule == "two_stage" and 0 < first < cfg.steps:
         # Two trainings, one after the other: with one decay over both the second would have hardly any learning rate.
-        stages = [decay_over(switch), decay_over(cfg.steps - switch)]
-        lr_schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, stages, [switch])
+        stages = [decay_over(first), decay_over(cfg.steps - first)]
+        lr_schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, stages, [first])
     return optimizer, lr_schedule
 
 
 def already_measured(cfg, run, step):
-    """Do the logs hold every measurement of this step that the flags ask for?"""
+    """Do the logs hold every number of this step that the flags ask for? (Sample sheets are not checked.)"""
     asked = [file for file, every in (("gradcos.jsonl", cfg.gradcos_every), ("val.jsonl", cfg.val_every)) if every]
     return all(any(record["step"] == step for record in records(run / file)) for file in asked)
 
@@ -408,8 +453,8 @@ def describe(cfg, run, parameters, datasets, size, start, device):
 
 def save(transformer, folder, cfg):
     """The LoRA with what sample.py needs to know of its training in the file's header."""
-    save_lora(transformer, folder, base=cfg.base, cls=str(cfg.cls), fps=str(cfg.fps), guidance=str(cfg.guidance),
-              trained_by=json.dumps(asdict(cfg)))
+    save_lora(transformer, folder, base=cfg.base, cls=cfg.cls, fit=cfg.fit, fps=str(cfg.fps),
+              guidance=str(cfg.guidance), trained_by=json.dumps(asdict(cfg)))
 
 
 # ---- watching a run --------------------------------------------------------------------------------------------------
@@ -417,9 +462,9 @@ def save(transformer, folder, cfg):
 class Validation:
     """Held-out losses, gradient cosines and sample sheets of the model as it is after `step` steps.
 
-    The held-out batches are B.1's: fixed samples, noise, timesteps and kept tokens, without view drop. They are the
-    same in every run, whatever its seed. Encoded once and kept in RAM (6 MB a clip at full size). Each rank has a
-    share."""
+    The held-out batches are B.1's: fixed samples, noise, timesteps and kept tokens, without view drop. They do not
+    depend on --seed, only on the data's flags and the micro-batch sizes. They are encoded once and kept in RAM (6 MB a
+    clip at full size). Each rank has its part of them."""
 
     SEED = 2**31 - 1
 
@@ -433,17 +478,17 @@ class Validation:
 
     def encode(self, cfg):
         rank, world_size = rank_and_world_size()
-        datasets = {"image": ImagePairs(cfg.val_images, self.size, cfg.crop_jitter, cfg.seed),
+        datasets = {"image": ImagePairs(cfg.val_images, self.size, cfg.crop_jitter, cfg.seed, fit=cfg.fit),
                     "video": Clips(cfg.val_videos, self.size, self.frames, cfg.fps, cfg.random_frame, cfg.seed)}
         for task, micro in (("image", cfg.image_micro), ("video", cfg.video_micro)):
             n = self.count[task]
-            for micro_index in range(rank, -(-n // micro), world_size):
+            for micro_index in range(rank, math.ceil(n / micro), world_size):
                 keys = [(task, 0, i) for i in range(micro_index * micro, min(n, (micro_index + 1) * micro))]
                 noise_rng = torch_rng(cfg.seed, "noise", 0, micro_index)
-                x, ref, text = encode_batch(cfg, self.pipe, next(batches(datasets, [keys])), noise_rng)
                 keep = None
                 if task == "video":
                     keep = token_drop(cfg, 0, micro_index, reference_tokens(self.pipe, self.size))
+                x, ref, text = encode_batch(cfg, self.pipe, next(batches(datasets, [keys])), keep, noise_rng)
                 t, noise = sample_noise(x, self.pipe.scheduler, noise_rng)
                 inputs = dict(latents=x, text=text, timestep=t, noise=noise, reference=ref, keep=keep)
                 self.share[task].append({k: None if v is None else v.cpu() for k, v in inputs.items()})
@@ -454,16 +499,18 @@ class Validation:
 
         def due(every):
             return every and (step % every == 0 or step == cfg.steps)
+        if not (due(cfg.gradcos_every) or due(cfg.val_every) or due(cfg.sample_every)):
+            return
         transformer.eval()
         if due(cfg.gradcos_every):
             named = [(n, p) for n, p in transformer.named_parameters() if p.requires_grad]
             self.log.write("gradcos.jsonl", {"step": step, **gradcos.measure(self.scalars, named, cfg.grad_device)})
         if due(cfg.val_every):
             self.log.write("val.jsonl", {"step": step, **self.mean_losses()})
-        if due(cfg.sample_every) and step:
+        if due(cfg.sample_every) and step > 0:
             with self.autocast:
                 write_sample_sheets(self.pipe, cfg.val_refs, self.run / "samples", step, self.size, self.frames,
-                                    cfg.cls, cfg.guidance)
+                                    cfg.cls, cfg.guidance, cfg.fit)
         transformer.train()
 
     def losses(self, task):
@@ -476,20 +523,18 @@ class Validation:
             yield loss, inputs["timestep"]
 
     def scalars(self, task):
-        """The same as scalars that sum to the mean over the whole batch, all ranks together: for the gradient."""
+        """Losses for the gradient: their sum over micro-batches and ranks is the mean loss of the batch."""
         return (loss.sum() / self.count[task] for loss, _ in self.losses(task))
 
     @torch.no_grad()
     def mean_losses(self):
         """{task: {"loss", "loss_by_timestep": 4 means}} over the whole batch, all ranks together."""
-        means = {}
+        losses = no_losses(self.pipe.transformer.device)
         for task in self.share:
-            device = self.pipe.transformer.device
-            losses = {"loss_sum": torch.zeros(4, device=device), "loss_count": torch.zeros(4, device=device)}
             for loss, t in self.losses(task):
-                add_losses(losses, loss, t, self.pipe.scheduler.config.num_train_timesteps)
-            means[task] = loss_means(**sum_over_ranks(losses))
-        return means
+                add_losses(losses, task, loss, t, self.pipe.scheduler.config.num_train_timesteps)
+        losses = sum_over_ranks(losses)
+        return {task: loss_means(*losses[task]) for task in self.share}
 
 
 def main(cfg):
@@ -500,10 +545,18 @@ def main(cfg):
         cfg = world.ensure_data(cfg)
     with attention_order(find_device(cfg.device)):
         train(cfg)
-    if dist.is_initialized():  # after train() has returned: its DDP model must go before the group does
+    if dist.is_initialized():  # train() must return first: its DDP model uses the group
         dist.barrier()
         dist.destroy_process_group()
 
 
+def defaults(argv):
+    """What --toy and --recipe put in the place of Config's defaults. A flag given by hand wins over both."""
+    toy = any(word.split("=")[0] == "--toy" for word in argv)
+    authors = "--recipe authors" in " ".join(argv).replace("=", " ")
+    return (TOY if toy else {}) | (AUTHORS if authors else {}) | (TOY_AUTHORS if toy and authors else {})
+
+
 if __name__ == "__main__":
-    command_line(main, Config, __doc__, **(TOY if any(a.split("=")[0] == "--toy" for a in sys.argv) else {}))
+    command_line(main, Config, __doc__, **defaults(sys.argv),
+                 out_of_memory="a smaller --image_micro or --video_micro, --image_checkpointing full, --int8 True")

@@ -63,9 +63,13 @@ ROWS = {  # name: flags of train.py. Sizes of data sets are shares of the toy's 
     "view-drop": {"view_drop": 0.5},
     "scope-reference": {"lora_scope": "reference"},
     "scope-reference-image-only": {"lora_scope": "reference", "p": 0.0},
-    "no-cls": {"cls": False},
+    "no-cls": {"cls": "off"},
     "clips-50pct": {"videos": "toy/data/clips-200"},
     "clips-75pct": {"videos": "toy/data/clips-300"},
+    "drop-reference": {"drop": "reference"},
+    "mixed": {"task_schedule": "mixed", "image_micro": 2, "video_micro": 1},
+    "cls-item": {"cls": "item"},
+    "authors": {"recipe": "authors", **train.AUTHORS, **train.TOY_AUTHORS},
 }
 FIGURES = {  # figure: its rows. headline and dose are drawn from results, the next from gradcos, the others from runs
     "headline": ("ours", "image-only", "thaw"),
@@ -116,6 +120,10 @@ TABLES = {  # table: (row, the paper's name, the paper's numbers in PAPER_COLUMN
               ("walking-image-only", "the same, p = 0", None),
               ("old-base", "a base that saw no clip stand", None), ("old-base-image-only", "the same, p = 0", None),
               ("low-lr-image-only", "a third of the learning rate, p = 0", None)],
+    "recipes": [("ours", "the paper's text: token drop, one coin a step, `<cls>` in front", None),
+                ("drop-reference", "the whole reference in half of the video micro-batches", None),
+                ("mixed", "8 coins a step", None), ("cls-item", "`<cls>` before the name", None),
+                ("view-drop", "view drop 0.5", None), ("authors", "the authors' scripts", None)],
     "method": [("ours", "the default", None), ("view-drop", "view drop 0.5 (A.2)", None),
                ("scope-reference", "LoRA on reference tokens only", None),
                ("scope-reference-image-only", "the same, p = 0", None), ("image-only", "all tokens, p = 0", None),
@@ -175,8 +183,8 @@ class Config:
     seeds: int = knob(3, "seeds 0, 1, ...")
     jobs: int = knob(2, "rows side by side, one thread each")
     steps: int = knob(train.TOY["steps"], "training steps of a row")
-    n: int = knob(96, "unseen creatures that score a row")
-    sample_steps: int = knob(25, "denoising steps when scoring")
+    n: int = knob(64, "unseen creatures that score a row")
+    sample_steps: int = knob(20, "denoising steps when scoring")
     curve_n: int = knob(32, "unseen creatures that score a checkpoint on the way")
     results: str = knob("paper/results", "folder with one file per row and seed")
     out: str = knob("out/ablate", "where the runs and their cached latents live")
@@ -217,16 +225,18 @@ def train_and_score(cfg):
         config = train_row(cfg, name, seed)
         if not result.is_file():
             scored = score_row(cfg, run, config)
-            record = {"row": cfg.row, "seed": seed, "flags": ROWS[cfg.row], **settings(cfg), "commit": commit()} | scored
+            record = {"row": cfg.row, "seed": seed, "flags": ROWS[cfg.row], **settings(cfg), "commit": commit()}
             result.parent.mkdir(parents=True, exist_ok=True)
-            write(result, json.dumps(record, indent=1) + "\n")
+            write(result, json.dumps(record | scored, indent=1) + "\n")
 
 
 def train_row(cfg, name, seed):
     """Train the row into out/NAME. Returns the config."""
     from toy import world
     flags = flags_of(cfg.row, cfg.steps, seed, cfg.out)
-    curve = {"save_every": cfg.steps // 10, "keep_checkpoints": 99} if cfg.row in CURVES else {"save_every": cfg.steps}
+    curve = {"save_every": cfg.steps}
+    if cfg.row in CURVES:
+        curve = {"save_every": max(1, flags["steps"] // 5), "keep_checkpoints": 99}
     watched = {"gradcos_every": max(1, cfg.steps // 20)} if cfg.row in WATCHED else {}
     config = train.Config(**{**train.TOY, "toy": True, "seed": seed, "name": name, "out": cfg.out, "val_every": 0,
                              "sample_every": 0, **curve, **watched, **flags})
@@ -353,6 +363,9 @@ def single_picture_lines(results):
 
 def control_lines(cfg, file, first):
     """The rows of results/controls.json or guidance.json."""
+    if not (Path(cfg.results) / file).is_file():
+        yield "Not run yet."
+        return
     rows = json.loads((Path(cfg.results) / file).read_text())["rows"]
     yield f"| {first} | {' | '.join(COLUMNS)} |"
     yield "|---" * (len(COLUMNS) + 1) + "|"
@@ -384,15 +397,17 @@ def finding_lines(rows, results, cfg):
         if not {name for name in (high, low) if isinstance(name, str)} <= rows:
             continue
         a, b = ({seed: record["scores"][column] for seed, record in results.get(name, {}).items()}
-                if isinstance(name, str) else None for name in (high, low))
-        a, b = a or dict.fromkeys(b or {}, high), b or dict.fromkeys(a or {}, low)
+                if isinstance(name, str) else dict.fromkeys(range(cfg.seeds), name) for name in (high, low))
         seeds = sorted(seed for seed in a.keys() & b.keys() if not np.isnan(a[seed] - b[seed]))
+        run = bool(a and b)
         a, b = [a[seed] for seed in seeds], [b[seed] for seed in seeds]
         gradient = column in GRADIENT_COLUMNS
         smallest = 0.0 if gradient else 200 / cfg.n  # per cent: two videos of n
         ruling = verdict(np.subtract(a, b), *margin, smallest=smallest)
         if seeds and not gradient and not margin and min(np.mean(a), np.mean(b)) >= 98:
             ruling = "not decidable: both at the ceiling"
+        if not run:
+            ruling = "not run yet"
         shown = ", ".join(f"{x - y:+.{3 if gradient else 1}f}" for x, y in zip(a, b)) or "-"
         yield f"| {where} | {claim} | {column} | {shown} | {ruling} |"
 
@@ -405,7 +420,7 @@ def write_results(cfg):
              "and scores\nwhat is missing there. "
              f"Per cent over {cfg.n} unseen creatures, mean ± standard deviation over the seeds; {cfg.sample_steps} "
              "denoising\nsteps, the LoRA's own guidance. `toy/world.py` defines the scores. The paper's numbers are in "
-             "its own units."]
+             "its own units.\nA row of 0 seeds has not been run yet."]
     parts += ["## Findings", "\n".join(finding_lines(set(ROWS), results, cfg)), CANNOT_SHOW.strip(),
               "## What the scores can be fooled by, and what bounds them",
               "\n".join(control_lines(cfg, "controls.json", "controls")),
@@ -515,6 +530,10 @@ def draw_dose(plt, results, controls):
 def make_controls(cfg):
     """results/controls.json and guidance.json, where they are missing. They need the run of `ours`, seed 0."""
     from toy import world
+    files = [Path(cfg.results) / name for name in ("controls.json", "guidance.json")]
+    if all(file.is_file() for file in files):
+        return
+    run_missing(cfg, ["ours"], 1, runs=True)
     run = f"{cfg.out}/ours-0"
     if not (Path(cfg.results) / "controls.json").is_file():
         rows = world.score_controls(run, cfg.n, steps=cfg.sample_steps)
@@ -536,6 +555,8 @@ def main(cfg):
         return print_real(cfg.what or tables)
     load_results(cfg)  # results that cannot be compared stop here, not after hours
     failed = 0
+    if not cfg.what or "headline" in cfg.what:
+        make_controls(cfg)
     if tables:
         rows = list(dict.fromkeys(row for table in tables for row, _, _ in TABLES[table]))
         failed = run_missing(cfg, rows, cfg.seeds)

@@ -161,12 +161,15 @@ def test_a_batch_of_another_place_stops_the_run(knobs, tmp_path, monkeypatch, wr
     monkeypatch.chdir(tmp_path)
     keys_in_order = train.keys_in_order
 
-    def others(*args):
-        for keys in keys_in_order(*args):
-            yield [{"task": ("video" if task == "image" else "image", step, index), "step": (task, step + 1, index),
-                    "index": (task, step, index + 1)}[wrong] for task, step, index in keys]
-    monkeypatch.setattr(train, "keys_in_order", others)
-    with pytest.raises(AssertionError):
+    def elsewhere(task, step, index):
+        if wrong == "task":
+            return {"image": "video", "video": "image"}[task], step, index
+        return (task, step + 1, index) if wrong == "step" else (task, step, index + 1)
+
+    def other_keys(*args):
+        return ([elsewhere(*key) for key in keys] for keys in keys_in_order(*args))
+    monkeypatch.setattr(train, "keys_in_order", other_keys)
+    with pytest.raises(AssertionError, match=r"^\[\('(image|video)', [01], [01]\), "):  # the batch's keys
         go(knobs)
     assert not Path("out/toy/log.jsonl").exists()
 

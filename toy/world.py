@@ -116,11 +116,11 @@ def draw_clips(rng, n):
     """n scenes of moving pictures: field and direction indices, tile positions (N,5,2).
 
     Stock footage is full of shots in which little happens, whatever their titles say. So 27 % of the clips stand, and
-    their captions say so (direction STANDS). The others walk to the edge: 60 % two tiles, 30 % one, and 10 % are there
-    already, so that "walks" hardly moves.
+    their captions say so (direction STANDS). The others walk to the edge, two tiles; but 12 % of them are there
+    already, and do not move although their captions say so.
     """
     fields, directions = draw_scenes(rng, n)
-    tiles = draw_walks(rng, directions, rng.choice(3, n, p=[0.1, 0.3, 0.6]))
+    tiles = draw_walks(rng, directions, rng.choice([0, GRID - 1], n, p=[0.12, 0.88]))
     stands = rng.random(n) < 0.27
     tiles[stands] = rng.integers(0, GRID, (stands.sum(), 1, 2))  # anywhere
     return fields, np.where(stands, STANDS, directions), tiles
@@ -376,12 +376,15 @@ def score_lora(lora, n, with_reference=True, guidance=0.0, frames=0, **options):
     """(scores, videos) of the LoRA at `lora` on the first n of the test set. guidance 0 takes the LoRA's own.
 
     frames=1 samples single pictures instead, of a creature that stands: what image steps train."""
-    from sample import guidance_of, load, trained_with_cls
+    from model import with_reference_token
+    from sample import cls_of, guidance_of, load
     pipe, header = load(lora=str(lora))
     test = draw_test_set(n)
     if frames == 1:
         test = dataclasses.replace(test, prompts=[caption(f) for f in test.fields])
-    videos = sample_test_set(pipe, test, test.references if with_reference else None, cls=trained_with_cls(header),
+    cls = cls_of(header)
+    test = dataclasses.replace(test, prompts=[with_reference_token(p, cls, "creature") for p in test.prompts])
+    videos = sample_test_set(pipe, test, test.references if with_reference else None, cls=cls,
                              guidance=guidance or guidance_of(header), frames=frames, **options)
     return score_videos(videos, test), videos
 
