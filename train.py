@@ -117,8 +117,8 @@ class Config:
                       cls="front item off", fit="cover pad", image_checkpointing="full attention none",
                       video_checkpointing="full attention none")
         check_bounds(
-            self, shares="p token_drop view_drop lora_dropout crop_jitter beta1 beta2", not_negative="height width seed "
-            "weight_decay warmup workers guidance gradcos_every val_every sample_every pcgrad",
+            self, shares="p token_drop view_drop lora_dropout crop_jitter beta1 beta2", not_negative="height width "
+            "seed weight_decay warmup workers guidance gradcos_every val_every sample_every pcgrad",
             positive="lora_rank lora_alpha frames fps steps image_batch video_batch image_micro video_micro lr cycles "
                      "grad_clip save_every keep_checkpoints val_pairs val_clips")
         if self.sample_every and not Path(self.val_refs or "none").is_dir():

@@ -92,7 +92,7 @@ def test_compiled_blocks_have_the_same_losses_and_one_graph_per_shape(step):
         with patch.object(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition")):
             ours.compile_blocks()
         compiled_loss, compiled_gradient = step(task, keep)
-        assert compiled_loss == pytest.approx(loss, rel=1e-5)
+        assert abs(compiled_loss - loss) < 1e-5 * loss
         assert (compiled_gradient - gradient).abs().max() < 1e-5 * gradient.abs().max()
         assert 1 <= graphs["unique_graphs"] - before <= 2  # not one per block
 
@@ -104,7 +104,8 @@ def test_compile_refuses_scope_reference(tiny):
 
 
 def test_lora_inputs_are_rounded_once(tiny, inputs):
-    """Under autocast without dropout: the same bits with fewer casts and fewer bytes moved."""
+    """Under autocast without dropout: the same loss, bit for bit, with fewer bytes moved. Gradients are added up in
+    bfloat16 where peft adds them in float32: equal to that rounding."""
     ours, _ = tiny
     latents, text, timestep, reference = inputs
     ours.to(torch.bfloat16)
@@ -126,9 +127,10 @@ def test_lora_inputs_are_rounded_once(tiny, inputs):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = ours(latents, text, timestep, reference=reference).sample.float().square().mean()
             gradients = torch.autograd.grad(loss, parameters)
-        results.append([loss, *gradients])
+        results.append([loss.detach(), torch.cat([g.flatten() for g in gradients])])
         moved.append(counter.moved)
-    assert torch.equal(results[0][0], results[1][0])
+    (loss, gradient), (plain_loss, plain_gradient) = results
+    assert torch.equal(loss, plain_loss) and (gradient - plain_gradient).norm() < 0.01 * plain_gradient.norm()
     assert moved[0] < 0.95 * moved[1]
 
 
