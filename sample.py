@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import FirstBlockCacheConfig
 from PIL import Image
 
 from data import clip_frames, fit_reference, load_image, normalise, read_text, resize_center_crop, save_video, to_pixels
@@ -241,6 +240,7 @@ def main(cfg):
     if cfg.compile:
         pipe.transformer.compile_blocks()
     if cfg.cache_threshold:
+        from diffusers import FirstBlockCacheConfig
         pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=cfg.cache_threshold))
     for i, prompt, video in sample_in_batches(cfg, pipe, header, latents, prompts, device):
         file = out.with_stem(f"{out.stem}-{i}") if len(prompts) > 1 else out

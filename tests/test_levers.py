@@ -5,10 +5,13 @@ from tests.common import TORCHRUN, randomise_lora  # before torch
 from functools import partial
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 
 import model
+import sample
 from model import add_lora, v_loss
 from paper.bench import Counter
 from train import Config, make_optimizer
@@ -188,3 +191,26 @@ def test_merged_lora_gives_the_same_output_with_fewer_products(tiny, inputs):
         products.append(counter.flops)
     assert (outputs[1] - outputs[0]).abs().max() < 1e-5 * outputs[0].abs().max()
     assert products[1] < products[0] and not any("lora_" in name for name, _ in ours.named_parameters())
+
+
+def test_cache_skips_blocks_and_batches_are_the_single_samples():
+    """FirstBlockCache with our forward: a high threshold runs the later blocks in the first step only. A batch of two
+    prompts is what each is alone, to the rounding of a batch."""
+    pipe = model.load_pipeline(BASE)
+    reference = torch.zeros(1, 1, 4, 16, 16)
+    prompts = ["a creature walks up", "a creature stands"]
+
+    def videos(prompts):
+        return sample.generate(pipe, reference, prompts, [0] * len(prompts), steps=4)
+    alone, together = [videos([prompt])[0] for prompt in prompts], videos(prompts)
+    for a, b in zip(alone, together):
+        assert max(np.abs(np.asarray(x, int) - np.asarray(y, int)).max() for x, y in zip(a, b)) <= 1
+    runs = []
+    pipe.transformer.transformer_blocks[1].ff.register_forward_hook(lambda *_: runs.append(1))
+    videos(prompts[:1])
+    assert len(runs) == 4
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=100.0))
+    for _ in range(2):  # a new sample starts with an empty cache
+        runs.clear()
+        videos(prompts[:1])
+        assert len(runs) == 1
