@@ -14,7 +14,8 @@ import json
 import os
 import re
 import sys
-from functools import lru_cache
+from contextlib import nullcontext
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import T5Config, T5EncoderModel
 
 from run import newest_checkpoint, weight_fingerprint
@@ -52,6 +55,7 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
     """
 
     lora_scope = "all"  # or "reference": see add_lora
+    checkpointing = {"image": "none", "video": "none"}  # per task: see run_block
 
     @apply_lora_scale("attention_kwargs")
     def forward(self, hidden_states, encoder_hidden_states, timestep, timestep_cond=None, ofs=None,
@@ -87,13 +91,15 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
             reference = reference.to(hidden_states).expand(B, -1, -1, -1, -1)
             frames = torch.cat([reference, hidden_states], dim=1)  # (B, 1+T, C, H, W)
         F_all, K = frames.shape[1], 0 if reference is None else N if keep is None else len(keep)
-        span = Span(L, K, F_all)
+        set_span = None
+        if self.lora_scope == "reference":
+            set_span = partial(self.span_holder.__setitem__, 0, Span(L, K, F_all))
+            set_span()
 
         rope = image_rotary_emb  # a pair (cos, sin), each (F_all*N, head_dim)
         if self.config.use_rotary_positional_embeddings and (rope is None or reference is not None):
             rope = self.rotary_tables(F_all, H, W, hidden_states.device)
 
-        self._set_span(span)
         tokens = self.patch_embed(encoder_hidden_states, frames)  # (B, L + F_all*N, D)
         text, hidden = tokens[:, :L], tokens[:, L:]
         if reference is not None and keep is not None:
@@ -101,14 +107,12 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
             rows = torch.cat([keep.to(hidden.device), torch.arange(N, F_all * N, device=hidden.device)])
             hidden = hidden[:, rows]  # (B, K + T*N, D)
             rope = rope and tuple(table[rows] for table in rope)
-        text, hidden = self.embedding_dropout(text), self.embedding_dropout(hidden)
+        # Contiguous, as every later block's inputs are: compiled, the first one would need kernels of its own.
+        text, hidden = (self.embedding_dropout(x).contiguous() for x in (text, hidden))
 
+        checkpointing = self.checkpointing["image" if T == 1 else "video"] if torch.is_grad_enabled() else "none"
         for block in self.transformer_blocks:
-            args = (block, span, hidden, text, temb, rope, attention_kwargs)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden, text = self._gradient_checkpointing_func(self._run_block, *args)
-            else:
-                hidden, text = self._run_block(*args)
+            hidden, text = self.run_block(checkpointing, block, set_span, hidden, text, temb, rope, attention_kwargs)
 
         hidden = hidden[:, K:]  # (B, T*N, D): only the noisy frames are decoded
         hidden = self.norm_out(self.norm_final(hidden), temb=temb)
@@ -117,19 +121,58 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
         velocity = velocity.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)  # (B, T, C, H, W)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
-    def _run_block(self, block, span, hidden, text, temb, rope, attention_kwargs):
-        self._set_span(span)  # inside the checkpointed function, so that backward's recomputation sees the same span
-        return block(hidden, text, temb, image_rotary_emb=rope, attention_kwargs=attention_kwargs)
+    def enable_gradient_checkpointing(self, *_):
+        """The stock call: everything is recomputed, in both tasks."""
+        self.checkpointing = {"image": "full", "video": "full"}
 
-    def _set_span(self, span):
+    def disable_gradient_checkpointing(self):
+        self.checkpointing = {"image": "none", "video": "none"}
+
+    def compile_blocks(self):
+        """Compile the blocks, all with one kernel set per shape: the first step of each shape waits for the compiler.
+
+        The losses stay the same to rounding; with LoRA dropout the masks come from another random stream."""
         if self.lora_scope == "reference":
-            self.span_holder[0] = span
+            raise ValueError("--compile needs --lora_scope all: with 'reference' each block would be compiled alone")
+        torch._dynamo.config.recompile_limit = 64   # tasks x drops x (training, validation, sampling)
+        torch._dynamo.config.optimize_ddp = False   # it cannot split a checkpointed block, and blocks are small enough
+        self.run_block = torch.compile(SubjectTransformer.run_block, dynamic=False, fullgraph=True)
+
+    @staticmethod
+    def run_block(checkpointing, *args):
+        """One block. checkpointing: what backward recomputes of it, to save memory: "full" (all), "attention" (all but
+        attention, whose output is kept: half of a clip's FLOPs for 5 GB), "none"."""
+        if checkpointing == "none":
+            return SubjectTransformer._run_block(*args)
+        keep = {}
+        if checkpointing == "attention":
+            keep["context_fn"] = partial(create_selective_checkpoint_contexts, ATTENTION)
+        return checkpoint(SubjectTransformer._run_block, *args, use_reentrant=False, **keep)
+
+    @staticmethod
+    def _run_block(block, set_span, hidden, text, temb, rope, attention_kwargs):
+        if set_span:  # here, inside the checkpointed function, so that backward's recomputation sees the same span
+            set_span()
+        return block(hidden, text, temb, image_rotary_emb=rope, attention_kwargs=attention_kwargs)
 
     def rotary_tables(self, frames, height, width, device):
         """RoPE (cos, sin) for `frames` latent frames of height x width latents, as the stock pipeline makes them."""
         c = self.config
         return _rotary_tables(c.attention_head_dim, frames, height // c.patch_size, width // c.patch_size,
                               c.sample_height // c.patch_size, c.sample_width // c.patch_size, torch.device(device))
+
+
+ATTENTION = [op.default for op in (
+    torch.ops.aten._scaled_dot_product_cudnn_attention, torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_efficient_attention, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)]
+
+
+def attention_order(device):
+    """A context in which attention takes cuDNN's kernel first, then FlashAttention; on GPUs before Hopper nothing."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return nullcontext()
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
 
 
 @lru_cache(maxsize=16)
@@ -155,9 +198,20 @@ def add_lora(transformer, rank, alpha, dropout=0.0, scope="all"):
         if "lora_" in name:
             parameter.data = parameter.data.float()  # add_adapter follows the base: in bf16 an lr of 5e-5 barely moves
             parameter.requires_grad_(scope == "all" or _reaches_output(name, len(transformer.transformer_blocks)))
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False  # peft's cast to float32, which autocast would only take back
+        elif isinstance(module, CogVideoXLayerNormZero):
+            module.register_forward_hook(_round_once)
     if scope == "reference":
         _restrict_to_reference(transformer)
     return [p for p in transformer.parameters() if p.requires_grad]
+
+
+def _round_once(norm, args, out):
+    """Under autocast norms give float32: round here, not again in each of the layers that read it and their LoRA."""
+    device = out[0].device.type
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in out) if torch.is_autocast_enabled(device) else out
 
 
 def fingerprint(transformer):
@@ -239,6 +293,14 @@ def read_lora(transformer, path):
         raise ValueError(f"LoRA {file} does not fit this base: {len(wrong)} of {len(here)} tensors differ, "
                          f"the first is {min(wrong)}")
     set_peft_model_state_dict(transformer, weights)
+
+
+def merge_lora(transformer):
+    """Fold the adapters into the base (in float32, then rounded to its dtype) and drop them: a third fewer calls."""
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer):
+            module.merge()
+    transformer.unload_lora()
 
 
 # ---- LoRA on reference tokens only: lora_scope "reference" ----------------------------------------------------------

@@ -287,7 +287,7 @@ class Log:
 NOT_TRAINED = {"toy", "recipe", "tensorboard", "name", "out", "workers", "save_every", "keep_checkpoints", "guidance",
                "grad_device",
                "gradcos_every", "val_every", "sample_every", "val_images", "val_videos", "val_pairs", "val_clips",
-               "val_refs"}
+               "val_refs", "image_checkpointing", "video_checkpointing"}
 SIGTERM = threading.Event()  # the job is asked to end: it saves first
 
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 
 from data import clip_frames, fit_reference, load_image, normalise, read_text, resize_center_crop, save_video, to_pixels
-from model import (LORA_FILE, PAPER_BASE, REFERENCE_TOKEN, encode_prompt, encode_video, find_device, frame_size,
-                   load_lora, load_pipeline, lora_header, lora_path, sampling_dtype, tile_vae, with_reference_token)
-from run import check_bounds, command_line, knob, rank_and_world_size
+from model import (LORA_FILE, PAPER_BASE, REFERENCE_TOKEN, attention_order, encode_prompt, encode_video, find_device,
+                   frame_size, load_lora, load_pipeline, lora_header, lora_path, merge_lora, sampling_dtype, tile_vae,
+                   with_reference_token)
+from run import check_bounds, check_choices, command_line, knob, rank_and_world_size
 
 HERE = Path(__file__).parent
 
@@ -26,6 +28,7 @@ class Config:
     ref: str = knob("", "picture of the subject, any size and mode; empty samples without a reference")
     prompt: str = knob("", "what happens; empty takes the text file beside the picture, if there is one")
     prompts: str = knob("", "text file with one prompt per line: one video each")
+    batch: int = knob(1, "videos of --prompts that are sampled at once")
     lora: str = knob("", "LoRA file, checkpoint or run; empty takes the newest checkpoint under out/, else toy/lora")
     base: str = knob("", "diffusers CogVideoX folder or hub id; empty takes the one the LoRA was trained on")
     out: str = knob("sample.mp4", "file to write; .png for a single picture (--frames 1)")
@@ -43,14 +46,19 @@ class Config:
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
     int8: bool = knob(False, "keep the transformer in 8 bits (torchao): half the memory, another picture")
     offload: str = knob("none", "'model' or 'sequential' keeps weights in RAM until needed (for a small GPU)")
+    compile: bool = knob(False, "compile the transformer's blocks: minutes first, then faster steps")
+    cache_threshold: float = knob(0.0, "skip all blocks but the first in steps where its output changes by less than "
+                                       "this share (0.1, say): faster, lossy; 0 is off (diffusers' FirstBlockCache)")
 
     def __post_init__(self):
-        check_bounds(self, positive="steps", not_negative="seed guidance frames fps height width enlarge lora_scale")
+        check_bounds(self, positive="steps batch", not_negative="seed guidance frames fps height width enlarge "
+                                                                "lora_scale cache_threshold")
         suffixes = (".png", ".mp4") if self.frames == 1 else (".mp4", ".mov", ".mkv")
         if Path(self.out).suffix not in suffixes:
             raise ValueError(f"--out must end in {' or '.join(suffixes)}, got {self.out!r}")
-        if self.offload not in ("none", "model", "sequential"):
-            raise ValueError(f"--offload must be none, model or sequential, got {self.offload!r}")
+        check_choices(self, offload="none model sequential")
+        if self.compile and (self.cache_threshold or self.offload != "none"):
+            raise ValueError("--compile True goes with neither --cache_threshold nor --offload")
 
 
 def find_lora(path=""):
@@ -61,7 +69,7 @@ def find_lora(path=""):
     return lora_path(max(files, key=lambda f: f.stat().st_mtime, default=HERE / "toy/lora"))
 
 
-def load(lora="", base="", device="cpu", use_lora=True, int8=False):
+def load(lora="", base="", device="cpu", use_lora=True, int8=False, lora_scale=1.0):
     """(pipeline, header): the base, with the LoRA on it unless use_lora is False. `lora` as for find_lora. device: the
     one that it is for, as in --device.
 
@@ -76,10 +84,16 @@ def load(lora="", base="", device="cpu", use_lora=True, int8=False):
     pipe = load_pipeline(base, dtype, int8=int8, asked=device)  # in RAM: the caller moves or offloads it
     if use_lora:
         load_lora(pipe.transformer, file)
+        for module in pipe.transformer.modules():
+            if isinstance(module, LoraLayer):
+                module.scale_layer(lora_scale)
+        if pipe.transformer.lora_scope == "all" and not int8:
+            merge_lora(pipe.transformer)
         for name, parameter in pipe.transformer.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)
         pipe.transformer.eval().requires_grad_(False)
+    pipe.vae.enable_slicing()  # a batch of videos is decoded one by one
     return pipe, header
 
 
@@ -105,7 +119,7 @@ def encode_references(pipe, pictures, height, width, fit="cover"):
 
 
 def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0, height=0, width=0, cls="front",
-             dynamic_cfg=False, negative_prompt="", text=None, lora_scale=1.0):
+             dynamic_cfg=False, negative_prompt="", text=None):
     """Videos as lists of PIL pictures, one per prompt.
 
     references: latents from encode_references, one per prompt or one for all, or None (text-to-video). text: embeddings
@@ -122,7 +136,7 @@ def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0,
         height=height, width=width, num_frames=frames, num_inference_steps=steps, guidance_scale=guidance,
         use_dynamic_cfg=dynamic_cfg, generator=[torch.Generator().manual_seed(s) for s in seeds],
         max_sequence_length=pipe.transformer.config.max_text_seq_length,
-        attention_kwargs={"reference": references, **({"scale": lora_scale} if lora_scale != 1 else {})}).frames
+        attention_kwargs={"reference": references}).frames
 
 
 def decode_what_fits(vae):
@@ -171,6 +185,19 @@ def write_sample_sheets(pipe, folder, out, step, size, frames, cls="front", guid
         contact_sheet(video, picture, max(1, 128 // video[0].height)).save(out / f"{file.stem}-{step:06d}.png")
 
 
+def sample_in_batches(cfg, pipe, header, latents, prompts, device):
+    """(number, prompt, video) of each prompt, --batch of them at once; each is what it would be alone."""
+    for first in range(0, len(prompts), cfg.batch):
+        batch = prompts[first:first + cfg.batch]
+        for prompt in batch:
+            print(f"{prompt!r}, seed {cfg.seed}")
+        with attention_order(device):
+            videos = generate(pipe, latents, batch, [cfg.seed] * len(batch), cfg.steps,
+                              cfg.guidance or guidance_of(header), cfg.frames, cfg.height, cfg.width,
+                              cls_of(header), cfg.dynamic_cfg, cfg.negative_prompt)
+        yield from zip(range(first, first + len(batch)), batch, videos)
+
+
 def main(cfg):
     device = find_device(cfg.device)
     if cfg.offload != "none" and device.type == "cpu":
@@ -190,7 +217,7 @@ def main(cfg):
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    pipe, header = load(cfg.lora, cfg.base, cfg.device, int8=cfg.int8)
+    pipe, header = load(cfg.lora, cfg.base, cfg.device, int8=cfg.int8, lora_scale=cfg.lora_scale)
     multiple = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
     if cfg.height % multiple or cfg.width % multiple:
         raise ValueError(f"--height and --width must be multiples of {multiple}, got {cfg.height} x {cfg.width}")
@@ -215,11 +242,12 @@ def main(cfg):
         else:
             pipe.enable_sequential_cpu_offload(device=device)
 
-    for i, prompt in enumerate(prompts):
-        print(f"{prompt!r}, seed {cfg.seed}")
-        (video,) = generate(pipe, latents, [prompt], [cfg.seed], cfg.steps, cfg.guidance or guidance_of(header),
-                            cfg.frames, cfg.height, cfg.width, cls_of(header), cfg.dynamic_cfg,
-                            cfg.negative_prompt, lora_scale=cfg.lora_scale)
+    if cfg.compile:
+        pipe.transformer.compile_blocks()
+    if cfg.cache_threshold:
+        from diffusers import FirstBlockCacheConfig
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=cfg.cache_threshold))
+    for i, prompt, video in sample_in_batches(cfg, pipe, header, latents, prompts, device):
         file = out.with_stem(f"{out.stem}-{i}") if len(prompts) > 1 else out
         enlarge = cfg.enlarge or max(1, 256 // video[0].height)
         if len(video) == 1:

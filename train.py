@@ -35,8 +35,8 @@ if not {"-h", "--help"} & set(sys.argv):  # diffusers takes seconds to import: -
     from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup
     from diffusers.utils import logging as diffusers_logging
 
-    from model import (add_lora, encode_moments, encode_prompt, find_device, frame_size, load_lora, load_pipeline,
-                       lora_header, read_lora, sample_latents, save_lora, tile_vae, to_device, v_loss,
+    from model import (add_lora, attention_order, encode_moments, encode_prompt, find_device, frame_size, load_lora,
+                       load_pipeline, lora_header, read_lora, sample_latents, save_lora, tile_vae, to_device, v_loss,
                        with_reference_token)
     from sample import write_sample_sheets
 
@@ -77,7 +77,7 @@ class Config:
     steps: int = knob(4000, "optimiser steps (5.1)")
     image_batch: int = knob(256, "image pairs per image step, all ranks together (5.1)")
     video_batch: int = knob(32, "clips per video step, all ranks together (5.1)")
-    image_micro: int = knob(8, "image pairs per forward pass at most; the rest of the batch is accumulated")
+    image_micro: int = knob(1, "image pairs per forward pass at most; the rest of the batch is accumulated")
     video_micro: int = knob(1, "clips per forward pass at most")
     lr: float = knob(5e-5, "peak learning rate of AdamW (5.1)")
     beta1: float = knob(0.9, "AdamW beta1 (A.2)")
@@ -92,7 +92,9 @@ class Config:
     seed: int = knob(0, "seed of everything random")
     save_every: int = knob(50, "steps between checkpoints (A.2)")
     keep_checkpoints: int = knob(3, "newest checkpoints that stay on disk")
-    gradient_checkpointing: bool = knob(True, "recompute activations in backward to save memory (A.1)")
+    image_checkpointing: str = knob("none", "recompute in backward: all but 'attention', 'full' (A.1) or 'none'")
+    video_checkpointing: str = knob("attention", "the same in video steps: 'full', 'attention' or 'none'")
+    compile: bool = knob(False, "compile the blocks: faster steps, after minutes for each new shape of a micro-batch")
     vae_tiling: bool = knob(True, "encode in tiles, one sample at a time, to save memory (A.2)")
     workers: int = knob(4, "processes per rank that read data")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
@@ -114,13 +116,13 @@ class Config:
 
     def __post_init__(self):
         check_choices(self, recipe="paper authors", task_schedule="switch two_stage mixed", drop="tokens reference",
-                      cls="front item off", fit="cover pad")
+                      cls="front item off", fit="cover pad", image_checkpointing="full attention none",
+                      video_checkpointing="full attention none")
         check_bounds(
-            self, shares="p token_drop view_drop lora_dropout crop_jitter beta1 beta2",
+            self, shares="p token_drop view_drop lora_dropout crop_jitter beta1 beta2", not_negative="height width "
+            "seed weight_decay warmup workers guidance gradcos_every val_every sample_every pcgrad",
             positive="lora_rank lora_alpha frames fps steps image_batch video_batch image_micro video_micro lr cycles "
-                     "grad_clip save_every keep_checkpoints val_pairs val_clips",
-            not_negative="height width seed weight_decay warmup workers guidance gradcos_every val_every sample_every "
-                         "pcgrad")
+                     "grad_clip save_every keep_checkpoints val_pairs val_clips")
         if self.sample_every and not Path(self.val_refs or "none").is_dir():
             raise ValueError(f"--sample_every needs a folder of pictures and prompts: no --val_refs {self.val_refs!r}")
         if self.pcgrad == 1 or self.pcgrad and self.task_schedule == "mixed":
@@ -134,12 +136,11 @@ class Config:
 TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", cache="toy/data/cache",
            name="toy", lora_rank=32, lora_alpha=16.0, lora_dropout=0.0, frames=9, fps=4.0, crop_jitter=0.0,
            view_drop=0.0, steps=500, image_batch=16, image_micro=16, video_batch=8, video_micro=8,
-           lr=3e-3, warmup=30, save_every=100, gradient_checkpointing=False, vae_tiling=False, workers=0, guidance=2.0,
+           lr=3e-3, warmup=30, save_every=100, video_checkpointing="none", vae_tiling=False, workers=0, guidance=2.0,
            val_images="toy/data/val_pairs", val_videos="toy/data/val_clips", val_refs="toy/refs", val_every=100,
            sample_every=250)
-
 AUTHORS = dict(drop="reference", task_schedule="mixed", view_drop=0.0, crop_jitter=0.0, lora_dropout=0.0, cls="front",
-               cls_video=False, vae_tiling=False, image_micro=8, video_micro=1)
+               cls_video=False, vae_tiling=False, image_micro=8, video_micro=1, image_checkpointing="attention")
 TOY_AUTHORS = dict(image_micro=2, video_micro=1)  # 8 micro-batches a step: as many pairs and clips as the toy's coin
 
 # ---- what a step is --------------------------------------------------------------------------------------------------
@@ -228,7 +229,6 @@ def train(cfg):
         torch.set_float32_matmul_precision("high")  # TF32 (A.2)
     join_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     run = Path(cfg.out) / cfg.name
-
     cfg, grad_accum_steps = divide_batches(cfg, world_size)
     micro_batch_size = {"image": cfg.image_micro, "video": cfg.video_micro}
     cfg, pipe, parameters = load_model(cfg, device)
@@ -306,7 +306,7 @@ def train(cfg):
         optimizer.step()                                             # theta <- theta - eta g
         lr = lr_schedule.get_last_lr()[0]
         lr_schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=world_size == 1)             # DDP: zeros, so that they stay in its buckets
         # One sum over ranks for the losses and the request to stop: all ranks stop at the same step.
         stop = torch.full((1,), float(SIGTERM.is_set()), device=device)
         log.step(step, step_task, lr, {**sum_over_ranks({**losses, "stop": stop}), "grad_norm": grad_norm})
@@ -388,8 +388,9 @@ def load_model(cfg, device):
     else:
         torch.manual_seed(cfg.seed)  # every rank starts from the same LoRA
         parameters = add_lora(transformer, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_scope)
-    if cfg.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    transformer.checkpointing = {"image": cfg.image_checkpointing, "video": cfg.video_checkpointing}
+    if cfg.compile:
+        transformer.compile_blocks()
     return cfg, pipe, parameters
 
 
@@ -426,7 +427,8 @@ def reference_tokens(pipe, size):
 
 def make_optimizer(cfg, parameters):
     """AdamW and its learning rate: warm-up, then cosine with restarts (A.2)."""
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
+                                  fused=parameters[0].is_cuda or None)  # one kernel for all parameters
 
     def decay_over(steps):
         return get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, cfg.warmup, steps, cfg.cycles)
@@ -549,7 +551,8 @@ def main(cfg):
     if cfg.toy:
         from toy import world
         cfg = world.ensure_data(cfg)
-    train(cfg)
+    with attention_order(find_device(cfg.device)):
+        train(cfg)
     if dist.is_initialized():  # train() must return first: its DDP model uses the group
         dist.barrier()
         dist.destroy_process_group()
@@ -564,4 +567,4 @@ def defaults(argv):
 
 if __name__ == "__main__":
     command_line(main, Config, __doc__, **defaults(sys.argv),
-                 out_of_memory="a smaller --image_micro or --video_micro, --gradient_checkpointing True, --int8 True")
+                 out_of_memory="a smaller --image_micro or --video_micro, --image_checkpointing full, --int8 True")

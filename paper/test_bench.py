@@ -1,6 +1,7 @@
 """The benchmark runs anywhere at a small size (its times are not tested); what it counts has known answers."""
 import tests.common  # noqa: F401, before torch
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,31 +10,61 @@ import torch
 from model import add_lora, frame_size
 from paper import bench
 
-
-def test_bench_runs(capsys):
-    bench.main(bench.Config(layers=1, height=32, width=48, frames=9, rank=4, image_micro=2, warmup=0, repeats=2,
-                            device="cpu"))
-    said = capsys.readouterr().out
-    assert "image: micro-batch 2 of 238 tokens" in said and "hours of this device" in said
-    assert "video: micro-batch 1 of 247 tokens" in said  # 226 + 3 of 6 reference tokens + 3 latent frames of 6
+SMALL = dict(layers=1, heads=4, height=32, width=48, frames=9, rank=4, device="cpu")
 
 
-def test_memory_and_cost_are_counted(tmp_path, monkeypatch, capsys):
-    """Two layers at 32x48: 2 bytes a weight, 16 a trained one, and inputs of 2 x 247 tokens of width 3072 in bf16."""
+def test_bench_runs(tmp_path, capsys):
+    bench.main(bench.Config(**SMALL, warmup=0, repeats=2, pictures=2, steps=2, json=str(tmp_path / "bench.json")))
+    said, written = capsys.readouterr().out, json.loads((tmp_path / "bench.json").read_text())
+    assert "hours of this device" in said and written["on"]["device"] == "CPU"
+    assert written["on"]["tokens"] == {"image": 226 + 2 * 6, "video": 226 + 4 * 6}
+    for arms in written["steps"].values():
+        assert list(arms) == ["stock", "stock again", "no lever", "checkpointing", "LoRA inputs"]
+        assert all(0 < r["p10"] <= r["seconds"] <= r["p90"] and 0 < r["mfu"] <= r["hfu"] for r in arms.values())
+        assert arms["checkpointing"]["tflop"] < arms["no lever"]["tflop"] == pytest.approx(arms["stock"]["tflop"], 1e-4)
+    assert {"optimiser step", "a checkpoint", "PCGrad, a call", "a sample of 2 steps"} <= set(written["rest"])
+
+
+@pytest.fixture(scope="module", name="counted")
+def counted_fixture():
+    """One micro-batch of each task at full size, as stock does it and as we do."""
+    cfg = bench.Config()
+    return {(task, name): bench.count(cfg, task, bench.ARMS[name])
+            for task in ("image", "video") for name in ("stock", "all but compile")}
+
+
+def test_ours_does_less_than_stock(counted):
+    """The numbers of the README: TFLOP, bytes moved in a block, and activations that fit beside 29 GB on 80."""
+    for task, most, stock_has in (("image", 80, 110.4), ("video", 1255, 1440.9)):
+        stock, ours = counted[task, "stock"], counted[task, "all but compile"]
+        assert stock["tflop"] == pytest.approx(stock_has, rel=2e-3) and ours["tflop"] < most
+        assert ours["gb_moved_per_block"] < 0.85 * stock["gb_moved_per_block"]
+        assert ours["gb_peak"] < 0.9 * (80 - 29)
+
+
+def test_counter_knows_a_small_product():
+    """x w and its gradient: 2 and 2 products; bytes of two inputs and the output; both results alive at the end."""
+    x, w = torch.randn(4, 8), torch.randn(8, 16)
+    with bench.Counter() as counter:
+        y = x @ w
+        z = y.t()  # a view: nothing moves
+        del z
+    assert counter.flops == 2 * 4 * 8 * 16 and counter.moved == 4 * (4 * 8 + 8 * 16 + 4 * 16)
+    assert counter.peak == counter.alive == 4 * y.numel()
+    del y
+    assert counter.alive == 0
+
+
+def test_memory_and_cost_are_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # no run of the toy here
-    bench.main(bench.Config(count=True, layers=2, height=32, width=48, frames=9, rank=4, image_micro=64,
-                            video_micro=64))
-    said = capsys.readouterr().out
-    assert "video: micro-batch 64 of 247 tokens: inputs of 2 blocks 0.2 GB" in said
-    counted = [line for line in said.splitlines() if "the block being recomputed" in line]
-    inside = {line.split(":")[0]: float(line.split("recomputed ")[1].split()[0]) for line in counted}
-    assert 20 < inside["video"] / (64 * 247 * 3072 * 2 / 1e9) < 60  # tensors of the block's width that it keeps
-    assert inside["image"] < inside["video"]
+    bench.main(bench.Config(count=True, json="count.json", **SMALL))
+    said, written = capsys.readouterr().out, json.loads((tmp_path / "count.json").read_text())
     assert "counted per sample: 110.3 and 1440.9 TFLOP" in said and "measured on the toy" not in said
+    assert len(written["counted"]) == 2 * len(bench.COUNTED) and len(written["fits"]) == len(bench.FITS)
 
 
 def test_cost_is_that_of_the_counted_model():
-    """TFLOP of the card's performance sheet, counted on the meta device: 110.4 for a pair, 1440.9 for a clip."""
+    """TFLOP counted on the meta device: 110.4 for a pair, 1440.9 for a clip."""
     assert bench.train_flops(226 + 2700) == pytest.approx(110.4, rel=2e-3)
     assert bench.train_flops(226 + 1350 * 14) == pytest.approx(1440.9, rel=2e-3)
 

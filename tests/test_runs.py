@@ -114,7 +114,7 @@ def test_two_stages_have_a_schedule_each_and_resume(knobs, tmp_path, monkeypatch
 def test_reference_scope_and_init_lora_train(knobs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     knobs = {**knobs, "steps": 3, "view_drop": 0.0}
-    go(knobs, lora_scope="reference", gradient_checkpointing=True, name="scoped")
+    go(knobs, lora_scope="reference", image_checkpointing="full", video_checkpointing="attention", name="scoped")
     assert model.lora_header("out/scoped/step-000003")["lora_scope"] == "reference"
     go(knobs, init_lora="out/scoped/step-000003", name="on", steps=1)
     pipe = model.load_pipeline(BASE)
@@ -275,7 +275,7 @@ def test_int8_on_two_ranks(knobs, tmp_path):
 @needs_torchao
 def test_int8_base_trains_and_its_lora_fits_the_full_one(knobs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    knobs = {**knobs, "steps": 2, "gradient_checkpointing": True}
+    knobs = {**knobs, "steps": 2, "image_checkpointing": "full"}
     go(knobs, name="full")
     go(knobs, name="int8", int8=True)
     full, int8 = log_of("out/full"), log_of("out/int8")
