@@ -262,10 +262,10 @@ def test_token_drop():
 
 
 def test_view_drop():
-    keeps = [train.reference_drop(train.Config(), 0.5, s, 0) for s in range(400)]
+    keeps = [train.view_drop(train.Config(), s, 0) for s in range(400)]
     dropped = [keep is not None for keep in keeps]
     assert abs(np.mean(dropped) - 0.5) < 0.1 and all(keep is None or len(keep) == 0 for keep in keeps)
-    assert all(train.reference_drop(train.Config(), 0.0, s, 0) is None for s in range(50))
+    assert all(train.view_drop(train.Config(view_drop=0.0), s, 0) is None for s in range(50))
 
 
 # ---- text and the VAE ------------------------------------------------------------------------------------------------

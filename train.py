@@ -158,17 +158,12 @@ def sample_task(cfg, step, *micro_index):
     return "video" if u < cfg.p else "image"
 
 
-def image_stage(cfg):
-    """Image steps of 'two_stage' (D.7): as many as the coin would give on average."""
-    return round((1 - cfg.p) * cfg.steps)
-
-
 def token_drop(cfg, step, micro_index, n):
     """TokenDrop (3.4) in a video micro-batch. Returns which of the n reference tokens to KEEP, a random share of
     1 - token_drop, as sorted indices (K,), or None for all. K is fixed, so that shapes stay the same. With --drop
     reference all are kept or none, as in the authors' scripts."""
     if cfg.drop == "reference":
-        return reference_drop(cfg, cfg.token_drop, step, micro_index)
+        return all_or_none(cfg, cfg.token_drop, step, micro_index)
     kept = round((1 - cfg.token_drop) * n)
     if cfg.lora_scope == "reference":
         kept = max(kept, 1)  # LoRA needs a token to act on
@@ -177,10 +172,14 @@ def token_drop(cfg, step, micro_index, n):
     return torch.from_numpy(rng(cfg.seed, "drop", step, micro_index).permutation(n)[:kept]).sort().values
 
 
-def reference_drop(cfg, probability, step, micro_index):
-    """Which reference tokens of a micro-batch to KEEP: None for all; with this probability an empty index, for none, so
-    that the model also learns from the caption alone. In image micro-batches this is view drop (A.2)."""
-    if rng(cfg.seed, "drop", step, micro_index).random() < probability:
+def view_drop(cfg, step, micro_index):
+    """View drop (A.2) in an image micro-batch, so that the model also learns from the caption alone."""
+    return all_or_none(cfg, cfg.view_drop, step, micro_index)
+
+
+def all_or_none(cfg, drop, step, micro_index):
+    """Which reference tokens of a micro-batch to KEEP: None for all; with probability `drop` an empty index: none."""
+    if rng(cfg.seed, "drop", step, micro_index).random() < drop:
         return torch.empty(0, dtype=torch.long)
     return None
 
@@ -286,7 +285,7 @@ def train(cfg):
             if task == "video":
                 keep = token_drop(cfg, step, micro_index, n_ref)     # (K,): a random part of the reference's tokens
             else:
-                keep = reference_drop(cfg, cfg.view_drop, step, micro_index)    # None: all of them; empty: none
+                keep = view_drop(cfg, step, micro_index)             # None: all of them; empty: none
             noise_rng = torch_rng(cfg.seed, "noise", step, micro_index)
             x, ref, text = encode_batch(cfg, pipe, batch, keep, noise_rng)      # (B,T,C,H,W), (B,1,C,H,W), (B,L,D)
             keep = None if keep is None else to_device(keep, device)
@@ -318,6 +317,11 @@ def train(cfg):
 
 
 # ---- the parts of a run ----------------------------------------------------------------------------------------------
+
+def image_stage(cfg):
+    """Image steps of 'two_stage' (D.7): as many as the coin would give on average."""
+    return round((1 - cfg.p) * cfg.steps)
+
 
 def divide_batches(cfg, world_size):
     """(cfg, {"image": micro-batches per rank and step, "video": ..., "mixed": ...}). Sizes that do not divide are made

@@ -123,7 +123,7 @@ def test_a_mixed_step_is_the_weighted_mean_of_both_tasks(knobs, tmp_path, monkey
     sums, losses = {}, {"image": [], "video": []}
     for micro, task in enumerate(tasks):
         drop = train.token_drop(cfg, 0, micro, 16) if task == "video" else \
-            train.reference_drop(cfg, cfg.view_drop, 0, micro)
+            train.view_drop(cfg, 0, micro)
         noise_rng = torch_rng(cfg.seed, "noise", 0, micro)
         batch = next(data.batches(datasets, [[(task, 0, micro)]]))
         x, ref, text = train.encode_batch(cfg, pipe, batch, drop, noise_rng)
