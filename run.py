@@ -372,7 +372,8 @@ def restore(run, checkpoint, settings, load_weights, state):
     if differ := changed(before, {k: v for k, v in settings.items() if k not in NOT_TRAINED}):
         raise ValueError(f"{run} was started with other settings ({differ}): choose another --name")
     load_weights(checkpoint)
-    saved = torch.load(checkpoint / "training_state.pt", weights_only=True, map_location="cpu")
+    saved = torch.load(checkpoint / "training_state.pt", weights_only=True, map_location="cpu",
+                       mmap=True)  # ranks share the pages: PCGrad's buffers can be 16 GB
     for name, part in state.items():
         part.load_state_dict(saved[name])
     return saved["step"]

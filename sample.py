@@ -166,22 +166,27 @@ def contact_sheet(video, reference=None, enlarge=1, columns=6):
     return sheet
 
 
-def write_sample_sheets(pipe, folder, out, step, size, frames, cls="front", guidance=6.0,
-                        fit="cover"):
-    """While training: a contact sheet for each picture in `folder`, with a fixed seed: out/NAME-000400.png.
-
-    Each rank takes its share of the pictures; each has its prompt in a .txt file of its name."""
+def sample_texts(pipe, folder, cls="front"):
+    """{picture: embeddings of its prompt and of ""} for the pictures in `folder`, each with its prompt in a .txt file
+    of its name. Each rank takes its share of them."""
     rank, world_size = rank_and_world_size()
     pictures = sorted(f for f in Path(folder).glob("*") if f.with_suffix(".txt").is_file() and f.suffix != ".txt")
+    texts = {}
+    for file in pictures[rank::world_size]:
+        prompt = with_reference_token(read_text(file.with_suffix(".txt")), cls)
+        texts[file] = [encode_prompt(pipe, [t]).cpu() for t in (prompt, "")]
+    return texts
+
+
+def write_sample_sheets(pipe, texts, out, step, size, frames, guidance=6.0, fit="cover"):
+    """While training: a contact sheet for each picture of sample_texts, with a fixed seed: out/NAME-000400.png."""
     out.mkdir(exist_ok=True)
     pipe.set_progress_bar_config(disable=True)
-    for file in pictures[rank::world_size]:
+    for file, text in texts.items():
         picture = load_image(file)
-        prompt = read_text(file.with_suffix(".txt"))
-        text = [encode_prompt(pipe, [t]).to(pipe.transformer.device)  # the text encoder may be in RAM
-                for t in (with_reference_token(prompt, cls), "")]
-        (video,) = generate(pipe, encode_references(pipe, [picture], *size, fit), [prompt], [0],
-                            guidance=guidance, frames=frames, height=size[0], width=size[1], text=text)
+        (video,) = generate(pipe, encode_references(pipe, [picture], *size, fit), [""], [0], guidance=guidance,
+                            frames=frames, height=size[0], width=size[1],
+                            text=[t.to(pipe.transformer.device) for t in text])
         contact_sheet(video, picture, max(1, 128 // video[0].height)).save(out / f"{file.stem}-{step:06d}.png")
 
 

@@ -38,7 +38,7 @@ if not {"-h", "--help"} & set(sys.argv):  # diffusers takes seconds to import: -
     from model import (add_lora, attention_order, encode_moments, encode_prompt, find_device, frame_size, load_lora,
                        load_pipeline, lora_header, read_lora, sample_latents, save_lora, tile_vae, to_device, v_loss,
                        with_reference_token)
-    from sample import write_sample_sheets
+    from sample import sample_texts, write_sample_sheets
 
 
 @dataclass
@@ -234,8 +234,7 @@ def train(cfg):
     datasets, size, frames = open_data(cfg, pipe)
     transformer = pipe.transformer.to(device)
     pipe.vae.to(device)
-    if not all(dataset.cache and dataset.cache.prompts for dataset in datasets.values()):
-        pipe.text_encoder.to(device)  # with cached prompts it stays in RAM
+    pipe.text_encoder.to(device)
     num_timesteps = pipe.scheduler.config.num_train_timesteps
     n_ref = reference_tokens(pipe, size)  # tokens of the whole reference
 
@@ -257,6 +256,8 @@ def train(cfg):
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     log = Log(run if rank == 0 else None, start, tasks_in_order(cfg), device, cfg.tensorboard)
     validation = Validation(cfg, pipe, run, size, frames, autocast, log)
+    if all(dataset.cache and dataset.cache.prompts for dataset in datasets.values()):
+        pipe.text_encoder.to("cpu")  # every prompt is encoded
     # The loader flips the same coins, so that it can read ahead. The loop checks that they agree.
     loader = batches(datasets, keys_in_order(cfg, start, grad_accum_steps, micro_batch_size), cfg.workers)
 
@@ -483,6 +484,7 @@ class Validation:
         self.share = {"image": [], "video": []}  # this rank's micro-batches, as arguments of v_loss
         if cfg.gradcos_every or cfg.val_every:
             self.encode(replace(cfg, seed=self.SEED))
+        self.texts = sample_texts(pipe, cfg.val_refs, cfg.cls) if cfg.sample_every else {}
 
     def encode(self, cfg):
         rank, world_size = rank_and_world_size()
@@ -517,8 +519,8 @@ class Validation:
             self.log.write("val.jsonl", {"step": step, **self.mean_losses()})
         if due(cfg.sample_every) and step > 0:
             with self.autocast:
-                write_sample_sheets(self.pipe, cfg.val_refs, self.run / "samples", step, self.size, self.frames,
-                                    cfg.cls, cfg.guidance, cfg.fit)
+                write_sample_sheets(self.pipe, self.texts, self.run / "samples", step, self.size, self.frames,
+                                    cfg.guidance, cfg.fit)
             if cfg.tensorboard:
                 self.log.pictures(self.run / "samples", step)
         transformer.train()

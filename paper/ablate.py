@@ -441,6 +441,8 @@ def print_real(whats):
             needed |= {flags["images"], flags["videos"]}
             if flags["steps"] == 4000:
                 del flags["steps"]
+            if flags.get("image_micro") == train.TOY_AUTHORS["image_micro"]:  # the toy's: a real run's are the defaults
+                flags = {k: v for k, v in flags.items() if k not in train.TOY_AUTHORS}
             if flags.get("lora_scope") == "reference":
                 flags["view_drop"] = 0
             line = " ".join(f"--{k} {v}" for k, v in flags.items())
