@@ -21,7 +21,8 @@ def test_bench_runs(tmp_path, capsys):
     for arms in written["steps"].values():
         assert list(arms) == ["stock", "stock again", "no lever", "checkpointing", "LoRA inputs"]
         assert all(0 < r["p10"] <= r["seconds"] <= r["p90"] and 0 < r["mfu"] <= r["hfu"] for r in arms.values())
-        assert arms["checkpointing"]["tflop"] < arms["no lever"]["tflop"] == pytest.approx(arms["stock"]["tflop"], 1e-4)
+        # Stock also projects the reference frame out, 2e-4 of these tiny frames' products.
+        assert arms["checkpointing"]["tflop"] < arms["no lever"]["tflop"] == pytest.approx(arms["stock"]["tflop"], 1e-3)
     assert {"optimiser step", "a checkpoint", "PCGrad, a call", "a sample of 2 steps"} <= set(written["rest"])
 
 
