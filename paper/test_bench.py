@@ -16,7 +16,7 @@ SMALL = dict(layers=1, heads=4, height=32, width=48, frames=9, rank=4, device="c
 def test_bench_runs(tmp_path, capsys):
     bench.main(bench.Config(**SMALL, warmup=0, repeats=2, pictures=2, steps=2, json=str(tmp_path / "bench.json")))
     said, written = capsys.readouterr().out, json.loads((tmp_path / "bench.json").read_text())
-    assert "hours of this device" in said and written["on"]["device"] == "CPU"
+    assert "hours of this device" in said and written["on"]["device"] == "cpu"
     assert written["on"]["tokens"] == {"image": 226 + 2 * 6, "video": 226 + 4 * 6}
     for arms in written["steps"].values():
         assert list(arms) == ["stock", "stock again", "no lever", "checkpointing", "LoRA inputs"]
