@@ -211,7 +211,9 @@ def add_lora(transformer, rank, alpha, dropout=0.0, scope="all"):
 def _round_once(norm, args, out):
     """Under autocast norms give float32: round here, not again in each of the layers that read it and their LoRA."""
     device = out[0].device.type
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in out) if torch.is_autocast_enabled(device) else out
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return out
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in out)
 
 
 def fingerprint(transformer):

@@ -66,7 +66,7 @@ class Config:
     # the method
     p: float = knob(0.2, "probability of a video step (Eq. 1, D.5)")
     task_schedule: str = knob("switch", "'switch' flips the coin each step; 'two_stage': all image steps first (D.7); "
-                                        "'mixed': each of image_batch/image_micro (256/8) micro-batches flips one (B.3)")
+                                        "'mixed': each of image_batch/image_micro micro-batches flips one (B.3)")
     random_frame: bool = knob(True, "reference = a random frame of the clip, not always the first (3.4, Figure 12)")
     token_drop: float = knob(0.5, "share of reference tokens dropped in video steps; 1 is text-to-video (Table 7)")
     drop: str = knob("tokens", "what it drops: 'tokens' (3.4), or in that share of micro-batches the 'reference'")
