@@ -2,7 +2,7 @@
 
     images   a folder of *.parquet with the Subjects200K columns `image` (two views side by side) and `description`
              {description_0, description_1}; or a folder with pairs.jsonl, one line per pair:
-             {"image_0": "a.jpg", "image_1": "b.jpg", "description_0": "...", "description_1": "..."}
+             {"image_0": "a.jpg", "image_1": "b.jpg", "description_0": "...", "description_1": "...", "item": "cat"}
     videos   a folder of clips, each with its caption in a .txt file of the same name
 
 Every sample is a function of (seed, step, index): no state to save, any rank can make any sample, and a resumed run
@@ -13,33 +13,22 @@ import io
 import json
 import os
 import signal
-import sys
-import zlib
-from dataclasses import field
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
 import av
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset
-from transformers import HfArgumentParser
+
+from run import changed, rng, weight_fingerprint
 
 CLIP_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"}
-
-
-def rng(seed, stream, *numbers):
-    """The numpy generator of one named stream at one place in the run, e.g. rng(seed, "coin", step)."""
-    return np.random.default_rng([seed, zlib.crc32(stream.encode()), *numbers])
-
-
-def torch_rng(seed, stream, *numbers):
-    """The same for torch, on the CPU: a draw is the same whatever device uses it."""
-    return torch.Generator().manual_seed(int(rng(seed, stream, *numbers).integers(2**63)))
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -62,19 +51,37 @@ def load_image(source):
         raise ValueError(f"cannot read the picture {source}: {e}")
 
 
-def cover(image, height, width, jitter=0.0, rng=None):
+def resize_center_crop(image, height, width, jitter=0.0, rng=None):
     """Resize `image` to cover height x width and cut the middle out.
 
     jitter > 0 (Sec. A.2, "per-view random-crop jitter"): zoom in by up to this share and move the cut by up to half of
     it, with draws from `rng`. Whole-number shrinking is plain averaging (reducing_gap), so pixel art stays exact.
     """
-    zoom, dy, dx = (1 + jitter * rng.random(), *(jitter * (rng.random(2) - 0.5))) if jitter else (1.0, 0.0, 0.0)
+    zoom, dy, dx = 1.0, 0.0, 0.0
+    if jitter:
+        zoom = 1 + jitter * rng.random()
+        dy, dx = jitter * (rng.random(2) - 0.5)
     scale = max(height / image.height, width / image.width) * zoom
     w, h = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     image = image.resize((w, h), Image.LANCZOS, reducing_gap=1.0)
     top = int(np.clip((h - height) / 2 + dy * h, 0, h - height))
     left = int(np.clip((w - width) / 2 + dx * w, 0, w - width))
     return image.crop((left, top, left + width, top + height))
+
+
+def pad_to_shape(image, height, width):
+    """White beside or above and below the picture, so that nothing of it is lost when it becomes height x width."""
+    w = max(image.width, round(image.height * width / height))
+    h = max(image.height, round(image.width * height / width))
+    padded = Image.new("RGB", (w, h), "white")
+    padded.paste(image, ((w - image.width) // 2, (h - image.height) // 2))
+    return padded
+
+
+def fit_reference(image, height, width, fit, jitter=0.0, rng=None):
+    """A reference picture at height x width: fit "cover" cuts what stands over, "pad" adds white instead."""
+    image = pad_to_shape(image, height, width) if fit == "pad" else image
+    return resize_center_crop(image, height, width, jitter, rng)
 
 
 def to_pixels(images):
@@ -102,24 +109,57 @@ def split_views(image):
     return [image.crop((x + t, t, x + w // 2 - t, h - t)) for x in (0, w // 2)]
 
 
+def read_text(path):
+    """A caption or a list of prompts. ValueError for a file that is no text."""
+    try:
+        return Path(path).read_text().strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text (UTF-8)")
+
+
+def read_pairs(path):
+    """The records of a pairs.jsonl. ValueError names the first line that is none."""
+    pairs = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            pairs.append(json.loads(line))
+            missing = {"image_0", "image_1", "description_0", "description_1"} - set(pairs[-1])
+        except (json.JSONDecodeError, TypeError) as e:
+            raise ValueError(f"{path}, line {number} is no JSON of a pair: {e}")
+        if missing:
+            raise ValueError(f"{path}, line {number} lacks {', '.join(sorted(missing))}")
+    return pairs
+
+
+def open_parquet(path, **options):
+    """A pyarrow ParquetFile. ValueError names a file that is cut or no parquet."""
+    try:
+        return pq.ParquetFile(path, **options)
+    except (pa.ArrowInvalid, OSError) as e:
+        raise ValueError(f"cannot read {path}: {str(e).splitlines()[0]} Is it a whole parquet file?")
+
+
 class ImagePairs(Dataset):
     """D_img: (I_ref, I_out, P). Each pair serves in both directions: view d with its own caption, the other as I_ref.
 
-    folder, size (height, width), crop_jitter, seed. Item (step, index) -> {"reference" (1,3,H,W) uint8,
-    "pixels" (1,3,H,W) uint8, "prompt", "skipped": one line for each unreadable pair met on the way}. With a `cache`
-    (see Cache) the first two are VAE moments (1,2C,h,w) instead, and "text" may hold the prompt's embedding.
+    folder, size (height, width), crop_jitter, seed, fit (of the reference). Item (step, index) -> {"reference" and
+    "pixels" (1,3,H,W) uint8, "prompt", "item": the subject's name or "", "skipped": one line for each unreadable pair
+    met on the way}. With a `cache` (see Cache) the first two are VAE moments (1,2C,h,w) instead, and "text" may hold
+    the prompt's embedding.
     """
 
-    def __init__(self, folder, size, crop_jitter=0.0, seed=0, cache=None):
+    def __init__(self, folder, size, crop_jitter=0.0, seed=0, cache=None, fit="cover"):
         self.folder, self.size, self.crop_jitter, self.seed = Path(folder), size, crop_jitter, seed
-        self.cache = cache
+        self.cache, self.fit = cache, fit
         if not self.folder.is_dir():
             raise FileNotFoundError(f"no folder of image pairs at {folder}")
         self.rows = []  # (file, row group, row in it) of parquet, or a dict of pairs.jsonl
         if (self.folder / "pairs.jsonl").is_file():
-            self.rows = [json.loads(line) for line in (self.folder / "pairs.jsonl").read_text().splitlines() if line]
+            self.rows = read_pairs(self.folder / "pairs.jsonl")
         for file in sorted(self.folder.glob("**/*.parquet")):
-            meta = pq.ParquetFile(file).metadata
+            meta = open_parquet(file).metadata
             missing = {"image", "description"} - set(meta.schema.to_arrow_schema().names)
             if missing:
                 raise ValueError(f"{file} lacks the Subjects200K column(s) {', '.join(sorted(missing))}")
@@ -140,7 +180,7 @@ class ImagePairs(Dataset):
         return f"{file.relative_to(self.folder)}/{group:05d}-{i:03d}", str(_size(file))
 
     def load(self, row):
-        """The two views and the two captions of one pair."""
+        """The two views, the two captions, and the subject's name ("" when nobody gives it) of one pair."""
         if isinstance(self.rows[row], dict):
             record = self.rows[row]
             views, text = [load_image(self.folder / record[f"image_{i}"]) for i in (0, 1)], record
@@ -151,19 +191,22 @@ class ImagePairs(Dataset):
         captions = [(text or {}).get("description_0"), (text or {}).get("description_1")]
         if not all(captions):
             raise ValueError(f"pair {row} of {self.folder} has no description_0 or description_1")
-        return views, captions
+        return views, captions, text.get("item") or ""
 
     def __getitem__(self, key):
         def make(r):
             pick = int(r.integers(2 * len(self.rows)))
             d = pick % 2  # direction: view d is the target
             if self.cache:
-                cached, prompts = self.cache.read(*self.source(pick // 2))
-                crop = cached["moments"][int(r.integers(len(cached["moments"])))]  # (2, 1, 2C, h, w)
-                return {"reference": crop[1 - d], "pixels": crop[d], "prompt": prompts[d], **_text(cached, d)}
-            views, captions = self.load(pick // 2)
-            target, reference = (cover(view, *self.size, self.crop_jitter, r) for view in (views[d], views[1 - d]))
-            return {"reference": to_pixels([reference]), "pixels": to_pixels([target]), "prompt": captions[d]}
+                cached, prompts, item = self.cache.read(*self.source(pick // 2))
+                crop = cached["moments"][int(r.integers(len(cached["moments"])))]  # (2 or 4 with --fit pad,1,2C,h,w)
+                return {"reference": crop[-1 - d], "pixels": crop[d], "prompt": prompts[d], "item": item,
+                        **_text(cached, d)}
+            views, captions, item = self.load(pick // 2)
+            target = resize_center_crop(views[d], *self.size, self.crop_jitter, r)
+            reference = fit_reference(views[1 - d], *self.size, self.fit, self.crop_jitter, r)
+            return {"reference": to_pixels([reference]), "pixels": to_pixels([target]), "prompt": captions[d],
+                    "item": item}
         return _first_readable(make, self.seed, "image", key)
 
 
@@ -177,7 +220,7 @@ def _row_group(file, group):
 @lru_cache(maxsize=64)
 def _parquet(file, process):
     """An open file, once per process: parsing the footer again for each row would cost more than reading the row."""
-    return pq.ParquetFile(file, memory_map=True)
+    return open_parquet(file, memory_map=True)
 
 
 # ---- clips -----------------------------------------------------------------------------------------------------------
@@ -189,8 +232,8 @@ def clip_frames(wanted, compression=4):
     return (wanted - 1) // (2 * compression) * 2 * compression + 1
 
 
-def load_clip(path, frames, fps, size=None):
-    """The first `frames` frames of a clip at `fps`, as PIL pictures. ValueError when it is unreadable or too short.
+def load_clip(path, frames, fps, size=None, first=0):
+    """Frames first..frames-1 of a clip at `fps`, as PIL pictures. ValueError when it is unreadable or too short.
 
     With a size (height, width) each frame is cut to cover it while decoding, so 4K clips need no 4K memory."""
     pictures, start = [], None
@@ -205,22 +248,22 @@ def load_clip(path, frames, fps, size=None):
                 # This frame is shown until time + 1/rate: it serves every wanted instant k/fps before that.
                 picture = None
                 while len(pictures) < frames and len(pictures) / fps < time - start + 1 / rate - 1e-6:
-                    if picture is None:
-                        picture = cover(frame.to_image(), *size) if size else frame.to_image()
+                    if picture is None and len(pictures) >= first:
+                        picture = resize_center_crop(frame.to_image(), *size) if size else frame.to_image()
                     pictures.append(picture)
                 if len(pictures) == frames:
-                    return pictures
+                    return pictures[first:]
     except Exception as e:  # PyAV raises many kinds for a broken file
         raise ValueError(f"cannot read the clip {path}: {e}")
     raise ValueError(f"the clip {path} is too short: {len(pictures)} frames at {fps} fps, {frames} asked")
 
 
-def save_video(path, pictures, fps, enlarge=1):
+def save_video(path, pictures, fps, enlarge=1, format=None):
     """Write PIL pictures as H.264 (yuv420p, which every player takes), enlarged by a whole number, nearest neighbour.
 
     Small pictures need it: yuv420p keeps one colour per 2x2 pixels. Same input, same file."""
     width, height = pictures[0].width * enlarge, pictures[0].height * enlarge
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format=format) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "12", "preset": "veryfast", "threads": "1"}
@@ -234,7 +277,7 @@ class Clips(Dataset):
     """D_vid: (T, V), with a reference frame out of the clip itself (Sec. 3.4).
 
     folder, size (height, width), frames (8k+1), fps, random_frame (False: always the first frame), seed.
-    Item (step, index) -> {"reference" (1,3,H,W) uint8, "pixels" (F,3,H,W) uint8, "prompt", "skipped"}. With a `cache`
+    Item (step, index) -> {"reference" (1,3,H,W) uint8, "pixels" (F,3,H,W) uint8, "prompt", "item", "skipped"}. Cached
     "pixels" are VAE moments (T,2C,h,w); the reference is always decoded, because a frame encoded alone is not a slice
     of the clip's latents, and there are as many as frames.
     """
@@ -256,25 +299,29 @@ class Clips(Dataset):
 
     def source(self, file):
         """(name, stamp): where the cache keeps this clip, and what changes when the clip or its caption does."""
-        return str(file.relative_to(self.folder)), f"{_size(file)} {file.with_suffix('.txt').read_text().strip()}"
+        return str(file.relative_to(self.folder)), f"{_size(file)} {read_text(file.with_suffix('.txt'))}"
+
+    def random_frame_select(self, r):
+        """RandomFrameSelect (3.4, Algorithm 1): which frame of the clip is the reference picture."""
+        return int(r.integers(self.frames)) if self.random_frame else 0
 
     def __getitem__(self, key):
         def make(r):
             file = self.files[r.integers(len(self.files))]
-            i = int(r.integers(self.frames)) if self.random_frame else 0  # RandomFrameSelect
+            i = self.random_frame_select(r)
             if self.cache:
-                cached, prompts = self.cache.read(*self.source(file))
-                reference = load_clip(file, i + 1, self.fps, self.size)[i:]
+                cached, prompts, _ = self.cache.read(*self.source(file))
+                reference = load_clip(file, i + 1, self.fps, self.size, first=i)
                 return {"reference": to_pixels(reference), "pixels": cached["moments"], "prompt": prompts[0],
-                        **_text(cached, 0)}
+                        "item": "", **_text(cached, 0)}
             pixels = to_pixels(load_clip(file, self.frames, self.fps, self.size))
             return {"reference": pixels[i:i + 1], "pixels": pixels,
-                    "prompt": file.with_suffix(".txt").read_text().strip()}
+                    "prompt": read_text(file.with_suffix(".txt")), "item": ""}
         return _first_readable(make, self.seed, "video", key)
 
 
 def _first_readable(make, seed, stream, key, tries=20):
-    """make(generator), drawn again when the file it chose cannot be used; what was passed over goes along."""
+    """make(generator), drawn again when the file it chose cannot be used. Also returns why samples were skipped."""
     skipped = []
     for attempt in range(tries):
         try:
@@ -285,6 +332,35 @@ def _first_readable(make, seed, stream, key, tries=20):
 
 
 # ---- cached latents --------------------------------------------------------------------------------------------------
+
+def cls_for(cfg, task):
+    """Where <cls> stands in the prompts of a task: see model.with_reference_token."""
+    return cfg.cls if task == "image" or cfg.cls_video else "off"
+
+
+def cache_key(cfg, pipe, task, size, frames, prompts=True):
+    """Everything that cached latents (and prompts) depend on: they are refused when any of it has changed."""
+    key = {"vae": weight_fingerprint(pipe.vae.encoder.conv_in.conv.weight), "dtype": str(pipe.vae.dtype),
+           "tiling": cfg.vae_tiling and task == "video",  # pictures are always whole
+           "height": size[0], "width": size[1]}
+    if prompts:
+        key |= {"text_encoder": weight_fingerprint(pipe.text_encoder.get_input_embeddings().weight[:100]),
+                "cls": cls_for(cfg, task)}
+    if task == "image":
+        return key | {"crop_jitter": cfg.crop_jitter, "fit": cfg.fit}
+    return key | {"frames": frames, "fps": cfg.fps}
+
+
+def open_caches(cfg, pipe, size, frames):
+    """{"image": Cache or None, "video": Cache or None}: what lies in --cache."""
+    caches = {"image": None, "video": None}
+    for task in caches:
+        if cfg.cache and (Path(cfg.cache) / task).is_dir():
+            caches[task] = Cache(Path(cfg.cache) / task, cache_key(cfg, pipe, task, size, frames))
+    if cfg.cache and not any(caches.values()):
+        raise FileNotFoundError(f"no cache at {cfg.cache}: run python -m paper.prepare cache")
+    return caches
+
 
 class Cache:
     """Reads what `python -m paper.prepare cache` wrote: folder/index.json and a safetensors file per clip or pair.
@@ -299,13 +375,14 @@ class Cache:
         made = json.loads(index.read_text()) if index.is_file() else {}
         if not made.get("complete"):
             raise ValueError(f"the cache {folder} is not there or not finished: run python -m paper.prepare cache")
-        if differ := changed(key | made, key):  # a cache without prompts does not depend on the text encoder
+        known = {k: v for k, v in key.items() if k in made}  # a cache without prompts does not name the text encoder
+        if differ := changed(made, known):
             raise ValueError(f"the cache {folder} was made with other settings ({differ}): make it again")
         self.cached = made.get("cached", 0)  # how many samples it holds
         self.prompts = "text_encoder" in made  # with the embeddings of their prompts?
 
     def read(self, name, stamp):
-        """({"moments", perhaps "text_0", ...}, prompts) of one sample.
+        """({"moments", perhaps "text_0", ...}, prompts, the subject's name or "") of one sample.
 
         ValueError when it is not there, broken, or was made from another file (its stamp differs)."""
         file = self.folder / f"{name}.safetensors"
@@ -318,7 +395,7 @@ class Cache:
             raise ValueError(f"cannot read {file}: {e}; run python -m paper.prepare cache again")
         if header["stamp"] != stamp:
             raise ValueError(f"{file} was made from another {name}: run python -m paper.prepare cache again")
-        return tensors, json.loads(header["prompts"])
+        return tensors, json.loads(header["prompts"]), header.get("item", "")
 
 
 def _size(file):
@@ -337,13 +414,16 @@ class _Tasks(Dataset):
         self.datasets = datasets
 
     def __getitem__(self, key):
-        task, *key = key
-        return self.datasets[task][key]
+        task, *place = key
+        return self.datasets[task][place] | {"key": key}
 
 
 def _collate(samples):
     batch = {k: torch.stack([s[k] for s in samples]) for k in ("reference", "pixels", "text") if k in samples[0]}
-    return batch | {"prompt": [s["prompt"] for s in samples], "skipped": sum((s["skipped"] for s in samples), [])}
+    batch |= {"prompt": [s["prompt"] for s in samples], "item": [s["item"] for s in samples]}
+    batch["keys"] = [s["key"] for s in samples]
+    batch["skipped"] = [reason for s in samples for reason in s["skipped"]]
+    return batch
 
 
 def _ignore_sigterm(worker):
@@ -351,47 +431,13 @@ def _ignore_sigterm(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def batches(datasets, schedule, workers=0):
+def batches(datasets, keys, workers=0):
     """An iterator over the micro-batches of a run, made ahead of time by `workers` processes.
 
-    datasets: {"image": ImagePairs, "video": Clips}. schedule: for each micro-batch the list of (task, step, index) it
-    holds, in the order in which the loop will ask. Yields {"reference" (B,1,3,H,W), "pixels" (B,F,3,H,W) uint8,
-    "prompt", "skipped"}.
+    datasets: {"image": ImagePairs, "video": Clips}. keys: for each micro-batch the list of (task, step, index) it
+    holds, in the order in which the loop will ask. Yields {"reference" (B,1,3,H,W), "pixels" (B,F,3,H,W) uint8, or the
+    moments of a cache, "prompt", "item", "keys", "skipped"}.
     """
-    return iter(DataLoader(_Tasks(datasets), batch_sampler=schedule, num_workers=workers, collate_fn=_collate,
+    return iter(DataLoader(_Tasks(datasets), batch_sampler=keys, num_workers=workers, collate_fn=_collate,
                            prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available(),
                            worker_init_fn=_ignore_sigterm))
-
-
-# ---- the command line ------------------------------------------------------------------------------------------------
-
-def knob(default, text):
-    """A field of a script's Config: its default and its line of --help."""
-    return field(default=default, metadata={"help": text})
-
-
-def changed(before, now):
-    """"height was 480, now 256; ..." for the settings in `now` that were others before, "" when none was."""
-    return "; ".join(f"{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v)
-
-
-def command_line(main, Config, description, argv=None, positional=None, **defaults):
-    """Parse the knobs of dataclass `Config` from the command line and call main(config).
-
-    `defaults` replace the dataclass's own; `positional` names the list knob that leading words without -- fill.
-    A user's mistake (bad flag, value or file) is one line and exit status 1 or 2; with TRACEBACK=1 in the environment
-    it is the whole traceback.
-    """
-    words = f"[{positional} ...] " if positional else ""
-    parser = HfArgumentParser(Config, description=description.split("\n\n")[0], allow_abbrev=False,
-                              usage=f"%(prog)s {words}[--knob value ...]      (--help explains the knobs)")
-    parser.set_defaults(**defaults)
-    argv = sys.argv[1:] if argv is None else argv
-    if positional and argv and not argv[0].startswith("-"):
-        argv = [f"--{positional}", *argv]
-    try:
-        main(Config(**vars(parser.parse_args(argv))))
-    except (ValueError, OSError) as e:  # OSError: a missing file, a full disk
-        if os.environ.get("TRACEBACK"):
-            raise
-        sys.exit(f"{parser.prog}: error: {e}")

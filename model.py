@@ -10,11 +10,12 @@ on the frame axis, so that text, reference and video meet in the transformer's f
 
 Contents: SubjectTransformer (the forward) - LoRA (attach, save, load) - the v loss - text and VAE encoding - loading.
 """
-import hashlib
 import json
 import os
+import re
 import sys
-from functools import lru_cache
+from contextlib import nullcontext
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,11 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers import T5Config, T5EncoderModel
+
+from run import newest_checkpoint, weight_fingerprint
 
 PAPER_BASE = "THUDM/CogVideoX-5b"
 REFERENCE_TOKEN = "<cls>"  # Sec. 3.3: "An <CLS> armchair in the living room"
@@ -41,13 +47,6 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers' own loader
 
 # ---- the transformer -------------------------------------------------------------------------------------------------
 
-class Span(NamedTuple):
-    """Where the reference tokens are: rows `text : text + kept` of [text | reference | video]; 1 of `frames` frames."""
-    text: int
-    kept: int
-    frames: int
-
-
 class SubjectTransformer(CogVideoXTransformer3DModel):
     """The stock CogVideoX transformer that also takes a reference picture. Same weights, same config, same call.
 
@@ -56,6 +55,7 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
     """
 
     lora_scope = "all"  # or "reference": see add_lora
+    checkpointing = {"image": "none", "video": "none"}  # per task: see run_block
 
     @apply_lora_scale("attention_kwargs")
     def forward(self, hidden_states, encoder_hidden_states, timestep, timestep_cond=None, ofs=None,
@@ -76,8 +76,8 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
         attention_kwargs = dict(attention_kwargs or {})
         reference = attention_kwargs.pop("reference", None) if reference is None else reference
         B, T, _, H, W = hidden_states.shape
-        p = self.config.patch_size
-        L, N = encoder_hidden_states.shape[1], (H // p) * (W // p)
+        patch = self.config.patch_size
+        L, N = encoder_hidden_states.shape[1], (H // patch) * (W // patch)
 
         temb = self.time_embedding(self.time_proj(timestep).to(hidden_states.dtype), timestep_cond)  # (B, D_time)
 
@@ -91,13 +91,15 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
             reference = reference.to(hidden_states).expand(B, -1, -1, -1, -1)
             frames = torch.cat([reference, hidden_states], dim=1)  # (B, 1+T, C, H, W)
         F_all, K = frames.shape[1], 0 if reference is None else N if keep is None else len(keep)
-        span = Span(L, K, F_all)
+        set_span = None
+        if self.lora_scope == "reference":
+            set_span = partial(self.span_holder.__setitem__, 0, Span(L, K, F_all))
+            set_span()
 
         rope = image_rotary_emb  # a pair (cos, sin), each (F_all*N, head_dim)
         if self.config.use_rotary_positional_embeddings and (rope is None or reference is not None):
             rope = self.rotary_tables(F_all, H, W, hidden_states.device)
 
-        self._set_span(span)
         tokens = self.patch_embed(encoder_hidden_states, frames)  # (B, L + F_all*N, D)
         text, hidden = tokens[:, :L], tokens[:, L:]
         if reference is not None and keep is not None:
@@ -105,35 +107,72 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
             rows = torch.cat([keep.to(hidden.device), torch.arange(N, F_all * N, device=hidden.device)])
             hidden = hidden[:, rows]  # (B, K + T*N, D)
             rope = rope and tuple(table[rows] for table in rope)
-        text, hidden = self.embedding_dropout(text), self.embedding_dropout(hidden)
+        # Contiguous, as every later block's inputs are: compiled, the first one would need kernels of its own.
+        text, hidden = (self.embedding_dropout(x).contiguous() for x in (text, hidden))
 
+        checkpointing = self.checkpointing["image" if T == 1 else "video"] if torch.is_grad_enabled() else "none"
         for block in self.transformer_blocks:
-            args = (block, span, hidden, text, temb, rope, attention_kwargs)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden, text = self._gradient_checkpointing_func(self._run_block, *args)
-            else:
-                hidden, text = self._run_block(*args)
+            hidden, text = self.run_block(checkpointing, block, set_span, hidden, text, temb, rope, attention_kwargs)
 
         hidden = hidden[:, K:]  # (B, T*N, D): only the noisy frames are decoded
         hidden = self.norm_out(self.norm_final(hidden), temb=temb)
-        hidden = self.proj_out(hidden)  # (B, T*N, C*p*p)
-        velocity = hidden.reshape(B, T, H // p, W // p, -1, p, p)
+        hidden = self.proj_out(hidden)  # (B, T*N, C*patch*patch)
+        velocity = hidden.reshape(B, T, H // patch, W // patch, -1, patch, patch)
         velocity = velocity.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)  # (B, T, C, H, W)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
-    def _run_block(self, block, span, hidden, text, temb, rope, attention_kwargs):
-        self._set_span(span)  # inside the checkpointed function, so that backward's recomputation sees the same span
-        return block(hidden, text, temb, image_rotary_emb=rope, attention_kwargs=attention_kwargs)
+    def enable_gradient_checkpointing(self, *_):
+        """The stock call: everything is recomputed, in both tasks."""
+        self.checkpointing = {"image": "full", "video": "full"}
 
-    def _set_span(self, span):
+    def disable_gradient_checkpointing(self):
+        self.checkpointing = {"image": "none", "video": "none"}
+
+    def compile_blocks(self):
+        """Compile the blocks, all with one kernel set per shape: the first step of each shape waits for the compiler.
+
+        The losses stay the same to rounding; with LoRA dropout the masks come from another random stream."""
         if self.lora_scope == "reference":
-            self.span_holder[0] = span
+            raise ValueError("--compile needs --lora_scope all: with 'reference' each block would be compiled alone")
+        torch._dynamo.config.recompile_limit = 64   # tasks x drops x (training, validation, sampling)
+        torch._dynamo.config.optimize_ddp = False   # it cannot split a checkpointed block, and blocks are small enough
+        self.run_block = torch.compile(SubjectTransformer.run_block, dynamic=False, fullgraph=True)
+
+    @staticmethod
+    def run_block(checkpointing, *args):
+        """One block. checkpointing: what backward recomputes of it, to save memory: "full" (all), "attention" (all but
+        attention, whose output is kept: half of a clip's FLOPs for 5 GB), "none"."""
+        if checkpointing == "none":
+            return SubjectTransformer._run_block(*args)
+        keep = {}
+        if checkpointing == "attention":
+            keep["context_fn"] = partial(create_selective_checkpoint_contexts, ATTENTION)
+        return checkpoint(SubjectTransformer._run_block, *args, use_reentrant=False, **keep)
+
+    @staticmethod
+    def _run_block(block, set_span, hidden, text, temb, rope, attention_kwargs):
+        if set_span:  # here, inside the checkpointed function, so that backward's recomputation sees the same span
+            set_span()
+        return block(hidden, text, temb, image_rotary_emb=rope, attention_kwargs=attention_kwargs)
 
     def rotary_tables(self, frames, height, width, device):
         """RoPE (cos, sin) for `frames` latent frames of height x width latents, as the stock pipeline makes them."""
         c = self.config
         return _rotary_tables(c.attention_head_dim, frames, height // c.patch_size, width // c.patch_size,
                               c.sample_height // c.patch_size, c.sample_width // c.patch_size, torch.device(device))
+
+
+ATTENTION = [op.default for op in (
+    torch.ops.aten._scaled_dot_product_cudnn_attention, torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_efficient_attention, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)]
+
+
+def attention_order(device):
+    """A context in which attention takes cuDNN's kernel first, then FlashAttention; on GPUs before Hopper nothing."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return nullcontext()
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
 
 
 @lru_cache(maxsize=16)
@@ -159,9 +198,120 @@ def add_lora(transformer, rank, alpha, dropout=0.0, scope="all"):
         if "lora_" in name:
             parameter.data = parameter.data.float()  # add_adapter follows the base: in bf16 an lr of 5e-5 barely moves
             parameter.requires_grad_(scope == "all" or _reaches_output(name, len(transformer.transformer_blocks)))
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False  # peft's cast to float32, which autocast would only take back
+        elif isinstance(module, CogVideoXLayerNormZero):
+            module.register_forward_hook(_round_once)
     if scope == "reference":
         _restrict_to_reference(transformer)
     return [p for p in transformer.parameters() if p.requires_grad]
+
+
+def _round_once(norm, args, out):
+    """Under autocast norms give float32: round here, not again in each of the layers that read it and their LoRA."""
+    device = out[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return out
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in out)
+
+
+def fingerprint(transformer):
+    """12 hex digits that tell one base from another. LoRA never touches proj_out, so it is the same after training."""
+    return weight_fingerprint(transformer.proj_out.weight)
+
+
+def save_lora(transformer, path, **extra):
+    """Write the adapters to path/pytorch_lora_weights.safetensors in the diffusers format, alpha included.
+
+    `extra` (strings) goes into the file's header beside the base's name and fingerprint: read it with `lora_header`.
+    The write is atomic: a kill leaves the old file or the new one.
+    """
+    config = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v
+              for k, v in transformer.peft_config["default"].to_dict().items()}
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps(config, default=str, sort_keys=True),
+              "lora_scope": transformer.lora_scope, "base_fingerprint": fingerprint(transformer), **extra}
+    weights = {f"transformer.{k}": v.detach().cpu().contiguous()
+               for k, v in get_peft_model_state_dict(transformer).items()}
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(weights, path / (LORA_FILE + ".tmp"), metadata=header)
+    os.replace(path / (LORA_FILE + ".tmp"), path / LORA_FILE)
+
+
+def lora_path(path):
+    """The safetensors file behind `path`: a file, a folder with one, or a run. FileNotFoundError names `path`."""
+    path = newest_checkpoint(path) or Path(path)
+    if path.is_file():
+        return path
+    for name in (LORA_FILE, "pytorch_lora_weights_transformer.safetensors"):  # the second is the authors' release
+        if (path / name).is_file():
+            return path / name
+    raise FileNotFoundError(f"no LoRA at {path}: expected a .safetensors file, a folder with {LORA_FILE}, or a run")
+
+
+def lora_header(path):
+    """The strings that `save_lora` wrote into the file's header (empty for a file from elsewhere). ValueError for a
+    file that is no LoRA."""
+    file = lora_path(path)
+    try:
+        with safe_open(file, "pt") as f:
+            if not any("lora_A" in key for key in f.keys()):
+                raise ValueError(f"{file} holds no LoRA weights (no lora_A keys)")
+            return f.metadata() or {}
+    except SafetensorError as e:
+        raise ValueError(f"cannot read the LoRA {file}: {e}. Is it a whole .safetensors file?")
+
+
+def load_lora(transformer, path, dropout=0.0):
+    """Attach the adapters saved at `path` (file or folder). Rank, alpha and scope come from the file.
+
+    A file without alpha (the authors' release) gets the paper's alpha/rank = 64/128 = 0.5, and says so.
+    ValueError when it was trained on another base or does not fit.
+    """
+    file, header = lora_path(path), lora_header(path)
+    with safe_open(file, "pt") as f:
+        rank = next(f.get_slice(k).get_shape()[0] for k in f.keys() if "lora_A" in k)
+    trained_on = header.get("base_fingerprint")
+    if trained_on and trained_on != fingerprint(transformer):
+        raise ValueError(f"LoRA {file} was trained on the base {header.get('base', '?')} ({trained_on}), "
+                         f"not on this one ({fingerprint(transformer)}); pass the right --base")
+    alpha = json.loads(header.get("lora_adapter_metadata", "{}")).get("transformer.lora_alpha")
+    if alpha is None:
+        alpha = rank / 2
+        print(f"{file} does not say its alpha: using the paper's alpha/rank = 64/128 = 0.5")
+    parameters = add_lora(transformer, rank, alpha, dropout, header.get("lora_scope", "all"))
+    read_lora(transformer, file)
+    return parameters
+
+
+def read_lora(transformer, path):
+    """Fill the adapters that are already attached with the weights at `path`; ValueError when they do not fit."""
+    file = lora_path(path)
+    weights = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
+    here = {k: v.shape for k, v in get_peft_model_state_dict(transformer).items()}
+    wrong = [k for k in weights.keys() | here.keys() if k not in weights or here.get(k) != weights[k].shape]
+    if wrong:
+        raise ValueError(f"LoRA {file} does not fit this base: {len(wrong)} of {len(here)} tensors differ, "
+                         f"the first is {min(wrong)}")
+    set_peft_model_state_dict(transformer, weights)
+
+
+def merge_lora(transformer):
+    """Fold the adapters into the base (in float32, then rounded to its dtype) and drop them: a third fewer calls."""
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer):
+            module.merge()
+    transformer.unload_lora()
+
+
+# ---- LoRA on reference tokens only: lora_scope "reference" ----------------------------------------------------------
+
+class Span(NamedTuple):
+    """Where the reference tokens are: rows `text : text + kept` of [text | reference | video]; 1 of `frames` frames."""
+    text: int
+    kept: int
+    frames: int
 
 
 def _reaches_output(name, blocks):
@@ -215,96 +365,6 @@ def _reference_only_norm(norm, holder):
     return forward
 
 
-def fingerprint(transformer):
-    """12 hex digits that tell one base from another. LoRA never touches proj_out, so it is the same after training."""
-    return weight_fingerprint(transformer.proj_out.weight)
-
-
-def weight_fingerprint(weight):
-    weight = weight.detach().to("cpu", torch.bfloat16)  # bf16: the same whatever it was loaded as
-    return hashlib.sha256(weight.view(torch.int16).numpy().tobytes()).hexdigest()[:12]
-
-
-def save_lora(transformer, path, **extra):
-    """Write the adapters to path/pytorch_lora_weights.safetensors in the diffusers format, alpha included.
-
-    `extra` (strings) goes into the file's header beside the base's name and fingerprint: read it with `lora_header`.
-    The write is atomic: a kill leaves the old file or the new one.
-    """
-    config = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v
-              for k, v in transformer.peft_config["default"].to_dict().items()}
-    header = {"format": "pt", "lora_adapter_metadata": json.dumps(config, default=str, sort_keys=True),
-              "lora_scope": transformer.lora_scope, "base_fingerprint": fingerprint(transformer), **extra}
-    weights = {f"transformer.{k}": v.detach().cpu().contiguous()
-               for k, v in get_peft_model_state_dict(transformer).items()}
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(weights, path / (LORA_FILE + ".tmp"), metadata=header)
-    os.replace(path / (LORA_FILE + ".tmp"), path / LORA_FILE)
-
-
-def newest_checkpoint(run):
-    """The newest complete step-* folder of a run (out/NAME), or None. A half-written one still has its .tmp name."""
-    return max((d for d in Path(run).glob("step-*") if d.suffix != ".tmp"), default=None)
-
-
-def lora_path(path):
-    """The safetensors file behind `path`: a file, a folder with one, or a run. FileNotFoundError names `path`."""
-    path = newest_checkpoint(path) or Path(path)
-    if path.is_file():
-        return path
-    for name in (LORA_FILE, "pytorch_lora_weights_transformer.safetensors"):  # the second is the authors' release
-        if (path / name).is_file():
-            return path / name
-    raise FileNotFoundError(f"no LoRA at {path}: expected a .safetensors file, a folder with {LORA_FILE}, or a run")
-
-
-def lora_header(path):
-    """The strings that `save_lora` wrote into the file's header (empty for a file from elsewhere)."""
-    file = lora_path(path)
-    try:
-        with safe_open(file, "pt") as f:
-            return f.metadata() or {}
-    except SafetensorError as e:
-        raise ValueError(f"cannot read the LoRA {file}: {e}. Is it a whole .safetensors file?")
-
-
-def load_lora(transformer, path, dropout=0.0):
-    """Attach the adapters saved at `path` (file or folder). Rank, alpha and scope come from the file.
-
-    A file without alpha (the authors' release) gets the paper's alpha/rank = 64/128 = 0.5, and says so.
-    ValueError when it was trained on another base or does not fit.
-    """
-    file, header = lora_path(path), lora_header(path)
-    with safe_open(file, "pt") as f:
-        rank = next((f.get_slice(k).get_shape()[0] for k in f.keys() if "lora_A" in k), None)
-    if rank is None:
-        raise ValueError(f"{file} holds no LoRA weights (no lora_A keys)")
-    trained_on = header.get("base_fingerprint")
-    if trained_on and trained_on != fingerprint(transformer):
-        raise ValueError(f"LoRA {file} was trained on the base {header.get('base', '?')} ({trained_on}), "
-                         f"not on this one ({fingerprint(transformer)}); pass the right --base")
-    alpha = json.loads(header.get("lora_adapter_metadata", "{}")).get("transformer.lora_alpha")
-    if alpha is None:
-        alpha = rank / 2
-        print(f"{file} does not say its alpha: using the paper's alpha/rank = 64/128 = 0.5")
-    parameters = add_lora(transformer, rank, alpha, dropout, header.get("lora_scope", "all"))
-    read_lora(transformer, file)
-    return parameters
-
-
-def read_lora(transformer, path):
-    """Fill the adapters that are already attached with the weights at `path`; ValueError when they do not fit."""
-    file = lora_path(path)
-    weights = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
-    here = {k: v.shape for k, v in get_peft_model_state_dict(transformer).items()}
-    wrong = [k for k in weights.keys() | here.keys() if k not in weights or here.get(k) != weights[k].shape]
-    if wrong:
-        raise ValueError(f"LoRA {file} does not fit this base: {len(wrong)} of {len(here)} tensors differ, "
-                         f"the first is {min(wrong)}")
-    set_peft_model_state_dict(transformer, weights)
-
-
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 def v_loss(transformer, scheduler, latents, text, timestep, noise, reference=None, keep=None):
@@ -328,9 +388,15 @@ def v_loss(transformer, scheduler, latents, text, timestep, noise, reference=Non
 
 # ---- text and pixels -------------------------------------------------------------------------------------------------
 
-def with_reference_token(prompt, cls=True):
-    """Prepend <cls> (Sec. 3.3) unless the prompt already holds one; cls=False is Table 6's row without it."""
-    return f"{REFERENCE_TOKEN} {prompt}" if cls and REFERENCE_TOKEN not in prompt else prompt
+def with_reference_token(prompt, cls="front", item=""):
+    """Put <cls> into a prompt that holds none: in front (the authors' scripts), or with cls "item" before the subject's
+    name, "An <cls> armchair" (3.3), where the prompt holds it as a word. "off" is Table 6's row without it."""
+    if cls == "off" or REFERENCE_TOKEN in prompt:
+        return prompt
+    word = rf"(?<!\w){re.escape(item)}(?:e?s)?(?!\w)" if item and cls == "item" else ""  # "" matches at the front
+    found = re.search(word, prompt, re.IGNORECASE)
+    at = found.start() if found else 0
+    return f"{prompt[:at]}{REFERENCE_TOKEN} {prompt[at:]}"
 
 
 @torch.no_grad()
@@ -342,34 +408,41 @@ def encode_prompt(pipe, prompts):
 
 @torch.no_grad()
 def encode_moments(vae, pixels):
-    """Pixels (B,F,3,H,W) in [-1,1] -> the VAE posterior's mean and log-variance, (B,T,2C,H/8,W/8): what a cache holds.
+    """Pixels (B,F,3,height,width) in [-1,1] -> the VAE posterior's mean and log-variance (B,T,2C,H,W), as in a cache.
 
-    F = 1 for pictures, 8k+1 for clips."""
+    F = 1 for pictures, 8k+1 for clips. Pictures go whole, at most 8 of 480x720 a call: so they get the same latents in
+    training, in a cache and in sampling. (Above 8 a convolution of diffusers 0.42.1 fails.) Clips follow tile_vae."""
     pixels = pixels.to(vae.device, vae.dtype).transpose(1, 2)  # the VAE takes (B,3,F,H,W)
-    return vae.encode(pixels).latent_dist.parameters.transpose(1, 2)
+    if pixels.shape[2] > 1:
+        return vae.encode(pixels).latent_dist.parameters.transpose(1, 2)
+    tiling, slicing = vae.use_tiling, vae.use_slicing
+    vae.use_tiling = vae.use_slicing = False
+    together = max(1, 8 * 480 * 720 // pixels[0, 0].numel())
+    moments = [vae.encode(few).latent_dist.parameters for few in pixels.split(together)]
+    vae.use_tiling, vae.use_slicing = tiling, slicing
+    return torch.cat(moments).transpose(1, 2)
 
 
-def send(x, device):
-    """A tensor on its way to the device. From pinned memory: nobody waits, neither for the copy nor for what the GPU is
-    still busy with."""
+def to_device(x, device):
+    """Asynchronous copy to the device, through pinned memory."""
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 
 
-def draw_latents(vae, moments, generator=None):
+def sample_latents(vae, moments, generator=None):
     """Moments (B,T,2C,H,W) -> scaled latents (B,T,C,H,W), float32: a draw from the posterior, as in CogVideoX's
     training; with generator=None its mean."""
     posterior = DiagonalGaussianDistribution(moments.float().transpose(1, 2))
     z = posterior.mode()
     if generator is not None:  # drawn on the CPU, so that a seed means the same everywhere
-        z = posterior.mean + posterior.std * send(torch.randn(z.shape, generator=generator), z.device)
+        z = posterior.mean + posterior.std * to_device(torch.randn(z.shape, generator=generator), z.device)
     return z.transpose(1, 2) * vae.config.scaling_factor
 
 
 def encode_video(vae, pixels, generator=None):
-    """Pixels (B,F,3,H,W) in [-1,1] -> scaled latents (B,T,C,H/8,W/8), drawn with the generator or (None) the mean."""
-    return draw_latents(vae, encode_moments(vae, pixels), generator)
+    """Pixels (B,F,3,height,width) in [-1,1] -> scaled latents (B,T,C,H,W): a draw, or without a generator the mean."""
+    return sample_latents(vae, encode_moments(vae, pixels), generator)
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -405,11 +478,45 @@ def tile_vae(vae):
             return vae.disable_tiling()
 
 
-def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False):
+def without_weights(base, part):
+    """The transformer or text encoder of a base on the meta device: its shapes alone. Only its config is read."""
+    with torch.device("meta"):
+        if part == "transformer":
+            return SubjectTransformer.from_config(SubjectTransformer.load_config(base, subfolder=part))
+        return T5EncoderModel(T5Config.from_pretrained(base, subfolder=part))
+
+
+def refuse_cpu(base, asked):
+    """ValueError when a base of billions of parameters would run on a CPU for want of a GPU. `asked`: the --device."""
+    if asked or torch.cuda.is_available():
+        return
+    size = sum(p.numel() for p in without_weights(base, "transformer").parameters())
+    if size > 1e9:
+        why = ("this torch is built for CPUs" if torch.version.cuda is None else
+               f"CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']!r}" if "CUDA_VISIBLE_DEVICES" in os.environ
+               else "does nvidia-smi show the driver?")
+        raise ValueError(f"{base} has {size / 1e9:.1f} billion parameters, and torch {torch.__version__} sees no GPU "
+                         f"({why}). --device cpu runs it all the same, slowly")
+
+
+def sampling_dtype(base, device):
+    """float32 on a CPU; on a GPU bfloat16, or float16 for CogVideoX-2b (no RoPE), which was trained in it."""
+    if device.type != "cuda":
+        return torch.float32
+    try:
+        config = SubjectTransformer.load_config(base, subfolder="transformer")
+    except OSError:  # load_pipeline says it better
+        return torch.bfloat16
+    return torch.bfloat16 if config.get("use_rotary_positional_embeddings") else torch.float16
+
+
+def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False, without=(), asked="cpu"):
     """The stock CogVideoXPipeline of a diffusers folder or hub id, with our transformer and a tokenizer that knows
     <cls>. One line of FileNotFoundError when there is no such base.
 
-    int8 (torchao, weight-only): the frozen transformer takes half its memory in bf16, 5.6 GB for CogVideoX-5B."""
+    int8 (torchao, weight-only): the frozen transformer takes half its memory in bf16, 5.6 GB for CogVideoX-5B.
+    without: parts, "transformer" or "text_encoder", whose weights are not read (11 and 9.5 GB): they stay on the meta
+    device. asked: the user's --device, for refuse_cpu."""
     local = (Path(base) / "model_index.json").is_file()
     if not local and (str(base).count("/") != 1 or Path(base).exists() or str(base).startswith((".", "/"))):
         raise FileNotFoundError(f"no base at {base}: expected a diffusers CogVideoX folder (with model_index.json) "
@@ -421,26 +528,30 @@ def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False):
         from torchao.quantization import Int8WeightOnlyConfig
         quantization["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["proj_out"])
     try:
-        transformer = SubjectTransformer.from_pretrained(base, subfolder="transformer", dtype=dtype, **quantization)
-        pipe = CogVideoXPipeline.from_pretrained(base, transformer=transformer, dtype=dtype)
+        refuse_cpu(base, asked)
+        parts = {part: without_weights(base, part) for part in without}
+        if "transformer" not in parts:
+            parts["transformer"] = SubjectTransformer.from_pretrained(base, subfolder="transformer", dtype=dtype,
+                                                                      **quantization)
+        pipe = CogVideoXPipeline.from_pretrained(base, **parts, dtype=dtype)
     except OSError as e:
         if local:
             raise
         raise FileNotFoundError(f"there is no folder {base}, and the hub did not give it: {str(e).splitlines()[0]} "
                                 f"Without network: hf download {base} --local-dir FOLDER elsewhere, then --base FOLDER")
     if int8:
-        follow_autocast(transformer)
+        follow_autocast(pipe.transformer)
     pipe.tokenizer.add_tokens([REFERENCE_TOKEN], special_tokens=True)
     rows = pipe.text_encoder.get_input_embeddings().num_embeddings
     if len(pipe.tokenizer) > rows:  # T5-XXL has 32128 rows and <cls> takes id 32100: nothing is resized
         raise ValueError(f"{base}: the text encoder has {rows} embedding rows, no spare one for {REFERENCE_TOKEN}")
     for module in (pipe.transformer, pipe.vae, pipe.text_encoder):
         module.requires_grad_(False).eval()
-    return pipe.to(device)
+    return pipe if without else pipe.to(device)
 
 
 def follow_autocast(model):
-    """torchao's linear layers pass autocast by and answer in the input's dtype, float32 after each norm: cast it."""
+    """torchao's linear layers ignore autocast and return the input's dtype, float32 after each norm: cast the input."""
     def cast(module, args):
         device = args[0].device.type
         return (args[0].to(torch.get_autocast_dtype(device)),) if torch.is_autocast_enabled(device) else None

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 
-from data import clip_frames, command_line, cover, knob, load_image, normalise, save_video, to_pixels
-from model import (LORA_FILE, PAPER_BASE, encode_video, find_device, frame_size, load_lora, load_pipeline, lora_header,
-                   lora_path, tile_vae, with_reference_token)
+from data import clip_frames, fit_reference, load_image, normalise, read_text, resize_center_crop, save_video, to_pixels
+from model import (LORA_FILE, PAPER_BASE, REFERENCE_TOKEN, attention_order, encode_prompt, encode_video, find_device,
+                   frame_size, load_lora, load_pipeline, lora_header, lora_path, merge_lora, sampling_dtype, tile_vae,
+                   with_reference_token)
+from run import check_bounds, check_choices, command_line, knob, rank_and_world_size
 
 HERE = Path(__file__).parent
 
@@ -25,14 +28,16 @@ class Config:
     ref: str = knob("", "picture of the subject, any size and mode; empty samples without a reference")
     prompt: str = knob("", "what happens; empty takes the text file beside the picture, if there is one")
     prompts: str = knob("", "text file with one prompt per line: one video each")
+    batch: int = knob(1, "videos of --prompts that are sampled at once")
     lora: str = knob("", "LoRA file, checkpoint or run; empty takes the newest checkpoint under out/, else toy/lora")
     base: str = knob("", "diffusers CogVideoX folder or hub id; empty takes the one the LoRA was trained on")
     out: str = knob("sample.mp4", "file to write; .png for a single picture (--frames 1)")
     seed: int = knob(0, "seed of the starting noise")
     steps: int = knob(50, "denoising steps")
-    guidance: float = knob(6.0, "classifier-free guidance scale, on the text only; 1 turns it off")
+    guidance: float = knob(0.0, "classifier-free guidance scale, on the text only; 1 is off; 0 takes the LoRA's (6)")
+    lora_scale: float = knob(1.0, "how much of the LoRA: 0 is the base alone, 1 what was trained")
     dynamic_cfg: bool = knob(False, "let the guidance scale grow over the steps (the pipeline's use_dynamic_cfg)")
-    negative_prompt: str = knob("", "what guidance leads away from")
+    negative_prompt: str = knob("", "negative prompt of the guidance")
     frames: int = knob(0, "frames of the video, cut to 8k+1; 1 makes a picture; 0 takes the base's (49)")
     fps: float = knob(0.0, "frames per second of the file; 0 takes the LoRA's training rate (8)")
     height: int = knob(0, "height in pixels; 0 takes the base's (480)")
@@ -41,18 +46,19 @@ class Config:
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
     int8: bool = knob(False, "keep the transformer in 8 bits (torchao): half the memory, another picture")
     offload: str = knob("none", "'model' or 'sequential' keeps weights in RAM until needed (for a small GPU)")
+    compile: bool = knob(False, "compile the transformer's blocks: minutes first, then faster steps")
+    cache_threshold: float = knob(0.0, "skip all blocks but the first in steps where its output changes by less than "
+                                       "this share (0.1, say): faster, lossy; 0 is off (diffusers' FirstBlockCache)")
 
     def __post_init__(self):
-        if self.steps <= 0:
-            raise ValueError(f"--steps must be positive, got {self.steps}")
-        for name in ("frames", "fps", "height", "width", "enlarge"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
+        check_bounds(self, positive="steps batch", not_negative="seed guidance frames fps height width enlarge "
+                                                                "lora_scale cache_threshold")
         suffixes = (".png", ".mp4") if self.frames == 1 else (".mp4", ".mov", ".mkv")
         if Path(self.out).suffix not in suffixes:
             raise ValueError(f"--out must end in {' or '.join(suffixes)}, got {self.out!r}")
-        if self.offload not in ("none", "model", "sequential"):
-            raise ValueError(f"--offload must be none, model or sequential, got {self.offload!r}")
+        check_choices(self, offload="none model sequential")
+        if self.compile and (self.cache_threshold or self.offload != "none"):
+            raise ValueError("--compile True goes with neither --cache_threshold nor --offload")
 
 
 def find_lora(path=""):
@@ -63,8 +69,9 @@ def find_lora(path=""):
     return lora_path(max(files, key=lambda f: f.stat().st_mtime, default=HERE / "toy/lora"))
 
 
-def load(lora="", base="", device="cpu", use_lora=True, int8=False):
-    """(pipeline, header): the base, with the LoRA on it unless use_lora is False. `lora` as for find_lora.
+def load(lora="", base="", device="cpu", use_lora=True, int8=False, lora_scale=1.0):
+    """(pipeline, header): the base, with the LoRA on it unless use_lora is False. `lora` as for find_lora. device: the
+    one that it is for, as in --device.
 
     The base is the one asked for, else the one named in the LoRA's header, else the paper's."""
     file = find_lora(lora)
@@ -73,32 +80,45 @@ def load(lora="", base="", device="cpu", use_lora=True, int8=False):
     if not Path(base).exists() and (HERE / base).exists():
         base = HERE / base  # "toy/base" means ours, wherever we are called from
     print(f"base {base}, LoRA {file if use_lora else 'none'}", file=sys.stderr)
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    pipe = load_pipeline(base, dtype, int8=int8)  # stays in RAM here: the caller moves it, or lets it be offloaded
+    dtype = sampling_dtype(base, find_device(device))
+    pipe = load_pipeline(base, dtype, int8=int8, asked=device)  # in RAM: the caller moves or offloads it
     if use_lora:
         load_lora(pipe.transformer, file)
+        for module in pipe.transformer.modules():
+            if isinstance(module, LoraLayer):
+                module.scale_layer(lora_scale)
+        if pipe.transformer.lora_scope == "all" and not int8:
+            merge_lora(pipe.transformer)
         for name, parameter in pipe.transformer.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)
         pipe.transformer.eval().requires_grad_(False)
+    pipe.vae.enable_slicing()  # a batch of videos is decoded one by one
     return pipe, header
 
 
-def trained_with_cls(header):
-    """Does this LoRA expect <cls> in front of a prompt? (--cls False trains without, Table 6)"""
-    return header.get("cls") != "False"
+def cls_of(header):
+    """Where this LoRA's training put <cls> (train.py's --cls). A LoRA from elsewhere, like the authors', has it in
+    front; older files of ours say True or False."""
+    cls = header.get("cls", "front")
+    return {"True": "front", "False": "off"}.get(cls, cls)
 
 
-def encode_references(pipe, pictures, height, width):
+def guidance_of(header):
+    """The guidance scale that this LoRA's run asks for; the authors' 6 where the file does not say."""
+    return float(header.get("guidance", 6.0))
+
+
+def encode_references(pipe, pictures, height, width, fit="cover"):
     """PIL pictures -> scaled latents (B,1,C,H/8,W/8) on the VAE's device.
 
-    Each picture is resized to cover the frame, as in training, and encoded by the VAE to its mean, so that nothing is
-    random but the starting noise."""
-    pixels = torch.stack([to_pixels([cover(picture, height, width)]) for picture in pictures])  # (B, 1, 3, H, W)
-    return encode_video(pipe.vae, normalise(pixels))
+    Each picture is resized to cover the frame, or with white beside it to fit in (train.py's --fit), and encoded by the
+    VAE to its mean, so that nothing is random but the starting noise."""
+    pixels = [to_pixels([fit_reference(picture, height, width, fit)]) for picture in pictures]
+    return encode_video(pipe.vae, normalise(torch.stack(pixels)))  # of (B, 1, 3, H, W)
 
 
-def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0, height=0, width=0, cls=True,
+def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0, height=0, width=0, cls="front",
              dynamic_cfg=False, negative_prompt="", text=None):
     """Videos as lists of PIL pictures, one per prompt.
 
@@ -119,16 +139,68 @@ def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0,
         attention_kwargs={"reference": references}).frames
 
 
+def decode_what_fits(vae):
+    """Let the VAE decode in tiles when the whole video does not fit on the GPU."""
+    whole = vae.decode
+
+    def decode(*args, **kwargs):
+        try:
+            return whole(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            tile_vae(vae)
+        return whole(*args, **kwargs)
+    vae.decode = decode
+
+
 def contact_sheet(video, reference=None, enlarge=1, columns=6):
     """One row: the reference, a gap, then `columns` frames evenly spread over the video."""
     picks = sorted({round(i * (len(video) - 1) / max(columns - 1, 1)) for i in range(columns)})
     w, h, gap = video[0].width * enlarge, video[0].height * enlarge, 4
     row = [video[i].resize((w, h), Image.NEAREST) for i in picks]
-    row = ([cover(reference, h, w)] if reference is not None else []) + row
+    if reference is not None:
+        row.insert(0, resize_center_crop(reference, h, w))
     sheet = Image.new("RGB", ((w + gap) * len(row) - gap, h), "white")
     for i, picture in enumerate(row):
         sheet.paste(picture, (i * (w + gap), 0))
     return sheet
+
+
+def sample_texts(pipe, folder, cls="front"):
+    """{picture: embeddings of its prompt and of ""} for the pictures in `folder`, each with its prompt in a .txt file
+    of its name. Each rank takes its share of them."""
+    rank, world_size = rank_and_world_size()
+    pictures = sorted(f for f in Path(folder).glob("*") if f.with_suffix(".txt").is_file() and f.suffix != ".txt")
+    texts = {}
+    for file in pictures[rank::world_size]:
+        prompt = with_reference_token(read_text(file.with_suffix(".txt")), cls)
+        texts[file] = [encode_prompt(pipe, [t]).cpu() for t in (prompt, "")]
+    return texts
+
+
+def write_sample_sheets(pipe, texts, out, step, size, frames, guidance=6.0, fit="cover"):
+    """While training: a contact sheet for each picture of sample_texts, with a fixed seed: out/NAME-000400.png."""
+    out.mkdir(exist_ok=True)
+    pipe.set_progress_bar_config(disable=True)
+    for file, text in texts.items():
+        picture = load_image(file)
+        (video,) = generate(pipe, encode_references(pipe, [picture], *size, fit), [""], [0], guidance=guidance,
+                            frames=frames, height=size[0], width=size[1],
+                            text=[t.to(pipe.transformer.device) for t in text])
+        contact_sheet(video, picture, max(1, 128 // video[0].height)).save(out / f"{file.stem}-{step:06d}.png")
+
+
+def sample_in_batches(cfg, pipe, header, latents, prompts, device):
+    """(number, prompt, video) of each prompt, --batch of them at once; each is what it would be alone."""
+    for first in range(0, len(prompts), cfg.batch):
+        batch = prompts[first:first + cfg.batch]
+        for prompt in batch:
+            print(f"{prompt!r}, seed {cfg.seed}")
+        with attention_order(device):
+            videos = generate(pipe, latents, batch, [cfg.seed] * len(batch), cfg.steps,
+                              cfg.guidance or guidance_of(header), cfg.frames, cfg.height, cfg.width,
+                              cls_of(header), cfg.dynamic_cfg, cfg.negative_prompt)
+        yield from zip(range(first, first + len(batch)), batch, videos)
 
 
 def main(cfg):
@@ -137,11 +209,11 @@ def main(cfg):
         raise ValueError(f"--offload {cfg.offload} keeps weights off a GPU until needed, and this run has none")
     reference = load_image(cfg.ref) if cfg.ref else None
     beside = Path(cfg.ref or "none").with_suffix(".txt")
-    prompts = [cfg.prompt or (beside.read_text().strip() if beside.is_file() else "")]
+    prompts = [cfg.prompt or (read_text(beside) if beside.is_file() else "")]
     if cfg.prompts:
         if not Path(cfg.prompts).is_file():
             raise FileNotFoundError(f"--prompts: no file {cfg.prompts}; it takes a text file with a prompt per line")
-        prompts = [line.strip() for line in Path(cfg.prompts).read_text().splitlines() if line.strip()]
+        prompts = [line.strip() for line in read_text(cfg.prompts).splitlines() if line.strip()]
         if not prompts:
             raise ValueError(f"--prompts: no prompts in {cfg.prompts}")
     if not prompts[0]:
@@ -150,28 +222,37 @@ def main(cfg):
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    pipe, header = load(cfg.lora, cfg.base, device, int8=cfg.int8)
+    pipe, header = load(cfg.lora, cfg.base, cfg.device, int8=cfg.int8, lora_scale=cfg.lora_scale)
     multiple = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
     if cfg.height % multiple or cfg.width % multiple:
         raise ValueError(f"--height and --width must be multiples of {multiple}, got {cfg.height} x {cfg.width}")
     if cfg.frames and cfg.frames != (frames := clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)):
         print(f"--frames {cfg.frames} cut to {frames}, a length that the VAE can make")
+    if cls_of(header) == "item" and not all(REFERENCE_TOKEN in prompt for prompt in prompts):
+        print(f"this LoRA learned {REFERENCE_TOKEN} before the subject's name ('An {REFERENCE_TOKEN} armchair ...'): "
+              "without one in the prompt it goes in front")
     latents = None
     if reference is not None:  # before any offloading: then the VAE's weights are not where they seem to be
         pipe.vae.to(device)
         height, width = cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1]
-        latents = encode_references(pipe, [reference], height, width).to(device)
+        latents = encode_references(pipe, [reference], height, width, header.get("fit", "cover")).to(device)
     if cfg.offload == "none":
         pipe.to(device)
+        decode_what_fits(pipe.vae)
     else:
         pipe.vae.to("cpu")
         tile_vae(pipe.vae)
-        (pipe.enable_model_cpu_offload if cfg.offload == "model" else pipe.enable_sequential_cpu_offload)(device=device)
+        if cfg.offload == "model":
+            pipe.enable_model_cpu_offload(device=device)
+        else:
+            pipe.enable_sequential_cpu_offload(device=device)
 
-    for i, prompt in enumerate(prompts):
-        print(f"{prompt!r}, seed {cfg.seed}")
-        (video,) = generate(pipe, latents, [prompt], [cfg.seed], cfg.steps, cfg.guidance, cfg.frames,
-                            cfg.height, cfg.width, trained_with_cls(header), cfg.dynamic_cfg, cfg.negative_prompt)
+    if cfg.compile:
+        pipe.transformer.compile_blocks()
+    if cfg.cache_threshold:
+        from diffusers import FirstBlockCacheConfig
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=cfg.cache_threshold))
+    for i, prompt, video in sample_in_batches(cfg, pipe, header, latents, prompts, device):
         file = out.with_stem(f"{out.stem}-{i}") if len(prompts) > 1 else out
         enlarge = cfg.enlarge or max(1, 256 // video[0].height)
         if len(video) == 1:
@@ -185,4 +266,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    command_line(main, Config, __doc__)
+    command_line(main, Config, __doc__, out_of_memory="--offload model or sequential, --int8 True, fewer --frames")

@@ -1,14 +1,13 @@
 """The paper's ablations, each from one command, on the toy world; the same rows are flags for the real run.
 
-    python -m paper.ablate table9                # trains and scores what is missing, prints it beside the paper's table
-    python -m paper.ablate                       # every table and the findings
-    python -m paper.ablate figure12              # a picture from the same runs: assets/figure12.png
-    python -m paper.ablate table9 --real         # prints the commands for CogVideoX-5B instead
-    python -m paper.ablate cost                  # Eq. 3 and Table 1: what a video step costs, counted
+    python -m paper.ablate                       # trains and scores what is missing, prints every table and finding
+    python -m paper.ablate table9                # one of them, beside the paper's numbers
+    python -m paper.ablate headline              # a picture from the same results: assets/headline.png
+    python -m paper.ablate --write True          # paper/RESULTS.md, from paper/results/ alone
+    python -m paper.ablate table9 --real True    # prints the commands for CogVideoX-5B instead
 
-A row is a run of train.py with other flags (ROWS), shorter than `train.py --toy`: --steps steps at --lr on one thread,
-on latents that are encoded once for all rows. It is scored on --n unseen creatures; each (row, seed) leaves one file in
---results, which is reused. --jobs rows run side by side.
+A row is `train.py --toy` with other flags (ROWS), on one thread. It is scored on --n unseen creatures; each (row, seed)
+leaves one file in --results, which is reused. --jobs rows run side by side. Delete a file, and it is made again.
 
 A finding of the paper (FINDINGS) says that one row is higher than another in one column, or as high within a margin.
 With d the difference of the two rows in each seed, Student's t gives an interval for its mean (5 % on either side; for
@@ -24,7 +23,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,38 +31,54 @@ from tqdm import tqdm
 
 import gradcos
 import train
-from data import changed, command_line, knob
-from model import newest_checkpoint
+from run import changed, command_line, knob, newest_checkpoint, records, write
 
-ROWS = {  # name: flags of train.py. Sizes of data sets are shares of the toy's 4,000 pairs and 400 clips.
+ROWS = {  # name: flags of train.py. Sizes of data sets are shares of the toy's 2,000 pairs and 400 clips.
     "ours": {},
     "image-only": {"p": 0.0},
-    "two-stage": {"schedule": "two_stage"},
-    "pairs-1pct": {"images": "toy/data/pairs-40"},   # 2,000 of 200K
-    "pairs-2pct": {"images": "toy/data/pairs-80"},   # 4,000 of 200K
-    "pcgrad-4": {"pcgrad": 4},
-    "pcgrad-8": {"pcgrad": 8},
-    "no-cls": {"cls": False},
-    "text-to-video": {"token_drop": 1.0},
-    "clips-25pct": {"videos": "toy/data/clips-100"},  # 1K of 4K
-    "clips-50pct": {"videos": "toy/data/clips-200"},
-    "clips-75pct": {"videos": "toy/data/clips-300"},
+    "p-0.05": {"p": 0.05},
+    "p-0.1": {"p": 0.1},
     "p-0.4": {"p": 0.4},
     "p-0.6": {"p": 0.6},
+    "two-stage": {"task_schedule": "two_stage"},
+    "pairs-1pct": {"images": "toy/data/pairs-20"},   # 2,000 of 200K
+    "pairs-2pct": {"images": "toy/data/pairs-40"},   # 4,000 of 200K
+    "pcgrad-4": {"pcgrad": 4},
+    "pcgrad-8": {"pcgrad": 8},
+    "text-to-video": {"token_drop": 1.0},
+    "clips-25pct": {"videos": "toy/data/clips-100"},  # 1K of 4K
     "first-frame-no-drop": {"random_frame": False, "token_drop": 0.0},
     "random-frame-no-drop": {"token_drop": 0.0},
     "first-frame-drop": {"random_frame": False},
     "t2v-finetuning": {"p": 1.0, "token_drop": 1.0},  # for a fifth of the steps: Table 11's baseline
+    "thaw": {"p": 1.0, "init_lora": "image-only", "steps": 200, "warmup": 10, "lr": 1e-3},  # goes on from that run
+    "elsewhere": {"images": "toy/data/pairs_elsewhere"},
+    "elsewhere-image-only": {"images": "toy/data/pairs_elsewhere", "p": 0.0},
+    "walking": {"images": "toy/data/pairs_walking"},
+    "walking-image-only": {"images": "toy/data/pairs_walking", "p": 0.0},
+    "low-lr-image-only": {"lr": 1e-3, "p": 0.0},
+    "view-drop": {"view_drop": 0.5},
     "scope-reference": {"lora_scope": "reference"},
     "scope-reference-image-only": {"lora_scope": "reference", "p": 0.0},
+    "no-cls": {"cls": "off"},
+    "clips-50pct": {"videos": "toy/data/clips-200"},
+    "clips-75pct": {"videos": "toy/data/clips-300"},
+    "drop-reference": {"drop": "reference"},
+    "mixed": {"task_schedule": "mixed", "image_micro": 2, "video_micro": 1},
+    "cls-item": {"cls": "item"},
+    "authors": {"recipe": "authors", **train.AUTHORS, **train.TOY_AUTHORS},
 }
-FIGURES = {  # figure: its rows. The first two are curves of gradcos.py (9 holds 5 as well), the others contact sheets
+FIGURES = {  # figure: its rows. headline and dose are drawn from results, the next from gradcos, the others from runs
+    "headline": ("ours", "image-only", "thaw"),
+    "dose": ("image-only", "p-0.05", "p-0.1", "ours", "p-0.4", "p-0.6"),
     "figure9": ("ours", "image-only"), "figure10": ("ours", "pcgrad-4", "pcgrad-8"),
+    "cosines": ("image-only", "elsewhere-image-only", "walking-image-only", "low-lr-image-only"),
     "figure11": ("ours", "pairs-2pct", "pairs-1pct"),
     "figure12": ("first-frame-no-drop", "random-frame-no-drop", "ours"),
     "figure13": ("image-only", "two-stage", "ours"),
 }
-WATCHED = {*FIGURES["figure9"], *FIGURES["figure10"]}  # measured with gradcos
+CURVES = FIGURES["headline"]  # scored at checkpoints too, and on single pictures
+WATCHED = {*FIGURES["figure9"], *FIGURES["figure10"], *FIGURES["cosines"]}  # measured with gradcos
 
 PAPER_COLUMNS = ("Motion Smoothness", "Dynamic Degree", "CLIP-T", "CLIP-I", "DINO-I")
 TABLES = {  # table: (row, the paper's name, the paper's numbers in PAPER_COLUMNS)
@@ -94,67 +109,81 @@ TABLES = {  # table: (row, the paper's name, the paper's numbers in PAPER_COLUMN
     "figure12": [("first-frame-no-drop", "first frame, no drop (pictures in the paper)", None),
                  ("random-frame-no-drop", "random frame, no drop", None),
                  ("first-frame-drop", "first frame, drop", None), ("ours", "random frame, drop", None)],
-    "scope": [("ours", "LoRA on all tokens (our own row)", None),
-              ("scope-reference", "LoRA on reference tokens", None),
-              ("image-only", "all tokens, p = 0", None),
-              ("scope-reference-image-only", "reference tokens, p = 0", None)],
+    "dose": [(row, f"p = {ROWS[row].get('p', 0.2):g}", None) for row in FIGURES["dose"]],
+    "world": [("ours", "same place in both views, captions \"stands\"", None),
+              ("image-only", "the same, p = 0", None),
+              ("elsewhere", "another place in each view", None), ("elsewhere-image-only", "the same, p = 0", None),
+              ("walking", "action words in the captions of pairs", None),
+              ("walking-image-only", "the same, p = 0", None),
+              ("low-lr-image-only", "a third of the learning rate, p = 0", None)],
+    "recipes": [("ours", "the paper's text: token drop, one coin a step, `<cls>` in front", None),
+                ("drop-reference", "the whole reference in half of the video micro-batches", None),
+                ("mixed", "8 coins a step", None), ("cls-item", "`<cls>` before the name", None),
+                ("view-drop", "view drop 0.5", None), ("authors", "the authors' scripts", None)],
+    "method": [("ours", "the default", None), ("view-drop", "view drop 0.5 (A.2)", None),
+               ("scope-reference", "LoRA on reference tokens only", None),
+               ("scope-reference-image-only", "the same, p = 0", None), ("image-only", "all tokens, p = 0", None),
+               ("thaw", "image-only, then 200 steps of clips", None)],
 }
 FINDINGS = [  # where, what the paper says, column, the higher row, the lower row (or a number), perhaps a margin
-    ("Tables 3, 9", "dual-task moves more than image-only", "dynamic_degree", "ours", "image-only"),
+    ("Tables 3, 9", "dual-task moves more than image-only", "moves", "ours", "image-only"),
+    ("Tables 3, 9", "image-only training freezes (moves in under 5 %)", "moves", 5.0, "image-only"),
     ("Table 3", "image-only is smoother than dual-task", "smoothness", "image-only", "ours"),
-    ("Table 3", "two-stage keeps more identity than dual-task", "identity_16", "two-stage", "ours"),
-    ("Table 3", "two-stage moves more than dual-task", "dynamic_degree", "two-stage", "ours"),
-    ("Table 3", "two-stage is less smooth than dual-task", "smoothness", "ours", "two-stage"),
-    ("Table 3, D.7", "two-stage forgets the text", "direction_if_moving", "ours", "two-stage"),
-    ("Table 11", "dual-task's motion is better than two-stage's (FVD there)", "direction", "ours", "two-stage"),
-    ("Table 11", "dual-task's motion is better than image-only's", "direction", "ours", "image-only"),
-    ("Table 4's numbers", "more pairs, more identity (100 % against 1 %)", "identity_16", "ours", "pairs-1pct"),
-    ("Table 4, 5.3", "2 % of the pairs keep as much identity, to 10 points", "identity_16", "pairs-2pct", "ours", 10),
-    ("Table 4, 5.3", "1 % of the pairs keep as much identity, to 10 points", "identity_16", "pairs-1pct", "ours", 10),
-    ("Table 5's numbers", "PCGrad with buffer 8 raises identity", "identity_16", "pcgrad-8", "ours"),
-    ("Table 5's numbers", "PCGrad with buffer 8 lowers motion", "dynamic_degree", "ours", "pcgrad-8"),
-    ("B.3's text", "PCGrad changes identity by little (10 points)", "identity_16", "pcgrad-8", "ours", 10),
+    ("Tables 3, 9", "dual-task keeps more identity than image-only", "cells", "ours", "image-only"),
+    ("Table 3", "two-stage keeps more identity than dual-task", "cells", "two-stage", "ours"),
+    ("Table 3, D.7", "two-stage forgets the text", "direction", "ours", "two-stage"),
+    ("Table 11", "dual-task's motion is better than two-stage's (FVD there)", "moves_right", "ours", "two-stage"),
+    ("Table 11", "dual-task's motion is better than image-only's", "moves_right", "ours", "image-only"),
+    ("Table 4's numbers", "more pairs, more identity (100 % against 1 %)", "cells", "ours", "pairs-1pct"),
+    ("Table 4, 5.3", "2 % of the pairs keep as much identity, to 10 points", "cells", "pairs-2pct", "ours", 10),
+    ("Table 4, 5.3", "1 % of the pairs keep as much identity, to 10 points", "cells", "pairs-1pct", "ours", 10),
+    ("B.3's text", "PCGrad changes identity by little (10 points)", "cells", "pcgrad-8", "ours", 10),
+    ("B.3's text", "PCGrad changes motion by little (10 points)", "moves", "pcgrad-8", "ours", 10),
     ("Figure 10", "PCGrad's cosine is the default's, to 0.05", "cosine", "pcgrad-8", "ours", 0.05),
-    ("Table 6", "`<cls>` raises identity", "identity_16", "ours", "no-cls"),
-    ("Table 6", "`<cls>` raises motion", "dynamic_degree", "ours", "no-cls"),
-    ("Table 7", "text-to-video instead costs identity", "identity_16", "ours", "text-to-video"),
-    ("Table 7", "text-to-video instead costs motion", "dynamic_degree", "ours", "text-to-video"),
-    ("Table 8", "more clips, more motion (100 % against 25 %)", "dynamic_degree", "ours", "clips-25pct"),
-    ("Table 8, D.3", "more clips, more identity (100 % against 25 %)", "identity_16", "ours", "clips-25pct"),
-    ("Table 9", "p = 0.2 moves more than p = 0.6", "dynamic_degree", "ours", "p-0.6"),
-    ("Table 9", "p = 0.2 keeps more identity than p = 0", "identity_16", "ours", "image-only"),
-    ("Table 9", "p = 0.6 keeps more identity than p = 0.2", "identity_16", "p-0.6", "ours"),
-    ("Figure 12, D.6", "random frame alone moves more than neither", "dynamic_degree", "random-frame-no-drop",
+    ("Table 7", "text-to-video instead costs identity", "cells", "ours", "text-to-video"),
+    ("Table 7", "text-to-video instead costs motion", "moves", "ours", "text-to-video"),
+    ("Table 9", "p = 0.6 keeps more identity than p = 0.2", "cells", "p-0.6", "ours"),
+    ("Figure 12, D.6", "random frame alone moves more than neither", "moves", "random-frame-no-drop",
      "first-frame-no-drop"),
-    ("Figure 12, D.6", "with drop it moves more than neither", "dynamic_degree", "ours", "first-frame-no-drop"),
+    ("Figure 12, D.6", "with drop it moves more than neither", "moves", "ours", "first-frame-no-drop"),
     ("Figure 5", "the cosine at p = 0.2 is zero, to 0.05", "cosine", "ours", 0.0, 0.05),
     ("Figure 9, B.2", "image-only's cosine is above 0.4", "cosine", "image-only", 0.4),
     ("Figure 9, B.2", "image-only's video gradient is larger", "norm_vid", "image-only", "ours"),
     ("Figure 9, B.2", "image-only's image gradient is larger", "norm_img", "image-only", "ours"),
-    ("not the paper's", "a random frame keeps more identity than the first", "identity_16", "random-frame-no-drop",
-     "first-frame-no-drop"),
-    ("not the paper's", "token drop on top of it raises identity", "identity_16", "ours", "random-frame-no-drop"),
-    ("not the paper's", "scoping LoRA alone protects motion at p = 0", "dynamic_degree", "scope-reference-image-only",
+    ("not the paper's", "image-only freezes less when the views show another place", "moves", "elsewhere-image-only",
      "image-only"),
+    ("not the paper's", "... and then breaks instead", "broken", "elsewhere-image-only", "image-only"),
+    ("not the paper's", "... and its cosine is positive", "cosine", "elsewhere-image-only", 0.05),
+    ("not the paper's", "action words in the pairs' captions freeze as well (under 5 %)", "moves", 5.0,
+     "walking-image-only"),
+    ("not the paper's", "a random frame keeps more identity than the first", "cells", "random-frame-no-drop",
+     "first-frame-no-drop"),
+    ("not the paper's", "LoRA on reference tokens alone protects motion at p = 0", "moves",
+     "scope-reference-image-only", "image-only"),
+    ("not the paper's", "200 steps of clips thaw an image-only LoRA", "moves", "thaw", "image-only"),
 ]
+CANNOT_SHOW = """What the toy cannot show in principle, and is therefore no finding here: that `<cls>` helps (Table 6:
+a toy prompt names one thing only), that more clips help (Table 8: 100 clips hold every field and direction there is),
+that p = 0.2 moves more than p = 0.6 or two-stage more than dual-task (Tables 3, 9: the clips' own share of motion is
+the ceiling of all three), that PCGrad lowers motion (Table 5, for the same reason), FVD (Table 11)."""
 STUDENT_T = {2: 6.31, 3: 2.92, 4: 2.35, 5: 2.13, 6: 2.02, 7: 1.94, 8: 1.89, 9: 1.86, 10: 1.83}  # 5 % above, by seeds
 GRADIENT_COLUMNS = ("cosine", "norm_img", "norm_vid")  # means over the second half of a run that gradcos watched
-COMMANDS = [*dict.fromkeys([*TABLES, *FIGURES]), "cost"]
+COMMANDS = [*dict.fromkeys([*TABLES, *FIGURES])]
 
 
 @dataclass
 class Config:
-    what: list[str] = field(default_factory=list, metadata={
-        "help": f"of {', '.join(COMMANDS)}; none means every table"})
+    what: list[str] = knob([], f"of {', '.join(COMMANDS)}; none means every table")
     seeds: int = knob(3, "seeds 0, 1, ...")
     jobs: int = knob(2, "rows side by side, one thread each")
-    steps: int = knob(400, "training steps of a row")
-    lr: float = knob(4e-3, "peak learning rate of a row: more than the toy's 1.5e-3, for fewer than half of its steps")
+    steps: int = knob(train.TOY["steps"], "training steps of a row")
     n: int = knob(64, "unseen creatures that score a row")
-    sample_steps: int = knob(25, "denoising steps when scoring")
+    sample_steps: int = knob(20, "denoising steps when scoring")
+    curve_n: int = knob(32, "unseen creatures that score a checkpoint on the way")
     results: str = knob("paper/results", "folder with one file per row and seed")
     out: str = knob("out/ablate", "where the runs and their cached latents live")
     assets: str = knob("assets", "where the figures go")
+    write: bool = knob(False, "write paper/RESULTS.md from the results and train nothing")
     real: bool = knob(False, "print the commands for CogVideoX-5B instead of running anything")
     row: str = knob("", "train and score this one row with seed --seeds (used for the rows side by side)")
 
@@ -166,9 +195,12 @@ class Config:
             raise ValueError(f"no row {self.row!r}: choose from {', '.join(ROWS)}")
 
 
-def flags_of(row, steps):
-    """The flags of a row, and its number of steps: Table 11's baseline has a fifth (800 of 4,000)."""
-    return ROWS[row], steps // 5 if row == "t2v-finetuning" else steps
+def flags_of(row, steps, seed=0, out=""):
+    """The flags of a row for one seed. Table 11's baseline has a fifth of the steps (800 of 4,000)."""
+    flags = {"steps": steps // 5 if row == "t2v-finetuning" else steps, **ROWS[row]}
+    if "init_lora" in flags:
+        flags["init_lora"] = f"{out}/{flags['init_lora']}-{seed}"
+    return flags
 
 
 def train_and_score(cfg):
@@ -181,38 +213,46 @@ def train_and_score(cfg):
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second suite waits here, and finds the row done
         if result.is_file() and newest_checkpoint(run):
             return
+        if before := ROWS[cfg.row].get("init_lora"):  # the run that this one goes on from
+            train_and_score(replace(cfg, row=before))
         shutil.rmtree(run, ignore_errors=True)
-        scores = train_row(cfg, name, seed, scored=not result.is_file())
-        if scores:
-            record = {"row": cfg.row, "seed": seed, "flags": ROWS[cfg.row], **settings(cfg), "commit": commit(),
-                      "scores": scores}
+        config = train_row(cfg, name, seed)
+        if not result.is_file():
+            scored = score_row(cfg, run, config)
+            record = {"row": cfg.row, "seed": seed, "flags": ROWS[cfg.row], **settings(cfg), "commit": commit()}
             result.parent.mkdir(parents=True, exist_ok=True)
-            train.write(result, json.dumps(record, indent=1) + "\n")
+            write(result, json.dumps(record | scored, indent=1) + "\n")
 
 
-def train_row(cfg, name, seed, scored=True):
-    """Train the row into out/NAME; its scores on unseen creatures, with gradcos's means where it watched."""
-    from sample import load, trained_with_cls
+def train_row(cfg, name, seed):
+    """Train the row into out/NAME. Returns the config."""
     from toy import world
-    flags, steps = flags_of(cfg.row, cfg.steps)
-    watched = {"gradcos_every": 25} if cfg.row in WATCHED else {}
-    config = train.Config(**{**train.TOY, "toy": True, "seed": seed, "steps": steps, "lr": cfg.lr, "name": name,
-                             "out": cfg.out, "cache": cache_of(cfg, cfg.row), "save_every": steps, "val_every": 0,
-                             "sample_every": 0, **watched, **flags})
-    world.ensure_data(config.images, config.videos, config.val_images, config.val_videos)
-    train.train(config)
-    if not scored:
-        return None
-    pipe, header = load(lora=str(Path(cfg.out) / name))
-    test = world.draw_test_set(cfg.n)
-    seen = config.p < 1 or config.token_drop < 1  # did this row ever see a reference?
-    videos = world.sample_test_set(pipe, test, test.references if seen else None, steps=cfg.sample_steps,
-                                   cls=trained_with_cls(header))
-    scores = world.score_videos(videos, test)
-    if watched:
-        late = [r for r in train.records(Path(cfg.out) / name / "gradcos.jsonl") if r["step"] >= steps / 2]
-        scores |= {column: float(np.mean([r[column] for r in late])) for column in GRADIENT_COLUMNS}
-    return scores
+    flags = flags_of(cfg.row, cfg.steps, seed, cfg.out)
+    curve = {"save_every": cfg.steps}
+    if cfg.row in CURVES:
+        curve = {"save_every": max(1, flags["steps"] // 5), "keep_checkpoints": 99}
+    watched = {"gradcos_every": max(1, cfg.steps // 20)} if cfg.row in WATCHED else {}
+    config = train.Config(**{**train.TOY, "toy": True, "seed": seed, "name": name, "out": cfg.out, "val_every": 0,
+                             "sample_every": 0, **curve, **watched, **flags})
+    train.train(world.ensure_data(config))
+    return config
+
+
+def score_row(cfg, run, config):
+    """{"scores", perhaps "pictures" and "curve"}: the run on unseen creatures, its single pictures, its checkpoints."""
+    from toy import world
+    seen = config.p < 1 or config.token_drop < 1 or config.init_lora  # did this row ever see a reference?
+    options = {"with_reference": bool(seen), "steps": cfg.sample_steps}
+    scored = {"scores": world.score_lora(run, cfg.n, **options)[0]}
+    if cfg.row in WATCHED:  # means over the second half of the run
+        late = [r for r in records(run / "gradcos.jsonl") if r["step"] >= config.steps / 2]
+        scored["scores"] |= {column: float(np.mean([r[column] for r in late])) for column in GRADIENT_COLUMNS}
+    if cfg.row in CURVES:
+        scored["pictures"] = world.score_lora(run, cfg.n, frames=1, **options)[0]
+        checkpoints = sorted(d for d in run.glob("step-*") if d.suffix != ".tmp")
+        scored["curve"] = [{"step": int(d.name[5:]), **world.score_lora(d, cfg.curve_n, **options)[0]}
+                           for d in checkpoints]
+    return scored
 
 
 def commit():
@@ -226,24 +266,7 @@ def commit():
 
 def settings(cfg):
     """What all results that are compared must share."""
-    return {k: getattr(cfg, k) for k in ("steps", "lr", "n", "sample_steps")}
-
-
-def cache_of(cfg, row):
-    """Where the latents of a row lie. A small set of clips is the first of the large one: it needs no cache of its own.
-    """
-    return str(Path(cfg.out) / f"cache-{Path(ROWS[row].get('images', train.TOY['images'])).name}")
-
-
-def encode_once(cfg, rows):
-    """Cached latents for the rows, as `python -m paper.prepare cache` makes them."""
-    from paper import prepare
-    from toy import world
-    same = {k: train.TOY[k] for k in ("base", "videos", "crop_jitter", "frames", "fps", "vae_tiling")}
-    for cache, row in {cache_of(cfg, row): row for row in rows}.items():
-        images = ROWS[row].get("images", train.TOY["images"])
-        world.ensure_data(images, train.TOY["videos"])
-        prepare.prepare_cache(prepare.Latents(out=cache, images=images, **same))
+    return {k: getattr(cfg, k) for k in ("steps", "n", "sample_steps", "curve_n")}
 
 
 def run_missing(cfg, rows, seeds, runs=False):
@@ -257,7 +280,6 @@ def run_missing(cfg, rows, seeds, runs=False):
         return 0
     logs = Path(cfg.out)
     logs.mkdir(parents=True, exist_ok=True)
-    encode_once(cfg, dict(todo))
 
     def run(job):
         row, seed = job
@@ -276,30 +298,64 @@ def run_missing(cfg, rows, seeds, runs=False):
 
 
 def load_results(cfg):
-    """{row: {seed: scores}} of what there is. ValueError for results with another number of steps or creatures."""
+    """{row: {seed: record}} of what there is. ValueError for results with another number of steps or creatures."""
     results = {}
-    for file in sorted(Path(cfg.results).glob("*.json")):
+    for file in sorted(Path(cfg.results).glob("*-[0-9].json")):
         record = json.loads(file.read_text())
         if differ := changed(record, {**settings(cfg), "flags": ROWS.get(record["row"])}):
             raise ValueError(f"{file} was made with other settings ({differ}): choose another --results")
         scores = record["scores"]
-        scores["direction_if_moving"] = 100 * scores["direction"] / max(scores["dynamic_degree"], 1e-9)
+        scores["moves_right"] = scores["moves"] * scores["direction"] / 100 if scores["moves"] else 0.0
         if record["seed"] < cfg.seeds:
-            results.setdefault(record["row"], {})[record["seed"]] = scores
+            results.setdefault(record["row"], {})[record["seed"]] = record
     return results
 
 
-def print_table(table, results):
-    columns = ("smoothness", "dynamic_degree", "field", "direction", "identity_16", "identity_16_same")
-    print(f"\n### {table}\n\n| row | seeds | {' | '.join(columns)} | paper: {' / '.join(PAPER_COLUMNS)} |")
-    print("|---" * (len(columns) + 3) + "|")
+def mean_and_std(values):
+    """"81.2 ± 1.3" over the seeds; a direction of videos that never move is no number and is left out."""
+    values = [v for v in values if not np.isnan(v)]
+    if not values:
+        return "-"
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+
+
+COLUMNS = ("moves", "frozen", "broken", "still", "smoothness", "cells", "identity_16", "direction", "field")
+
+
+def table_lines(table, results):
+    """A table of the paper in Markdown: our scores beside its numbers."""
+    columns = COLUMNS + (GRADIENT_COLUMNS if table == "world" else ())
+    yield f"| {table} | seeds | {' | '.join(columns)} | paper: {' / '.join(PAPER_COLUMNS)} |"
+    yield "|---" * (len(columns) + 3) + "|"
     for row, name, paper in TABLES[table]:
-        scores = list(results.get(row, {}).values())
-        cells = ["-"] * len(columns)
-        if scores:
-            values = [[s[c] for s in scores] for c in columns]
-            cells = [f"{np.mean(v):.1f}" + (f" ± {np.std(v, ddof=1):.1f}" if len(v) > 1 else "") for v in values]
-        print(f"| {name} | {len(scores)} | {' | '.join(cells)} | {' / '.join(map(str, paper)) if paper else '-'} |")
+        scores = [record["scores"] for record in results.get(row, {}).values()]
+        cells = [mean_and_std([s[c] for s in scores if c in s]) for c in COLUMNS]
+        if table == "world":
+            watched = [s for s in scores if "cosine" in s]
+            cells += [f"{np.mean([s[c] for s in watched]):.3f}" if watched else "-" for c in GRADIENT_COLUMNS]
+        shown = " / ".join(map(str, paper)) if paper else "-"
+        yield f"| {name} | {len(scores)} | {' | '.join(cells)} | {shown} |"
+
+
+def single_picture_lines(results):
+    """What the rows of the headline make of single pictures (--frames 1)."""
+    yield "| single pictures | seeds | cells | identity_16 | field |\n|---|---|---|---|---|"
+    for row in CURVES:
+        scores = [record["pictures"] for record in results.get(row, {}).values()]
+        cells = [mean_and_std([s[c] for s in scores]) for c in ("cells", "identity_16", "field")]
+        yield f"| {row} | {len(scores)} | {' | '.join(cells)} |"
+
+
+def control_lines(cfg, file, first):
+    """The rows of results/controls.json or guidance.json."""
+    if not (Path(cfg.results) / file).is_file():
+        yield "Not run yet."
+        return
+    rows = json.loads((Path(cfg.results) / file).read_text())["rows"]
+    yield f"| {first} | {' | '.join(COLUMNS)} |"
+    yield "|---" * (len(COLUMNS) + 1) + "|"
+    for name, scores in rows.items():
+        yield f"| {name} | {' | '.join(mean_and_std([scores[c]]) for c in COLUMNS)} |"
 
 
 def verdict(differences, margin=None, smallest=0.0):
@@ -318,127 +374,185 @@ def verdict(differences, margin=None, smallest=0.0):
     return "reproduced" if low > 0 else "not reproduced"
 
 
-def print_findings(rows, results, cfg):
-    print("\n### Findings\n\n| where | the paper says | column | difference per seed | verdict |\n" + "|---" * 5 + "|")
+def finding_lines(rows, results, cfg):
+    """Each finding with its difference per seed and its verdict."""
+    yield "| where | the paper says | column | difference per seed | verdict |"
+    yield "|---" * 5 + "|"
     for where, claim, column, high, low, *margin in FINDINGS:
         if not {name for name in (high, low) if isinstance(name, str)} <= rows:
             continue
-        ours = results.get(high, {})
-        other = results.get(low, {}) if isinstance(low, str) else {seed: {column: low} for seed in ours}
-        seeds = sorted(ours.keys() & other.keys())
-        a, b = ([scores[seed][column] for seed in seeds] for scores in (ours, other))
+        a, b = ({seed: record["scores"][column] for seed, record in results.get(name, {}).items()}
+                if isinstance(name, str) else dict.fromkeys(range(cfg.seeds), name) for name in (high, low))
+        seeds = sorted(seed for seed in a.keys() & b.keys() if not np.isnan(a[seed] - b[seed]))
+        run = bool(a and b)
+        a, b = [a[seed] for seed in seeds], [b[seed] for seed in seeds]
         gradient = column in GRADIENT_COLUMNS
         smallest = 0.0 if gradient else 200 / cfg.n  # per cent: two videos of n
         ruling = verdict(np.subtract(a, b), *margin, smallest=smallest)
         if seeds and not gradient and not margin and min(np.mean(a), np.mean(b)) >= 98:
             ruling = "not decidable: both at the ceiling"
+        if not run:
+            ruling = "not run yet"
         shown = ", ".join(f"{x - y:+.{3 if gradient else 1}f}" for x, y in zip(a, b)) or "-"
-        print(f"| {where} | {claim} | {column} | {shown} | {ruling} |")
+        yield f"| {where} | {claim} | {column} | {shown} | {ruling} |"
+
+
+def write_results(cfg):
+    """paper/RESULTS.md, from the files in --results alone."""
+    results = load_results(cfg)
+    parts = ["# Results on the toy",
+             "Written by `python -m paper.ablate --write True` from `paper/results/`; `python -m paper.ablate` trains "
+             "and scores\nwhat is missing there. "
+             f"Per cent over {cfg.n} unseen creatures, mean ± standard deviation over the seeds; {cfg.sample_steps} "
+             "denoising\nsteps, the LoRA's own guidance. `toy/world.py` defines the scores. The paper's numbers are in "
+             "its own units.\nA row of 0 seeds has not been run yet."]
+    parts += ["## Findings", "\n".join(finding_lines(set(ROWS), results, cfg)), CANNOT_SHOW.strip(),
+              "## What the scores can be fooled by, and what bounds them",
+              "\n".join(control_lines(cfg, "controls.json", "controls")),
+              "## The guidance scale", "`ours`, seed 0, at other scales: why the toy's default is "
+              f"{train.TOY['guidance']:g}.", "\n".join(control_lines(cfg, "guidance.json", "guidance")), "## Tables"]
+    parts += ["\n".join(table_lines(table, results)) for table in TABLES]
+    parts += ["\n".join(single_picture_lines(results)), "## Figures"]
+    parts += [f"![{figure}](../{cfg.assets}/{figure}.png)\n\n`python -m paper.ablate {figure}`" for figure in FIGURES
+              if Path(cfg.assets, f"{figure}.png").is_file()]
+    write(Path("paper/RESULTS.md"), "\n\n".join(parts) + "\n")
+    print("wrote paper/RESULTS.md")
 
 
 PAIRS_4K = ("table6", "table7", "table8", "table9", "figure12", "figure13")  # Section D's runs: 4,000 pairs
+FULL = {"pairs": "subjects200k", "pairs-20": "subjects200k-2000", "pairs-40": "subjects200k-4000", "clips": "pexels",
+        "clips-100": "pexels-1000", "clips-200": "pexels-2000", "clips-300": "pexels-3000"}
+TOY_ONLY = {"elsewhere", "walking"}  # rows of the toy's own world
 
 
 def print_real(whats):
     """The rows of tables and figures for CogVideoX-5B, and what prepares their data. The same run is named once."""
-    full = {"pairs": "subjects200k", "pairs-40": "subjects200k-2000", "pairs-80": "subjects200k-4000",
-            "clips": "pexels", "clips-100": "pexels-1000", "clips-200": "pexels-2000", "clips-300": "pexels-3000"}
     commands, names, needed = [], {}, set()
     for what in whats:
         commands.append(f"# {what}")
         for row in [row for row, _, _ in TABLES[what]] if what in TABLES else FIGURES[what]:
+            if row.removesuffix("-image-only") in TOY_ONLY or row in ("thaw", "low-lr-image-only"):
+                commands.append(f"# {row}: the toy only")
+                continue
             small = what in PAIRS_4K or (what, row) == ("table3", "image-only")  # that row is Table 9's
-            flags, steps = flags_of(row, 4000)
-            flags = {"images": "toy/data/pairs-80" if small else "toy/data/pairs", "videos": "toy/data/clips", **flags}
-            flags |= {k: f"data/{full[Path(flags[k]).name]}" for k in ("images", "videos")}
+            flags = {"images": "toy/data/pairs-40" if small else "toy/data/pairs", "videos": "toy/data/clips",
+                     **flags_of(row, 4000)}
+            flags |= {k: f"data/{FULL[Path(flags[k]).name]}" for k in ("images", "videos")}
             needed |= {flags["images"], flags["videos"]}
-            words = [f"--{k} {v}" for k, v in flags.items()]
-            words += [f"--steps {steps}"] * (steps != 4000) + ["--view_drop 0"] * (what == "scope")
-            line, watch = " ".join(words), " --gradcos_every 50" * (what in ("figure9", "figure10"))
+            if flags["steps"] == 4000:
+                del flags["steps"]
+            if flags.get("image_micro") == train.TOY_AUTHORS["image_micro"]:  # the toy's: a real run's are the defaults
+                flags = {k: v for k, v in flags.items() if k not in train.TOY_AUTHORS}
+            if flags.get("lora_scope") == "reference":
+                flags["view_drop"] = 0
+            line = " ".join(f"--{k} {v}" for k, v in flags.items())
+            watch = " --gradcos_every 50" if what in ("figure9", "figure10") else ""
             if line in names:
-                commands.append(f"# {row}: the run {names[line]} above{watch and ', with' + watch}")
+                commands.append(f"# {row}: the run {names[line]} above{', with' if watch else ''}{watch}")
             else:
-                names[line] = row + "-4k" * small + "-scope" * (what == "scope")
+                names[line] = f"{row}-4k" if small else row
                 commands.append(f"torchrun --nproc_per_node=8 train.py --name {names[line]} {line}{watch}")
     print("# the data; python -m paper.bench says how long a run takes on your GPU")
     for folder in sorted(needed):
         source, _, n = Path(folder).name.partition("-")
-        print(f"python -m paper.prepare {source} --out {folder} {f'--n {n}' * bool(n)}".rstrip())
+        print(f"python -m paper.prepare {source} --out {folder}" + (f" --n {n}" if n else ""))
     print("\n".join(commands))
 
 
-def train_flops(tokens):
-    """TFLOP of one sample's training step of CogVideoX-5B with LoRA of rank 128 and full checkpointing.
-
-    42 blocks of width D = 3072. Forward: two per weight and token in the 12 D^2 weights of a block's linear layers and
-    in the LoRA beside them, 4 tokens^2 D in attention. Backward: the linear layers' inputs once (their weights are
-    frozen), LoRA twice, attention 2.5 times; and the forward again for the recomputation.
-    """
-    D, rank, blocks = 3072, 128, 42
-    linear = 2 * 12 * D**2 * tokens
-    lora = 2 * rank * (4 * 2 * D + 2 * 5 * D) * tokens  # q, k, v, out: D to D; ff: D to 4D and back
-    attention = 4 * tokens**2 * D
-    forward = linear + lora + attention
-    return blocks * (2 * forward + linear + 2 * lora + 2.5 * attention) / 1e12
-
-
-def print_cost(p=0.2, steps=4000):
-    """Eq. 3 and the hours of Table 1, with what we count."""
-    image, video = train_flops(226 + 2 * 1350), train_flops(226 + 14 * 1350)
-    ratio, per_step = video / image, 32 * video / (256 * image)
-    total = steps * ((1 - p) * 256 * image + p * 32 * video) * 1e12
-    dropped_image, dropped_video = (image + train_flops(226 + 1350)) / 2, train_flops(226 + 13.5 * 1350)
-    dropped = steps * ((1 - p) * 256 * dropped_image + p * 32 * dropped_video) * 1e12
-    print("| | C_vid / C_img | E[C] / C_img at p = 0.2 (Eq. 3) |\n|---|---|---|")
-    print(f"| the paper: 13 latent frames, attention among video tokens only, 13^2 | 169 | {1 - p + p * 169:.1f} |")
-    print(f"| counted per sample: {image:.1f} and {video:.1f} TFLOP | {ratio:.2f} | {1 - p + p * ratio:.2f} |")
-    print(f"| counted per step: 256 pairs, 32 clips | {per_step:.2f} | {1 - p + p * per_step:.2f} |")
-    if records := train.records(Path("out/toy/log.jsonl")):
-        times = {t: np.median([r["seconds"] for r in records if r["task"] == t]) for t in ("image", "video")}
-        measured = times["video"] / times["image"]
-        print(f"| measured on the toy (out/toy): 32 pairs {times['image']:.2f} s, 8 clips {times['video']:.2f} s "
-              f"| {measured:.2f} | {1 - p + p * measured:.2f} |")
-    peak = 312e12 * 3600
-    print(f"\n{steps} steps: {total:.2e} FLOP = {total / peak:.0f} A100-hours at peak, so the paper's 288 A100-hours "
-          f"mean {total / peak / 288:.0%} of it.\nWithout the tokens that view drop and token drop leave out (A.2: 0.5 "
-          f"and 0.5): {dropped / peak:.0f} hours, {dropped / peak / 288:.0%}.\n"
-          f"Table 1's 35 to 730 times: {10_000 / 288:.0f} = 10,000 / 288 (Phantom's lower estimate) to "
-          f"{210_000 / 288:.0f} = 210,000 / 288 (VACE's upper\nestimate). The paper estimates VACE's hours from 10 "
-          "to 30 s an iteration (F.2): a factor of 3 is open there alone.")
-
-
 def draw_figure(cfg, figure):
-    """assets/FIGURE.png from the runs: curves over all seeds, or contact sheets of the first one."""
+    """assets/FIGURE.png: from the results, from gradcos.jsonl of the runs, or contact sheets of the first seed."""
     from toy import world
     rows, out = FIGURES[figure], f"{cfg.assets}/{figure}.png"
-    if set(rows) <= WATCHED:
+    if figure in ("headline", "dose"):
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        draw = draw_headline if figure == "headline" else draw_dose
+        draw(plt, load_results(cfg), json.loads((Path(cfg.results) / "controls.json").read_text())["rows"]).savefig(
+            out, dpi=130)
+        print(f"wrote {out}")
+    elif set(rows) <= WATCHED:
         runs = [f"{cfg.out}/{row}-{seed}" for row in rows for seed in range(cfg.seeds)]
         gradcos.main(gradcos.Config(runs=runs, out=out))
     else:
-        world.picture(world.Picture(lora=[f"{cfg.out}/{row}-0" for row in rows], titles=rows, n=5, out=out), scale=3)
+        runs = [f"{cfg.out}/{row}-0" for row in rows]
+        world.picture(world.Picture(lora=runs, titles=list(rows), n=5, out=out), scale=3)
+
+
+def lines_of_controls(axis, controls, column):
+    for name, style in (("the base without a reference", ":"), ("the reference as a still", "-."),
+                        ("the true clips, through the VAE", "--")):
+        axis.axhline(controls[name][column], color="grey", linewidth=0.9, linestyle=style, label=name)
+
+
+def draw_headline(plt, results, controls):
+    """Motion and identity against the training step: p = 0.2, p = 0, and an image-only LoRA that goes on with clips."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, column, title in zip(axes, ("moves", "cells"), ("videos that move", "cells that are right")):
+        for row, label, colour in zip(CURVES, ("dual-task, p = 0.2", "image-only, p = 0", "image-only, then clips"),
+                                      gradcos.COLOURS):
+            curves = [[{**r, "step": r["step"] + (500 if row == "thaw" else 0)} for r in record["curve"]]
+                      for record in results[row].values()]
+            gradcos.band(axis, curves, lambda r: r[column], color=colour, label=f"{label} ({len(curves)} seeds)")
+        lines_of_controls(axis, controls, column)
+        axis.set(title=title, xlabel="training step", ylabel="per cent", ylim=(-2, 102))
+    axes[1].legend(fontsize=8, frameon=False)
+    return figure
+
+
+def draw_dose(plt, results, controls):
+    """Motion and identity against p."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for column, colour in zip(("moves", "cells"), gradcos.COLOURS):
+        doses = [(ROWS[row].get("p", 0.2), [r["scores"][column] for r in results[row].values()])
+                 for row in FIGURES["dose"]]
+        x = [p for p, _ in doses]
+        axis.fill_between(x, [min(v) for _, v in doses], [max(v) for _, v in doses], color=colour, alpha=0.2)
+        axis.plot(x, [np.mean(v) for _, v in doses], "o-", color=colour, label=column)
+    axis.set(xlabel="p, the share of video steps", ylabel="per cent", ylim=(-2, 102))
+    axis.legend(frameon=False)
+    return figure
+
+
+def make_controls(cfg):
+    """results/controls.json and guidance.json, where they are missing. They need the run of `ours`, seed 0."""
+    from toy import world
+    files = [Path(cfg.results) / name for name in ("controls.json", "guidance.json")]
+    if all(file.is_file() for file in files):
+        return
+    run_missing(cfg, ["ours"], 1, runs=True)
+    run, options = f"{cfg.out}/ours-0", {"steps": cfg.sample_steps}
+    controls = world.score_controls(run, cfg.n, **options)
+    scan = {g: world.score_lora(run, cfg.n, guidance=float(g), **options)[0] for g in ("1", "1.5", "2", "3", "4", "6")}
+    for file, rows in zip(files, (controls, scan)):
+        write(file, json.dumps({**settings(cfg), "rows": rows}, indent=1) + "\n")
 
 
 def main(cfg):
     if cfg.row:
         return train_and_score(cfg)
+    if cfg.write:
+        return write_results(cfg)
     tables = [what for what in cfg.what if what in TABLES] or ([] if cfg.what else list(TABLES))
     figures = [what for what in cfg.what if what in FIGURES]
     if cfg.real:
         return print_real(cfg.what or tables)
     load_results(cfg)  # results that cannot be compared stop here, not after hours
     failed = 0
+    if not cfg.what or "headline" in cfg.what:
+        make_controls(cfg)
     if tables:
         rows = list(dict.fromkeys(row for table in tables for row, _, _ in TABLES[table]))
         failed = run_missing(cfg, rows, cfg.seeds)
         results = load_results(cfg)
         for table in tables:
-            print_table(table, results)
-        print_findings(set(rows), results, cfg)
+            print(f"\n### {table}\n", *table_lines(table, results), sep="\n")
+        print("\n### Findings\n", *finding_lines(set(rows), results, cfg), sep="\n")
     for figure in figures:
-        failed += run_missing(cfg, FIGURES[figure], cfg.seeds if set(FIGURES[figure]) <= WATCHED else 1, runs=True)
+        from_results = figure in ("headline", "dose")
+        seeds = cfg.seeds if from_results or set(FIGURES[figure]) <= WATCHED else 1
+        failed += run_missing(cfg, FIGURES[figure], seeds, runs=not from_results)
         draw_figure(cfg, figure)
-    if "cost" in cfg.what:
-        print_cost()
     if failed:
         sys.exit(f"{failed} rows failed; the same command tries them again")
 

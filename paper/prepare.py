@@ -8,6 +8,11 @@ Each can be stopped at any moment; the same command goes on where it was and fet
 there is OUT_val, the held-out part that training never sees. Counts of what was kept and why the rest was not are
 printed at the end and kept in OUT/prepare.json.
 """
+import sys
+
+if __name__ == "__main__" and not __package__:
+    sys.exit("run it from the repository's root as a module: python -m paper.prepare")
+
 import errno
 import hashlib
 import io
@@ -15,16 +20,17 @@ import json
 import os
 import re
 import shutil
-import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
+from email.utils import parsedate_to_datetime
 from itertools import islice
 from pathlib import Path
 
+import av
 import pyarrow as pa
 import pyarrow.parquet as pq
 import requests
@@ -35,11 +41,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
-import train
-from data import (CLIP_SUFFIXES, Clips, ImagePairs, changed, clip_frames, command_line, cover, knob, load_clip,
-                  load_image, normalise, rng, split_views, to_pixels)
+from data import (CLIP_SUFFIXES, Clips, ImagePairs, cache_key, clip_frames, cls_for, fit_reference, load_clip,
+                  load_image, normalise, open_parquet, read_text, save_video, split_views, to_pixels)
 from model import (PAPER_BASE, encode_moments, encode_prompt, find_device, frame_size, load_pipeline, tile_vae,
                    with_reference_token)
+from run import changed, check_choices, command_line, join_ranks, knob, rank_and_world_size, rng, write
 
 
 def share(text):
@@ -93,7 +99,7 @@ class Manifest:
         self.done = self.content["done"]
 
     def save(self):
-        train.write(self.file, json.dumps(self.content, indent=1))
+        write(self.file, json.dumps(self.content, indent=1))
 
 
 # ---- Subjects200K ----------------------------------------------------------------------------------------------------
@@ -151,6 +157,9 @@ def prepare_subjects(cfg):
         if not Path(cfg.source).exists():  # it was downloaded
             shutil.rmtree(downloads, ignore_errors=True)
     total = sum((Counter(c) for c in manifest.done.values()), Counter())
+    read = total.total()
+    print(f"{cfg.source}: {read} pairs read, {read - total['score'] - total['description']} of them with captions and "
+          f"all three scores at {cfg.min_score} or more (the paper does not say whether it filtered)")
     print(f"{cfg.out}: {total.pop('train', 0)} pairs for training, {total.pop('val', 0)} held out; left out: "
           + (", ".join(f"{n} for their {why}" for why, n in total.items()) or "none"))
 
@@ -165,7 +174,7 @@ def whole(path, rows):
 
 def filter_file(source, paths, cfg, kept):
     """Write the rows of one source file that are kept to paths["train"] and ["val"], 16 rows a group. Counts."""
-    parquet, counts, writers = pq.ParquetFile(source), Counter(train=0, val=0), {}
+    parquet, counts, writers = open_parquet(source), Counter(train=0, val=0), {}
     columns = [c for c in ("image", "collection", "quality_assessment", "description")
                if c in parquet.schema_arrow.names]
     missing = {"image", "description"} - set(columns)
@@ -173,7 +182,7 @@ def filter_file(source, paths, cfg, kept):
         raise ValueError(f"{source} lacks the Subjects200K column(s) {', '.join(sorted(missing))}")
     rows = {"train": [], "val": []}
 
-    def write(side, least):
+    def write_rows(side, least):
         if len(rows[side]) >= least:
             if side not in writers:
                 writers[side] = pq.ParquetWriter(f"{paths[side]}.tmp", schema)
@@ -190,11 +199,11 @@ def filter_file(source, paths, cfg, kept):
             if why is None:
                 rows[side].append(row)
         for side in rows:
-            write(side, 64)
+            write_rows(side, 64)
         if cfg.n and kept + counts["train"] >= cfg.n:
             break
     for side in rows:
-        write(side, 1)
+        write_rows(side, 1)
         if side in writers:
             writers[side].close()
             os.replace(f"{paths[side]}.tmp", paths[side])
@@ -224,6 +233,34 @@ class Pexels:
     timeout: float = knob(30.0, "seconds without an answer after which a try is given up")
     max_seconds: float = knob(600.0, "seconds after which one download is given up")
     tries: int = knob(3, "tries for a download that fails in a way that may pass")
+    ids: str = knob("", "text file of video ids (the end of the URL, a line each): train on these alone")
+    strip: list[str] = knob([], "ends of titles that are no caption, beside those in BOILERPLATE")
+    portrait: bool = knob(False, "keep clips that are higher than wide: 720x480 shows 37.5 % of a 9:16 picture")
+    store: str = knob("original", "'training' keeps a clip as it is trained on: --frames at --fps, cut to nothing but "
+                                  "480 rows, H.264. The original can still serve another length or rate")
+
+    def __post_init__(self):
+        check_choices(self, store="original training")
+
+
+# Titles are said to end like this. Left in, it tells the two tasks apart in the text alone. Longest first.
+BOILERPLATE = ["· Free Stock Video", "· Free Stock Footage", "- Pexels Videos", "| Pexels Videos", "· Pexels",
+               "- Pexels", "| Pexels", "Free Stock Video"]
+
+
+def strip_title(title, endings):
+    """(title without these endings, the endings that were there)"""
+    title, found = (title or "").strip(), []
+    while ending := next((e for e in endings if title.lower().endswith(e.lower())), None):
+        title = title[:len(title) - len(ending)].rstrip(" ·|-\u2013")
+        found.append(ending)
+    return title, found
+
+
+def video_ids(url):
+    """The names by which --ids may call a video: its file's name, and the number that it begins with."""
+    stem = Path((url or "").split("?")[0]).stem
+    return {stem, re.match(r"\d*", stem).group()} - {""}
 
 
 def seconds(duration):
@@ -240,18 +277,68 @@ class Dead(Exception):
     """The link leads nowhere and will not come back."""
 
 
+class Refused(OSError):
+    """The server has had enough of us, or says when to come back."""
+
+
 STOP = threading.Event()  # Ctrl-C: downloads that are under way end too
 
 
-def download(url, path, cfg):
-    """Fetch url to path. Dead for 404, 410 and what is no URL; OSError, requests' or urllib3's errors for what a retry
-    may mend."""
+class Pace:
+    """How fast all threads together may ask. After a refusal all wait, as long as the server says, and from then on ask
+    one after the other, at an interval that each refusal doubles and each clip that comes shortens."""
+
+    def __init__(self):
+        self.lock, self.until, self.next, self.interval = threading.Lock(), 0.0, 0.0, 0.0
+
+    def wait(self):
+        with self.lock:
+            start = max(self.next, self.until, time.monotonic())
+            self.next = start + self.interval
+        while not STOP.is_set() and (left := max(start, self.until) - time.monotonic()) > 0:
+            STOP.wait(left)
+
+    def refused(self, answer):
+        """Slow down. Returns what the server answered, in a line."""
+        said = f"HTTP {answer.status_code}"
+        after = retry_after(answer.headers.get("Retry-After"))
+        with self.lock:
+            new = time.monotonic() >= self.until  # the other threads' refusals of the same moment count once
+            if new:
+                self.interval = min(max(0.1, 2 * self.interval), 30)
+            pause = min(10 * self.interval if after is None else after, 3600)
+            self.until = max(self.until, time.monotonic() + pause)
+        if new:
+            tqdm.write(f"the server answered {said}, Retry-After {answer.headers.get('Retry-After', 'not given')}: all "
+                       f"downloads wait {pause:.0f} s", file=sys.stderr)
+        return said
+
+    def came(self):
+        with self.lock:
+            self.interval = self.interval * 0.95 if self.interval > 0.05 else 0.0
+
+
+def retry_after(text):
+    """Seconds to wait by a Retry-After header, a number or a date; None without one that can be read."""
+    try:
+        return max(0.0, float(text) if str(text).strip().isdigit() else
+                   (parsedate_to_datetime(text) - datetime.now(timezone.utc)).total_seconds())
+    except (TypeError, ValueError):
+        return None
+
+
+def download(url, path, cfg, pace):
+    """Fetch url to path. Dead for 404, 410 and what is no URL; Refused for 403, 429 and a Retry-After; OSError,
+    requests' or urllib3's errors for what a retry may mend."""
+    pace.wait()
     start = time.monotonic()
     headers = {"User-Agent": "Mozilla/5.0 (research data preparation)", "Accept-Encoding": "identity"}
     with requests.get(url, stream=True, timeout=cfg.timeout, headers=headers) as answer:
         if answer.status_code in (404, 410):
             raise Dead(f"HTTP {answer.status_code}")
-        answer.raise_for_status()  # 403, 429 and the like may be a passing refusal
+        if answer.status_code in (403, 429) or answer.status_code >= 400 and "Retry-After" in answer.headers:
+            raise Refused(pace.refused(answer))
+        answer.raise_for_status()
         if "text/html" in answer.headers.get("Content-Type", ""):
             raise OSError("a web page instead of a clip")
         expected = answer.headers.get("Content-Length")
@@ -263,66 +350,104 @@ def download(url, path, cfg):
                     raise OSError("stopped" if STOP.is_set() else f"not done after {cfg.max_seconds:g} s")
         if expected is not None and size != int(expected):
             raise OSError(f"{size} of {expected} bytes")
+    pace.came()
 
 
-def fetch_clip(folder, name, url, title, cfg):
-    """Download and check one clip. Returns (status, why): kept, filtered, dead, or failed (worth another run)."""
-    suffix = Path(url.split("?")[0]).suffix.lower()
+def shape_of(path):
+    """(height, width) of a clip's frames."""
+    with av.open(str(path)) as container:
+        return container.streams.video[0].height, container.streams.video[0].width
+
+
+def check_clip(path, cfg):
+    """Decode what training will read of a clip; with --store training put that in its place. ValueError: unfit."""
+    load_clip(path, 1, cfg.fps, (64, 64))  # is it a video?
+    height, width = shape_of(path)
+    if height > width and not cfg.portrait:
+        raise Portrait(f"portrait, {width}x{height}")
+    scale = min(1.0, max(480 / height, 720 / width)) if cfg.store == "training" else 64 / height
+    pictures = load_clip(path, cfg.frames, cfg.fps, [2 * round(side * scale / 2) for side in (height, width)])
+    if cfg.store == "training":
+        save_video(path, pictures, cfg.fps, format="mp4")
+
+
+class Portrait(ValueError):
+    """The clip is higher than wide."""
+
+
+def fetch_clip(folder, name, url, title, cfg, pace):
+    """Download and check one clip. Returns (status, why): kept, portrait, filtered, dead, refused, or failed; the last
+    two are worth another run."""
+    suffix = Path(url.split("?")[0]).suffix.lower() if cfg.store == "original" else ".mp4"
     final = folder / f"{name}{suffix if suffix in CLIP_SUFFIXES else '.mp4'}"
-    part, error = folder / f"{name}.part", "stopped"
+    part, status, error = folder / f"{name}.part", "failed", "stopped"
     for attempt in range(cfg.tries):
         if STOP.is_set():
             break
         try:
             if not final.is_file():  # it is there after a kill before the manifest, or when its caption was lost
-                download(url, part, cfg)
-                load_clip(part, cfg.frames, cfg.fps, (64, 64))
-            train.write(final.with_suffix(".txt"), title + "\n")  # before the clip: no clip without its caption
+                download(url, part, cfg, pace)
+                check_clip(part, cfg)
+            write(final.with_suffix(".txt"), title + "\n")  # before the clip: no clip without its caption
             if part.is_file():
                 os.replace(part, final)
             return "kept", ""
         except (Dead, requests.exceptions.InvalidURL, requests.exceptions.MissingSchema,
                 requests.exceptions.InvalidSchema) as e:
             return "dead", str(e)
+        except Portrait as e:
+            return "portrait", str(e)
         except ValueError as e:  # too short, or not a video
             return "filtered", str(e).replace(str(part), url)
+        except Refused as e:  # the pace waits
+            status, error = "refused", str(e)
         except (OSError, requests.RequestException, HTTPError) as e:
             if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise  # a full disk is not the link's fault
-            error = f"{type(e).__name__}: {e}"
+            status, error = "failed", f"{type(e).__name__}: {e}"
             STOP.wait(min(2**attempt, cfg.timeout) * (attempt + 1 < cfg.tries))
         finally:
             part.unlink(missing_ok=True)
-    return "failed", error
+    return status, error
 
 
 def prepare_pexels(cfg):
     """Download clips until there are n for training and val held out, drawn at random from the whole list."""
-    options = {k: getattr(cfg, k) for k in ("frames", "fps", "seed", "val")}
+    options = {k: getattr(cfg, k) for k in ("frames", "fps", "seed", "val", "strip", "portrait", "store")}
     manifest = Manifest(cfg.out, options)
-    rows = []
+    ids = set(read_text(cfg.ids).split()) if cfg.ids else set()
+    rows, endings = [], [*cfg.strip, *BOILERPLATE]
     for _, fetch in parquet_files(cfg.source, beside(cfg.out, "_download")):
-        table = pq.read_table(fetch())
+        table = open_parquet(fetch()).read()
         missing = {"video", "title"} - set(table.column_names)
         if missing:
             raise ValueError(f"{cfg.source} lacks the Pexels-400k column(s) {', '.join(sorted(missing))}")
         columns = [c for c in ("video", "title", "duration", "sfw") if c in table.column_names]
         rows += table.select(columns).to_pylist()
-    unfit = Counter()
+    unfit, stripped, found = Counter(), Counter(), set()
     candidates = {"train": [], "val": []}
     # Held-out clips come from a fixed hundredth of the list (more of a short one), however large n is. The share stays
     # with the folder: were it drawn again for a longer list, held-out clips could end up in training.
     part = manifest.content.setdefault("part", min(0.5, max(0.01, 4 * cfg.val / max(len(rows), 1))))
     for row in rows:
-        length = seconds(row.get("duration"))
-        why = ("not safe for work" if row.get("sfw") is False else "no title" if not (row["title"] or "").strip()
+        length, mine = seconds(row.get("duration")), ids & video_ids(row["video"])
+        row["title"], ends = strip_title(row["title"], endings)
+        stripped.update(ends)
+        found |= mine
+        why = ("not safe for work" if row.get("sfw") is False else "no title" if not row["title"]
                else "no link" if not row["video"]
                else "too short" if length and length < (cfg.frames - 1) / cfg.fps else None)
         if why:
             unfit[why] += 1
-        else:
-            candidates["val" if share("val" + row["video"]) < part else "train"].append(row)
-    print(f"{len(rows)} clips listed; left out: {', '.join(f'{n} {why}' for why, n in unfit.items()) or 'none'}")
+        elif not mine and share("val" + row["video"]) < part:
+            candidates["val"].append(row)
+        elif mine or not ids:
+            candidates["train"].append(row)
+    manifest.content["stripped"] = dict(stripped)
+    print(f"{len(rows)} clips listed; left out: {', '.join(f'{n} {why}' for why, n in unfit.items()) or 'none'}; "
+          f"stripped from titles: {', '.join(f'{n} {ending!r}' for ending, n in stripped.items()) or 'nothing'}")
+    if ids:
+        print(f"--ids: {len(found)} of {len(ids)} are in the list")
     for side, wanted, folder in (("val", cfg.val, beside(cfg.out, "_val")), ("train", cfg.n, Path(cfg.out))):
         folder.mkdir(parents=True, exist_ok=True)
         for part in folder.glob("*.part"):
@@ -330,8 +455,9 @@ def prepare_pexels(cfg):
         queue = sorted(candidates[side], key=lambda row: share(f"{cfg.seed} {row['video']}"))
         done = manifest.done.setdefault(side, {})
         counts = fetch_all(queue, wanted, folder, done, manifest, cfg)
-        print(f"{folder}: {counts['kept']} of {wanted} clips kept; {counts['filtered']} filtered, {counts['dead']} "
-              f"dead links, {counts['failed']} failed (run again to retry)")
+        print(f"{folder}: {counts['kept']} of {wanted} clips kept; {counts['filtered']} filtered, "
+              f"{counts['portrait']} portrait, {counts['dead']} dead links, {counts['failed']} failed, "
+              f"{counts['refused']} refused (run again to retry)")
         if counts["kept"] < wanted:
             print(f"{folder}: the list has no more candidates", file=sys.stderr)
 
@@ -345,10 +471,10 @@ def fetch_all(queue, wanted, folder, done, manifest, cfg):
     named = {hashlib.sha256(row["video"].encode()).hexdigest()[:16]: row for row in queue}
     kept = sum(map(there, named))
     tried = set(done)
-    todo = [n for n in named if not there(n) and done.get(n, [""])[0] not in ("filtered", "dead")]
+    todo = [n for n in named if not there(n) and done.get(n, [""])[0] not in ("filtered", "portrait", "dead")]
     todo = iter(sorted(todo, key=lambda n: n in tried))  # what failed before comes last
     STOP.clear()
-    pending, saved, failed_in_a_row = {}, time.monotonic(), 0
+    pending, saved, failed_in_a_row, pace = {}, time.monotonic(), 0, Pace()
     bar = tqdm(total=wanted, initial=min(kept, wanted), desc=str(folder), unit="clip")
     with ThreadPoolExecutor(cfg.threads) as pool:
         try:
@@ -356,7 +482,7 @@ def fetch_all(queue, wanted, folder, done, manifest, cfg):
                 room = min(cfg.threads, wanted - kept) - len(pending)  # never more than can still be needed
                 for name in islice(todo, max(room, 0)):
                     title = named[name]["title"].strip()
-                    pending[pool.submit(fetch_clip, folder, name, named[name]["video"], title, cfg)] = name
+                    pending[pool.submit(fetch_clip, folder, name, named[name]["video"], title, cfg, pace)] = name
                 if not pending:
                     break
                 for future in wait(pending, return_when=FIRST_COMPLETED)[0]:
@@ -377,7 +503,7 @@ def fetch_all(queue, wanted, folder, done, manifest, cfg):
             STOP.set()
             manifest.save()
     bar.close()
-    return Counter(kept=0, filtered=0, dead=0, failed=0) + Counter(done[n][0] for n in named if n in done)
+    return Counter(done[n][0] for n in named if n in done)  # what is not in it counts 0
 
 
 # ---- cached latents --------------------------------------------------------------------------------------------------
@@ -390,8 +516,10 @@ class Latents:
     images: str = knob("", "folder of image pairs; empty leaves them out")
     crops: int = knob(1, "random crops of each pair (with --crop_jitter)")
     crop_jitter: float = knob(0.1, "as in train.py")
+    fit: str = knob("cover", "as in train.py")
     prompts: bool = knob(False, "also cache the prompts' embeddings (1.9 MB each for T5-XXL)")
-    cls: bool = knob(True, "as in train.py")
+    cls: str = knob("front", "as in train.py")
+    cls_video: bool = knob(True, "as in train.py")
     height: int = knob(0, "as in train.py")
     width: int = knob(0, "as in train.py")
     frames: int = knob(49, "as in train.py")
@@ -401,15 +529,14 @@ class Latents:
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
 
 
-def prepare_cache(cfg):
-    """Encode each clip (and pair) once. Under torchrun each rank takes its share of the files."""
+def prepare_cache(cfg, rank=0, world_size=1):
+    """Encode each clip (and pair) once; this rank's share of the files."""
     if not cfg.videos and not cfg.images:
         raise ValueError("nothing to cache: pass --videos, --images or both")
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = find_device(cfg.device)
-    if ranks > 1:
-        train.join_ranks("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
-    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32,
+                         without=("transformer",) if cfg.prompts else ("transformer", "text_encoder"),
+                         asked=cfg.device)
     pipe.vae.to(device)
     if cfg.vae_tiling:
         tile_vae(pipe.vae)
@@ -419,29 +546,34 @@ def prepare_cache(cfg):
     frames = clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)
     for task, folder in (("image", cfg.images), ("video", cfg.videos)):
         if folder:
-            cache_task(cfg, pipe, task, folder, size, frames, rank, ranks)
+            cache_task(cfg, pipe, task, folder, size, frames, rank, world_size)
 
 
-def encode_item(cfg, pipe, task, dataset, item, size):
-    """({"moments"}, prompts) of one clip (T,2C,h,w) or of the crops of one pair (crops,2,1,2C,h,w)."""
+def prepare_cache_on_all_ranks(cfg):
+    """Encode each clip (and pair) once. Under torchrun each rank takes its share of the files."""
+    join_ranks("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
+    prepare_cache(cfg, *rank_and_world_size())
+
+
+def load_item(cfg, task, dataset, item, size):
+    """(pixels, prompts, subject's name) of one clip, (1,F,3,H,W), or of all crops of a pair, (crops * 2,1,3,H,W).
+
+    A crop holds the two views; with --fit pad four pictures: both as targets, then both as references."""
     if task == "video":
-        pixels = to_pixels(load_clip(item, dataset.frames, dataset.fps, size))
-        moments = encode_moments(pipe.vae, normalise(pixels[None]))[0]
-        return {"moments": moments}, [item.with_suffix(".txt").read_text().strip()]
-    views, prompts = dataset.load(item)
+        frames = load_clip(item, dataset.frames, dataset.fps, size)
+        return to_pixels(frames)[None], [read_text(item.with_suffix(".txt"))], ""
+    views, prompts, name = dataset.load(item)
     r = rng(cfg.seed, "crops", item)
-    crops = [to_pixels([cover(view, *size, cfg.crop_jitter, r)]) for _ in range(cfg.crops) for view in views]
-    moments = encode_moments(pipe.vae, normalise(torch.stack(crops)))  # (crops*2, 1, 2C, h, w)
-    return {"moments": moments.unflatten(0, (cfg.crops, 2))}, prompts
+    crops = [to_pixels([fit_reference(view, *size, fit, cfg.crop_jitter, r)])
+             for _ in range(cfg.crops) for fit in dict.fromkeys(["cover", cfg.fit]) for view in views]
+    return torch.stack(crops), prompts, name
 
 
-def cache_task(cfg, pipe, task, folder, size, frames, rank, ranks):
+def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
     out = Path(cfg.out) / task
-    key = train.cache_key(cfg, pipe, task, size, frames)
+    key = cache_key(cfg, pipe, task, size, frames, cfg.prompts)
     if task == "image":
         key |= {"crops": cfg.crops, "seed": cfg.seed}
-    if not cfg.prompts:
-        key = {k: v for k, v in key.items() if k not in ("text_encoder", "cls")}
     dataset = ImagePairs(folder, size) if task == "image" else Clips(folder, size, frames, cfg.fps)
     items = list(range(len(dataset))) if task == "image" else dataset.files
     index = out / "index.json"
@@ -451,33 +583,43 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, ranks):
         if differ := changed(made, dict.fromkeys(made) | key):
             raise ValueError(f"{out} was made with other settings ({differ}): choose another --out")
     mine = [(item, out / f"{name}.safetensors", stamp)
-            for item in items[rank::ranks] for name, stamp in [dataset.source(item)]]
+            for item in items[rank::world_size] for name, stamp in [dataset.source(item)]]
     todo = [(item, file, stamp) for item, file, stamp in mine if stamp_of(file) != stamp]  # not there, cut, or stale
     counts = torch.tensor([len(todo), len(mine) - len(todo)])  # to do and cached, all ranks together
-    if ranks > 1:
+    if world_size > 1:
         dist.all_reduce(counts)
     if rank == 0 and counts[0]:
-        train.write(index, json.dumps(key | {"complete": False}, indent=1))
+        write(index, json.dumps(key | {"complete": False}, indent=1))
     cached = torch.tensor(0)
-    for item, file, stamp in tqdm(todo, desc=f"caching {task}s", disable=rank > 0):
-        try:
-            tensors, prompts = encode_item(cfg, pipe, task, dataset, item, size)
-        except (ValueError, KeyError, OSError) as e:
-            print(f"skipped: {e}", file=sys.stderr)
+    together = max(1, 4 // cfg.crops) if task == "image" else 1  # 8 pictures a call keep the VAE busy
+    for i in tqdm(range(0, len(todo), together), desc=f"caching {task}s", disable=rank > 0):
+        files, pixels, prompts = [], [], []
+        for item, file, stamp in todo[i:i + together]:
+            try:
+                loaded, *words = load_item(cfg, task, dataset, item, size)
+            except (ValueError, KeyError, OSError) as e:
+                print(f"skipped: {e}", file=sys.stderr)
+                continue
+            files, pixels, prompts = [*files, (file, stamp)], [*pixels, loaded], [*prompts, words]
+        if not files:
             continue
-        if cfg.prompts:
-            texts = encode_prompt(pipe, [with_reference_token(p, cfg.cls) for p in prompts])
-            tensors |= {f"text_{d}": text for d, text in enumerate(texts)}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, f"{file}.tmp",
-                  metadata={"stamp": stamp, "prompts": json.dumps(prompts)})
-        os.replace(f"{file}.tmp", file)
-        cached += 1
-    if ranks > 1:
+        moments = encode_moments(pipe.vae, normalise(torch.cat(pixels))).cpu().chunk(len(files))
+        for (file, stamp), m, (words, name) in zip(files, moments, prompts):
+            tensors = {"moments": m[0] if task == "video" else m.unflatten(0, (cfg.crops, -1))}
+            if cfg.prompts:
+                words_with_cls = [with_reference_token(p, cls_for(cfg, task), name) for p in words]
+                texts = encode_prompt(pipe, words_with_cls).cpu()
+                tensors |= {f"text_{d}": text for d, text in enumerate(texts)}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({k: v.contiguous().clone() for k, v in tensors.items()}, f"{file}.tmp",
+                      metadata={"stamp": stamp, "prompts": json.dumps(words), "item": name})
+            os.replace(f"{file}.tmp", file)
+            cached += 1
+    if world_size > 1:
         dist.all_reduce(cached)
     if rank == 0:
         cached = (counts[1] + cached).item()
-        train.write(index, json.dumps(key | {"complete": True, "cached": cached}, indent=1))
+        write(index, json.dumps(key | {"complete": True, "cached": cached}, indent=1))
         print(f"{out}: {cached} of {len(items)} {task}s cached")
 
 
@@ -492,12 +634,13 @@ def stamp_of(file):
 
 if __name__ == "__main__":
     commands = {"subjects200k": (Subjects200K, prepare_subjects), "pexels": (Pexels, prepare_pexels),
-                "cache": (Latents, prepare_cache)}
+                "cache": (Latents, prepare_cache_on_all_ranks)}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         usage = "usage: python -m paper.prepare subjects200k | pexels | cache [--help]"
-        if sys.argv[1:] not in (["-h"], ["--help"]):
-            sys.exit(usage)
-        sys.exit(print(usage))
+        if sys.argv[1:] in (["-h"], ["--help"]):
+            print(usage)
+            sys.exit()
+        sys.exit(usage)
     config, action = commands[sys.argv[1]]
     command_line(action, config, action.__doc__, sys.argv[2:])
     if dist.is_initialized():

@@ -1,21 +1,92 @@
-"""The benchmark runs anywhere at a small size; its numbers are not tested."""
+"""The benchmark runs anywhere at a small size (its times are not tested); what it counts has known answers."""
+import tests.common  # noqa: F401, before torch
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model import add_lora, frame_size
 from paper import bench
 
-
-def test_bench_runs(capsys):
-    bench.main(bench.Config(layers=1, height=32, width=48, frames=9, rank=4, image_micro=2, warmup=0, repeats=2,
-                            device="cpu"))
-    said = capsys.readouterr().out
-    assert "image: micro-batch 2 of 238 tokens" in said and "hours of this device" in said
-    assert "video: micro-batch 1 of 247 tokens" in said  # 226 + 3 of 6 reference tokens + 3 latent frames of 6
+SMALL = dict(layers=1, heads=4, height=32, width=48, frames=9, rank=4, device="cpu")
 
 
-def test_memory_is_counted(capsys):
-    """Two layers at 32x48: 2 bytes a weight, 16 a trained one, and inputs of 2 x 247 tokens of width 3072 in bf16."""
-    bench.main(bench.Config(count=True, layers=2, height=32, width=48, frames=9, rank=4, image_micro=64,
-                            video_micro=64))
-    said = capsys.readouterr().out
-    assert "video: micro-batch 64 of 247 tokens: inputs of 2 blocks 0.2 GB" in said
-    inside = {line.split(":")[0]: float(line.split("recomputed ")[1].split()[0]) for line in said.splitlines()[1:]}
-    assert 20 < inside["video"] / (64 * 247 * 3072 * 2 / 1e9) < 60  # tensors of the block's width that it keeps
-    assert inside["image"] < inside["video"]
+def test_bench_runs(tmp_path, capsys):
+    bench.main(bench.Config(**SMALL, warmup=0, repeats=2, pictures=2, steps=2, json=str(tmp_path / "bench.json")))
+    said, written = capsys.readouterr().out, json.loads((tmp_path / "bench.json").read_text())
+    assert "hours of this device" in said and written["on"]["device"] == "cpu"
+    assert written["on"]["tokens"] == {"image": 226 + 2 * 6, "video": 226 + 4 * 6}
+    for arms in written["steps"].values():
+        assert list(arms) == ["stock", "stock again", "no lever", "checkpointing", "LoRA inputs"]
+        assert all(0 < r["p10"] <= r["seconds"] <= r["p90"] and 0 < r["mfu"] <= r["hfu"] for r in arms.values())
+        # Stock also projects the reference frame out, 2e-4 of these tiny frames' products.
+        assert arms["checkpointing"]["tflop"] < arms["no lever"]["tflop"] == pytest.approx(arms["stock"]["tflop"], 1e-3)
+    assert {"optimiser step", "a checkpoint", "PCGrad, a call", "a sample of 2 steps"} <= set(written["rest"])
+
+
+@pytest.fixture(scope="module", name="counted")
+def counted_fixture():
+    """One micro-batch of each task at full size, as stock does it and as we do."""
+    cfg = bench.Config()
+    return {(task, name): bench.count(cfg, task, bench.ARMS[name])
+            for task in ("image", "video") for name in ("stock", "all but compile")}
+
+
+def test_ours_does_less_than_stock(counted):
+    """The numbers of the README: TFLOP, bytes moved in a block, and activations that fit beside 29 GB on 80."""
+    for task, most, stock_has in (("image", 80, 110.4), ("video", 1255, 1440.9)):
+        stock, ours = counted[task, "stock"], counted[task, "all but compile"]
+        assert stock["tflop"] == pytest.approx(stock_has, rel=2e-3) and ours["tflop"] < most
+        assert ours["gb_moved_per_block"] < 0.85 * stock["gb_moved_per_block"]
+        assert ours["gb_peak"] < 0.9 * (80 - 29)
+
+
+def test_counter_knows_a_small_product():
+    """x w and its gradient: 2 and 2 products; bytes of two inputs and the output; both results alive at the end."""
+    x, w = torch.randn(4, 8), torch.randn(8, 16)
+    with bench.Counter() as counter:
+        y = x @ w
+        z = y.t()  # a view: nothing moves
+        del z
+    assert counter.flops == 2 * 4 * 8 * 16 and counter.moved == 4 * (4 * 8 + 8 * 16 + 4 * 16)
+    assert counter.peak == counter.alive == 4 * y.numel()
+    del y
+    assert counter.alive == 0
+
+
+def test_memory_and_cost_are_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # no run of the toy here
+    bench.main(bench.Config(count=True, json="count.json", **SMALL))
+    said, written = capsys.readouterr().out, json.loads((tmp_path / "count.json").read_text())
+    assert "counted per sample: 110.3 and 1440.9 TFLOP" in said and "measured on the toy" not in said
+    assert len(written["counted"]) == 2 * len(bench.COUNTED) and len(written["fits"]) == len(bench.FITS)
+
+
+def test_cost_is_that_of_the_counted_model():
+    """TFLOP counted on the meta device: 110.4 for a pair, 1440.9 for a clip."""
+    assert bench.train_flops(226 + 2700) == pytest.approx(110.4, rel=2e-3)
+    assert bench.train_flops(226 + 1350 * 14) == pytest.approx(1440.9, rel=2e-3)
+
+
+def test_full_size_counts():
+    """CogVideoX-5B on the meta device: the numbers of the design card."""
+    transformer = bench.transformer_5b(42)
+    assert sum(p.numel() for p in transformer.parameters()) == 5_570_283_072
+    parameters = add_lora(transformer, 128, 64)
+    assert sum(p.numel() for p in parameters) == 502_276_096 and len(parameters) == 2 * 338
+    assert transformer.rotary_tables(14, 60, 90, "cpu")[0].shape == (14 * 1350, 64)
+    assert frame_size(SimpleNamespace(transformer=transformer, vae_scale_factor_spatial=8)) == (480, 720)
+    lengths = []
+
+    def note_length(module, args, kw):
+        lengths.append(kw["encoder_hidden_states"].shape[1] + kw["hidden_states"].shape[1])
+    transformer.transformer_blocks[-1].attn1.register_forward_pre_hook(note_length, with_kwargs=True)
+    with torch.no_grad():
+        for frames, keep in ((1, None), (13, None), (13, torch.arange(675)), (13, torch.arange(0))):
+            latents = torch.empty(1, frames, 16, 60, 90, device="meta")  # 1 picture; 49 frames: 13 latent frames
+            out = transformer(latents, torch.empty(1, 226, 4096, device="meta"), torch.empty(1, device="meta"),
+                              reference=latents[:, :1], keep=keep).sample
+            assert out.shape == latents.shape
+    assert lengths == [226 + 1350 + 1350, 226 + 1350 + 17550, 226 + 675 + 17550, 226 + 17550]

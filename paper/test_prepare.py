@@ -1,27 +1,29 @@
 """The preparers against a hostile local server and against files of the real schemas; the cache against no cache."""
+from tests.common import BASE, ROOT, TORCHRUN, run  # before torch
+
+import dataclasses
+import email.utils
 import http.server
+import io
 import json
-import os
-import subprocess
-import sys
+import re
 import threading
 import time
 from collections import Counter
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # before torch: the tests compare bits
-
-import train  # noqa: E402
-from data import Clips, ImagePairs  # noqa: E402
-from paper import prepare  # noqa: E402
-from toy import world  # noqa: E402
-
-ROOT = Path(__file__).parents[1]
-BASE = str(ROOT / "toy/base")
+import train
+from data import Clips, ImagePairs, load_clip, save_video
+from paper import prepare
+from run import records
+from toy import world
 
 
 # ---- Subjects200K ----------------------------------------------------------------------------------------------------
@@ -49,9 +51,6 @@ def subjects(tmp_path_factory):
 
 
 def row_of_one_square():
-    import io
-
-    from PIL import Image
     file = io.BytesIO()
     Image.new("RGB", (64, 64)).save(file, "PNG")
     return file.getvalue()
@@ -71,6 +70,7 @@ def test_subjects_are_filtered_and_split_by_subject(subjects, tmp_path, capsys, 
     assert all(n == 2 for n in (kept + held_out).values())
     said = capsys.readouterr().out
     assert f"{kept.total()} pairs for training, {held_out.total()} held out" in said
+    assert "66 pairs read, 62 of them with captions and all three scores at 5 or more" in said
     for part in ("2 for their score", "2 for their description", "1 for their unreadable", "1 for their layout"):
         assert part in said
     assert len(ImagePairs(out, (32, 32))) == kept.total() and ImagePairs(out, (32, 32))[0, 0]["prompt"]
@@ -78,7 +78,11 @@ def test_subjects_are_filtered_and_split_by_subject(subjects, tmp_path, capsys, 
     # A second run does nothing; a lost output is made again, and only that.
     worked = []
     filter_file = prepare.filter_file
-    monkeypatch.setattr(prepare, "filter_file", lambda file, *a: worked.append(file.name) or filter_file(file, *a))
+
+    def note_file(file, *rest):
+        worked.append(file.name)
+        return filter_file(file, *rest)
+    monkeypatch.setattr(prepare, "filter_file", note_file)
     prepare.prepare_subjects(cfg)
     assert worked == []
     next(Path(out).glob("*00001.parquet")).unlink()
@@ -107,8 +111,10 @@ def test_small_sets_stop_at_n(subjects, tmp_path):
 # ---- Pexels ----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def server(tmp_path):
-    """Serves /good*.mp4 and every way in which a link can disappoint. `hits` counts requests per path."""
+def server(tmp_path, monkeypatch):
+    """Serves /good*.mp4 and every way in which a link can disappoint. `hits` counts requests per path.
+
+    Its port is another each time, and a clip's link decides whether it is held out: here the link without the port."""
     world.write_clips(tmp_path / "clips", n=1)
     clip, hits = (tmp_path / "clips/0000.mp4").read_bytes(), Counter()
 
@@ -141,7 +147,9 @@ def server(tmp_path):
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.daemon_threads = True
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_port}", hits
+    share, port = prepare.share, f":{httpd.server_port}"
+    monkeypatch.setattr(prepare, "share", lambda text: share(text.replace(port, "")))
+    yield f"http://127.0.0.1{port}", hits
     httpd.shutdown()
 
 
@@ -152,16 +160,20 @@ def listing(tmp_path, url, kinds, **more):
     return str(tmp_path / "pexels.parquet")
 
 
-def test_pexels_against_a_hostile_server(server, tmp_path, capsys):
+def test_pexels_against_a_hostile_server(server, tmp_path, capsys, monkeypatch):
     url, hits = server
+    download = prepare.download
+
+    def limited(url, path, cfg, pace):  # only the slow link runs into the limit, however slow this machine is
+        download(url, path, dataclasses.replace(cfg, max_seconds=1.0 if "/slow" in url else cfg.max_seconds), pace)
+    monkeypatch.setattr(prepare, "download", limited)
     kinds = [f"good{i}.mp4" for i in range(6)] + ["moved1.mp4", "flaky1.mp4", "missing1.mp4", "missing2.mp4",
                                                   "truncated1.mp4", "slow1.mp4", "broken1.mp4", "page1.mp4",
                                                   "corrupt1.mp4"]
     source, out = listing(tmp_path, url, kinds), tmp_path / "pexels"
-    cfg = prepare.Pexels(out=str(out), source=source, n=99, val=0, frames=9, fps=4.0, threads=4, timeout=0.3,
-                         max_seconds=1.0, tries=2)
+    cfg = prepare.Pexels(out=str(out), source=source, n=99, val=0, frames=9, fps=4.0, threads=4, tries=2)
     prepare.prepare_pexels(cfg)
-    assert "8 of 99 clips kept; 1 filtered, 2 dead links, 4 failed" in capsys.readouterr().out
+    assert "8 of 99 clips kept; 1 filtered, 0 portrait, 2 dead links, 4 failed" in capsys.readouterr().out
     clips = Clips(out, (32, 32), 9, 4)
     assert len(clips) == 8 and clips[0, 0]["prompt"].startswith("a thing") and not list(out.glob("*.part"))
     why = {v[2].split("/")[-1]: v[:2] for v in json.loads((out / "prepare.json").read_text())["done"]["train"].values()}
@@ -245,6 +257,91 @@ def test_durations(text, value):
     assert prepare.seconds(text) == value
 
 
+@pytest.fixture
+def shaped_server(tmp_path):
+    """/NUMBER-wide.mp4 and /NUMBER-tall.mp4; a path with "busy" is answered 429 with a Retry-After of 1 s the first
+    time, one with "forbidden" always 403. `times`: when each path was asked for."""
+    for name, size in (("wide", (128, 72)), ("tall", (72, 128))):
+        save_video(tmp_path / f"{name}.mp4", [Image.new("RGB", size, (9 * i, 80, 0)) for i in range(30)], 12)
+    times = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked = times.setdefault(self.path, [])
+            asked.append(time.monotonic())
+            busy = "busy" in self.path and len(asked) == 1
+            if busy or "forbidden" in self.path:
+                self.send_response(429 if busy else 403)
+                if busy:
+                    self.send_header("Retry-After", "1")
+                return self.end_headers()
+            body = (tmp_path / f"{'tall' if 'tall' in self.path else 'wide'}.mp4").read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.daemon_threads = True
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}", times
+    httpd.shutdown()
+
+
+def test_pexels_end_to_end(shaped_server, tmp_path, capsys):
+    """Titles with the suffix, portrait clips, 429 with Retry-After, 403, an ids file, clips at training size."""
+    url, times = shaped_server
+    kinds = ["1-wide.mp4", "2-wide.mp4", "3-tall.mp4", "4-busy-wide.mp4", "5-forbidden.mp4", "6-wide.mp4"]
+    source = listing(tmp_path, url, kinds)
+    rows = pq.read_table(source).to_pylist()
+    suffixes = " · Free Stock Video", " · free stock video", "", " | Pexels · Free Stock Video", "", ""
+    for row, suffix in zip(rows, suffixes):
+        row["title"] += suffix
+    pq.write_table(pa.Table.from_pylist(rows), source)
+    (tmp_path / "ids.txt").write_text("1\n2-wide\n3\n4\n5\n77\n")
+    cfg = prepare.Pexels(out=str(tmp_path / "p"), source=source, n=9, val=0, frames=9, fps=4.0, threads=4, tries=2,
+                         ids=str(tmp_path / "ids.txt"), store="training")
+    prepare.prepare_pexels(cfg)
+    said = capsys.readouterr()
+    assert "stripped from titles: 3 '· Free Stock Video', 1 '| Pexels'" in said.out
+    assert "--ids: 5 of 6 are in the list" in said.out
+    assert "3 of 9 clips kept; 0 filtered, 1 portrait, 0 dead links, 0 failed, 1 refused" in said.out
+    # Two refusals of one moment give one line; either may be the first.
+    assert re.search("answered HTTP (429, Retry-After 1|403, Retry-After not given): all downloads wait 1 s", said.err)
+    assert "HTTP 403" in (tmp_path / "p/prepare.json").read_text()
+    made = json.loads((tmp_path / "p/prepare.json").read_text())
+    assert made["stripped"] == {"· Free Stock Video": 3, "| Pexels": 1}
+    assert "/6-wide.mp4" not in times and times["/4-busy-wide.mp4"][1] - times["/4-busy-wide.mp4"][0] >= 1
+    clips = list((tmp_path / "p").glob("*.mp4"))
+    assert {f.with_suffix(".txt").read_text().strip() for f in clips} == \
+        {"a thing 1-wide.mp4", "a thing 2-wide.mp4", "a thing 4-busy-wide.mp4"}
+    for clip in clips:  # 9 frames at 4 fps of 30 at 12, never enlarged
+        assert prepare.shape_of(clip) == (72, 128) and len(load_clip(clip, 9, 4.0)) == 9
+        with pytest.raises(ValueError, match="too short: 9 frames"):
+            load_clip(clip, 10, 4.0)
+        levels = [np.asarray(f)[..., 0].mean() for f in load_clip(clip, 9, 4.0)]
+        assert np.allclose(levels, [27 * k for k in range(9)], atol=6)  # every third frame: visually lossless
+    with pytest.raises(ValueError, match="portrait was False, now True"):
+        prepare.prepare_pexels(dataclasses.replace(cfg, portrait=True))
+    prepare.prepare_pexels(dataclasses.replace(cfg, portrait=True, out=str(tmp_path / "q"), store="original"))
+    assert "4 of 9 clips kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("url, ids", [("https://x/video/123456/", {"123456"}),
+                                      ("https://x/a/99-hd_1.mp4?x=1", {"99", "99-hd_1"})])
+def test_video_ids(url, ids):
+    assert prepare.video_ids(url) == ids
+
+
+def test_retry_after():
+    soon = email.utils.format_datetime(datetime.now(timezone.utc) + timedelta(seconds=100))
+    assert prepare.retry_after("7") == 7 and 90 < prepare.retry_after(soon) <= 100
+    assert prepare.retry_after(None) is None and prepare.retry_after("later") is None
+    assert prepare.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+
+
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
 def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
@@ -253,8 +350,9 @@ def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
     world.write_clips("clips", n=4)
     Path("clips/9.mp4").write_bytes(b"not a clip")
     Path("clips/9.txt").write_text("nothing")
-    knobs = {**train.TOY, "base": BASE, "images": "pairs", "videos": "clips", "image_batch": 4, "image_micro": 2,
-             "video_batch": 4, "video_micro": 2, "p": 0.5, "steps": 6, "val_every": 0, "sample_every": 0}
+    knobs = {**train.TOY, "base": BASE, "cache": "", "images": "pairs", "videos": "clips", "image_batch": 4,
+             "image_micro": 2, "video_batch": 4, "video_micro": 2, "p": 0.5, "steps": 6, "val_every": 0,
+             "sample_every": 0}
     cache = prepare.Latents(out="cache", base=BASE, videos="clips", images="pairs", crop_jitter=0.0, prompts=True,
                             frames=9, fps=4.0, vae_tiling=False)
     prepare.prepare_cache(cache)
@@ -262,15 +360,16 @@ def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
     assert "20 of 20 images cached" in said.out and "4 of 5 videos cached" in said.out and "9.mp4" in said.err
     train.train(train.Config(**{**knobs, "name": "plain"}))
     train.train(train.Config(**{**knobs, "name": "cached", "cache": "cache"}))
-    losses_of = lambda name: [record["loss"] for record in train.records(Path(f"out/{name}/log.jsonl"))]
+
+    def losses_of(name):
+        return [record["loss"] for record in records(Path(f"out/{name}/log.jsonl"))]
     losses = [losses_of("plain"), losses_of("cached")]
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
     for script, knobs_of_two in ((["-m", "paper.prepare", "cache"], {**vars(cache), "out": "cache2"}),
                                  ([str(ROOT / "train.py"), "--toy"], {**knobs, "name": "two", "cache": "cache2"})):
         flags = [f"--{k}={v}" for k, v in knobs_of_two.items() if v != ""]
-        r = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *script, *flags],
-                           env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        r = run(*TORCHRUN, *script, *flags, cwd=tmp_path)
         assert r.returncode == 0, r.stderr
     assert losses[0] == pytest.approx(losses_of("two"), rel=1e-5)  # two ranks made the cache and trained from it
 
@@ -280,7 +379,7 @@ def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
     again = {f: f.stat().st_mtime_ns for f in Path("cache").glob("**/*.safetensors")}
     assert made.keys() == again.keys() and sum(made[f] != again[f] for f in made) == 1
     for change, message in [(dict(width=24), "width was 32, now 24"), (dict(fps=8.0), "fps was 4.0, now 8.0"),
-                            (dict(cls=False), "cls was True, now False"), (dict(cache="no"), "no cache at no")]:
+                            (dict(cls="off"), "cls was 'front', now 'off'"), (dict(cache="no"), "no cache at no")]:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             train.train(train.Config(**{**knobs, "name": "x", "cache": "cache", **change}))
     with pytest.raises(ValueError, match="choose another --out"):

@@ -1,31 +1,113 @@
 """The toy world's scores have known answers on videos whose truth is known."""
+import tests.common  # noqa: F401, before torch
+
 import dataclasses
+import functools
+import io
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 
+import data
 from toy import world
+
+
+SHARES = ("moves", "frozen", "broken")
 
 
 def test_true_clips_score_everything():
     test = world.draw_test_set(32)
     scores = world.score_videos(world.true_clips(test), test)
-    assert scores == dict(identity_16=100, identity_16_same=100, dynamic_degree=100, smoothness=100, field=100,
-                          direction=100)
+    assert scores == dict(moves=100, frozen=0, broken=0, still=0, smoothness=100, identity_16=100, cells=100,
+                          direction=100, field=100)
 
 
 def test_what_can_be_wrong_is_seen():
     test = world.draw_test_set(32)
-    still = np.repeat(test.references[:, None], world.FRAMES, 1)
-    scores = world.score_videos(still, test)
-    assert scores["identity_16"] == 100 and scores["dynamic_degree"] == scores["direction"] == scores["field"] == 0
-    backwards = world.score_videos(world.true_clips(test)[:, ::-1], test)
-    assert backwards["dynamic_degree"] == 100 and backwards["direction"] == 0
+    true = world.true_clips(test)
+
+    def scores_of(videos, test=test):
+        scores = world.score_videos(videos, test)
+        assert np.isclose(sum(scores[k] for k in SHARES), 100)
+        return scores
+    still = scores_of(np.repeat(test.references[:, None], world.FRAMES, 1))
+    assert still["identity_16"] == still["cells"] == still["frozen"] == still["still"] == 100 and still["field"] == 0
+    assert np.isnan(still["direction"])  # nothing moves
+    backwards = scores_of(true[:, ::-1])
+    assert backwards["moves"] == 100 and backwards["direction"] == 0
     others = dataclasses.replace(test, creatures=test.creatures[np.roll(np.arange(32), 1)])
-    shuffled = world.score_videos(world.true_clips(test), others)
-    assert shuffled["identity_16"] < 20 and shuffled["identity_16_same"] < 20
-    noise = np.random.default_rng(0).integers(0, 256, (32, world.FRAMES, 32, 32, 3)).astype(np.uint8)
-    assert world.score_videos(noise, test)["identity_16"] < 30
+    shuffled = scores_of(true, others)
+    assert shuffled["identity_16"] < 20 and shuffled["cells"] < 40
+    noise = scores_of(np.random.default_rng(0).integers(0, 256, true.shape).astype(np.uint8))
+    assert noise["broken"] == 100 and noise["identity_16"] < 30 and noise["cells"] < 40
+
+
+@pytest.mark.parametrize("damage", ["half", "double", "gone"])
+def test_one_bad_frame_is_broken(damage):
+    """The creature's right half is missing, it stands there twice, or it is not there, in one of nine frames."""
+    test = world.draw_test_set(16)
+    videos = world.true_clips(test)
+    field = world.FIELD_RGB[test.fields].astype(np.uint8)
+    tiles = world.draw_walks(np.random.default_rng([2024, 13]), test.directions)  # as true_clips draws them
+    for i in range(16):
+        row, column = tiles[i, 2] * world.TILE  # latent frame 2 is frames 3 and 4
+        if damage == "half":
+            videos[i, 4, row:row + 16, column + 8:column + 16] = field[i]
+        elif damage == "gone":
+            videos[i, 4] = field[i]
+        else:
+            other = (column + 16) % 32 if column % 16 == 0 else 0
+            videos[i, 4, row:row + 16, other:other + 8] = videos[i, 4, row:row + 16, column:column + 8]
+    assert world.score_videos(videos, test)["broken"] == 100
+
+
+def test_cells_count_wrong_cells():
+    """A quarter of the creature in another colour: that many cells are wrong, wherever it stands."""
+    test = world.draw_test_set(16)
+    bitmap = test.creatures.bitmap.copy()
+    bitmap[:, :4, :4] = np.where(bitmap[:, :4, :4] == 1, 2, 1)  # every cell of one quarter is now another
+    changed = dataclasses.replace(test, creatures=world.Creatures(bitmap, test.creatures.colours))
+    scores = world.score_videos(world.true_clips(changed), test)
+    assert scores["cells"] == 75 and scores["moves"] == 100
+
+
+def test_clips_walk_to_the_edge_and_some_stand():
+    fields, directions, tiles = world.draw_clips(np.random.default_rng(0), 20000, standing=0.2)
+    stands = directions == world.STANDS
+    way = world.STEP[directions[~stands]]
+    walk = ((tiles[~stands, -1] - tiles[~stands, 0]) * way).sum(1)
+    assert abs(stands.mean() - 0.2) < 0.02 and (tiles[stands] == tiles[stands, :1]).all()
+    assert np.allclose(np.bincount(walk) / len(walk), [0.1 / 0.8, 0, 0.7 / 0.8], atol=0.02)
+    end = (tiles[~stands, -1] * way).sum(1)
+    assert set(end[way.sum(1) > 0]) == {world.GRID - 1} and set(end[way.sum(1) < 0]) == {0}
+    assert tiles.min() == 0 and tiles.max() == world.GRID - 1
+    assert not world.held_out(fields, directions).any()
+    _, directions, tiles = world.draw_clips(np.random.default_rng(0), 1000)  # the default: all walk two tiles
+    assert world.STANDS not in directions and (abs(tiles[:, -1] - tiles[:, 0]).sum(1) == 2).all()
+
+
+def views_of(folder):
+    rows = pq.read_table(folder / "pairs.parquet").to_pylist()
+    views = [data.split_views(data.load_image(io.BytesIO(row["image"]["bytes"]))) for row in rows]
+    return np.array([[np.asarray(v) for v in pair] for pair in views]), [row["description"] for row in rows]
+
+
+def test_both_views_show_the_same_place(tmp_path):
+    """... unless the counter-trial asks for another. Fields differ; the captions of walking pairs name an action."""
+    world.write_pairs(tmp_path / "same", n=40)
+    world.write_pairs(tmp_path / "elsewhere", n=40, same_place=False)
+    world.write_pairs(tmp_path / "walking", n=40, walking=True)
+    share = {}
+    for name in ("same", "elsewhere", "walking"):
+        views, words = views_of(tmp_path / name)
+        field = np.median(views.reshape(40, 2, -1, 3), 2)[:, :, None, None]
+        corner = np.array([[world.find_creature((np.abs(v - f).max(2) > 0)[None])[0][0] for v, f in zip(pair, fields)]
+                           for pair, fields in zip(views.astype(float), field)])
+        share[name] = (corner[:, 0] == corner[:, 1]).all(1).mean()
+        assert ("walks" in words[0]["description_0"]) == (name == "walking")
+        assert (field[:, 0] != field[:, 1]).any((1, 2, 3)).all()
+    assert share["same"] == share["walking"] == 1 and share["elsewhere"] < 0.5
 
 
 def test_held_out_combinations_never_train(tmp_path):
@@ -62,14 +144,14 @@ def test_small_sets_are_the_first_of_the_large_one(tmp_path):
 
 def test_only_the_toys_own_folders_are_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(world.DATA, "clips", (world.write_clips, 4, 0))
-    world.ensure_data("toy/data/clips-2", "toy/data/clip", "toy/data/clips-two", "toy/clips", "clips")
+    monkeypatch.setitem(world.DATA, "clips", functools.partial(world.write_clips, n=4))
+    world.write_missing("toy/data/clips-2", "toy/data/clip", "toy/data/clips-two", "toy/clips", "clips")
     assert [str(d.relative_to(tmp_path)) for d in tmp_path.glob("**/*clip*")] == ["toy/data/clips-2"]
     assert len(list(tmp_path.glob("toy/data/clips-2/*.mp4"))) == 2
 
 
 def test_test_creatures_are_not_training_creatures():
-    train = world.draw_creatures(np.random.default_rng([0, 10]), 4000).bitmap.reshape(4000, -1)
+    train = world.draw_creatures(np.random.default_rng([0, 10]), 2000).bitmap.reshape(2000, -1)
     clips = world.draw_creatures(np.random.default_rng([0, 11]), 400).bitmap.reshape(400, -1)
     seen = {bytes(b) for b in np.concatenate([train, clips])}
     assert not any(bytes(b) in seen for b in world.draw_test_set().creatures.bitmap.reshape(96, -1))

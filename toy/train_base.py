@@ -25,8 +25,8 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from tqdm import tqdm
 
-from data import command_line, knob
 from model import SubjectTransformer, encode_prompt, encode_video, v_loss
+from run import command_line, knob
 from toy import world
 
 
@@ -39,6 +39,7 @@ class Config:
     steps: int = knob(9000, "steps of transformer training")
     batch: int = knob(48, "clips per transformer step; three times as many stills")
     lr: float = knob(1.5e-3, "peak learning rate of the transformer")
+    standing: float = knob(0.0, "share of clips that stand and say so; half as many again stand and say \"walks\"")
     stills: float = knob(0.25, "share of steps on still pictures")
     pool: int = knob(12_000, "clips, and as many stills, that are drawn and encoded once")
     vae_minutes: float = knob(1e9, "stop the VAE after this time (the schedule adapts)")
@@ -94,11 +95,12 @@ def build(seed):
     return CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
 
 
-def draw(rng, n, still, device):
+def draw(rng, n, still, device, standing=0.0):
     """n scenes: pixels (n, 9 or 1, 3, 32, 32) in [-1,1], and what is in them: field, direction, colours."""
     creatures = world.draw_creatures(rng, n)
-    fields, directions = world.draw_scenes(rng, n)
-    tiles = rng.integers(0, world.GRID, (n, 1, 2)) if still else world.draw_walks(rng, directions)
+    fields, directions, tiles = world.draw_clips(rng, n, standing)
+    if still:
+        directions, tiles = np.full(n, world.STANDS), rng.integers(0, world.GRID, (n, 1, 2))
     cells = torch.from_numpy(world.render_cells(creatures, fields, tiles)).to(device)  # small: enlarged on the device
     pixels = cells.repeat_interleave(world.CELL, 2).repeat_interleave(world.CELL, 3)
     if not still:
@@ -107,22 +109,22 @@ def draw(rng, n, still, device):
 
 
 def all_captions():
-    """Every caption the base can see, and the row (field, direction or 4 for a still, colour pair or 64 for none)."""
+    """Every caption the base can see, and the row (field, direction, colour pair or 64 for none)."""
     table = [world.caption(f, d, None if c == 64 else divmod(c, 8))
-             for f in range(8) for d in (0, 1, 2, 3, None) for c in range(65)]
+             for f in range(8) for d in range(5) for c in range(65)]
     return table, lambda f, d, c: (f * 5 + d) * 65 + c
 
 
-def encode_pool(pipe, rng, n, still, device, autocast):
+def encode_pool(pipe, rng, n, still, device, autocast, standing):
     """n scenes as latents (n, 5 or 1, 4, 16, 16), with their caption rows (n, 2): without and with colours named."""
     _, row = all_captions()
     latents, rows = [], []
-    for _ in range(0, n, 250):
-        pixels, (fields, directions, colours) = draw(rng, 250, still, device)
+    for _ in range(0, n, 50):
+        pixels, (fields, directions, colours) = draw(rng, 50, still, device, standing)
         with autocast():
             latents.append(encode_video(pipe.vae, pixels).half())
-        d = 4 if still else directions
-        rows.append(np.stack([row(fields, d, 64), row(fields, d, colours[:, 0] * 8 + colours[:, 1])], 1))
+        rows.append(np.stack([row(fields, directions, 64),
+                              row(fields, directions, colours[:, 0] * 8 + colours[:, 1])], 1))
     return torch.cat(latents), torch.from_numpy(np.concatenate(rows)).to(device)
 
 
@@ -161,13 +163,13 @@ def train_vae(vae, cfg, device, autocast):
     vae.register_to_config(scaling_factor=1 / encode_video(vae, pixels).std().item())
 
 
-def train_transformer(pipe, cfg, device, autocast, bfloat16):
+def train_transformer(pipe, cfg, device, autocast):
     transformer = pipe.transformer.train()
     ema = copy.deepcopy(transformer).requires_grad_(False)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
     pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)
     rng = np.random.default_rng([cfg.seed, 2])
-    pools = {still: encode_pool(pipe, rng, cfg.pool, still, device, bfloat16) for still in (True, False)}
+    pools = {still: encode_pool(pipe, rng, cfg.pool, still, device, autocast, cfg.standing) for still in (True, False)}
     captions = all_captions()[0] + [""]
     texts = torch.cat([encode_prompt(pipe, captions[i:i + 256]) for i in range(0, len(captions), 256)])  # (2601,16,64)
     forward = torch.compile(transformer) if cfg.compile else transformer
@@ -204,7 +206,7 @@ def train_transformer(pipe, cfg, device, autocast, bfloat16):
         if step % 100 == 99:  # new creatures all the time: the pool turns over slowly
             for still, (latents, rows) in pools.items():
                 new = torch.randperm(len(latents), device=device)[:250]
-                latents[new], rows[new] = encode_pool(pipe, rng, 250, still, device, bfloat16)
+                latents[new], rows[new] = encode_pool(pipe, rng, 250, still, device, autocast, cfg.standing)
         if step % 1000 == 999:
             save(pipe, ema, cfg.out)
         if step % 250 == 249:
@@ -228,16 +230,16 @@ def save(pipe, transformer, out):
 
 def main(cfg):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    bfloat16 = lambda: torch.autocast(device, torch.bfloat16)
-    autocast = bfloat16 if device == "cuda" else nullcontext  # so small a transformer is no faster in bf16 on a CPU
+    # bfloat16 only on a GPU: on a CPU that has no instructions for it the VAE is 45 times slower.
+    autocast = (lambda: torch.autocast(device, torch.bfloat16)) if device == "cuda" else nullcontext
     pipe = build(cfg.seed).to(device)
     if cfg.init:
         pipe.transformer = CogVideoXTransformer3DModel.from_pretrained(cfg.init, subfolder="transformer").to(device)
     if cfg.vae:
         pipe.vae = AutoencoderKLCogVideoX.from_pretrained(cfg.vae, subfolder="vae").to(device).requires_grad_(False)
     else:
-        train_vae(pipe.vae, cfg, device, bfloat16)
-    train_transformer(pipe, cfg, device, autocast, bfloat16)
+        train_vae(pipe.vae, cfg, device, autocast)
+    train_transformer(pipe, cfg, device, autocast)
     save(pipe, pipe.transformer, cfg.out)
     print(f"wrote {cfg.out}")
 

@@ -3,25 +3,31 @@
     python -m toy.world data              toy/data: pairs as a parquet, clips as mp4 + txt, as the real data sets
     python -m toy.world refs              toy/refs: reference pictures of creatures that no training step sees
     python -m toy.world score --lora DIR  sample 96 unseen creatures and score the videos exactly
-    python -m toy.world picture           assets/toy.png: references and frames of their videos
+    python -m toy.world picture           assets/toy.webp: references and their videos, side by side
 
 A creature is a random left-right symmetric bitmap of 8x8 cells in two colours: every identity is new, and no
 caption can describe it, so a model can only get it right by looking at the reference. Cells are 2 px, a creature is
 16x16 px, and it always stands on the grid of 8-px tiles that the transformer's tokens cover (VAE 2x, patch 4). A clip
-has 9 frames of 32x32, which the VAE turns into 5 latent frames (1, 2, 2, 2, 2). The creature makes two steps of one
-tile in one direction, each at the start of a latent frame, and stays inside the field.
+has 9 frames of 32x32, which the VAE turns into 5 latent frames (1, 2, 2, 2, 2). The creature makes up to two steps of
+one tile in one direction, each at the start of a latent frame, and stays inside the field.
+
+Both views of a pair show the creature in the same place, as the centred subjects of Subjects200K (5.4): with another
+place in each view an image-only model tears creatures apart. Real footage also has many shots in which nothing moves;
+the committed base has not seen such clips yet (train_base's --standing).
 
 Because the truth is known the scores are exact: no learned metric decides whether the right creature walked the
 right way. `score` also prints the control rows that show what each score can be fooled by.
 """
 import dataclasses
+import fcntl
 import io
 import json
 import os
 import shutil
 import sys
-import time
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +36,13 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageDraw
 
-from data import command_line, save_video
+from data import save_video
+from run import command_line, knob
 
 SIZE, TILE, CELL, CELLS = 32, 8, 2, 8  # px per frame side, per tile, per cell; cells per creature side
 FRAMES, FPS, BEATS = 9, 4, (1, 2, 2, 2, 2)       # frames of a clip, and how many the VAE puts into each latent frame
 GRID = SIZE // TILE - 1                           # tile positions of a 2x2-tile creature along one axis: 3
-ENLARGE = 8                                       # mp4 files are 8x larger: yuv420p would mix 2-px cells
+ENLARGE = 4                                       # mp4 files are 4x larger: yuv420p would mix 2-px cells
 
 FIELDS = {"green": (60, 130, 60), "brown": (120, 75, 40), "grey": (128, 128, 128), "navy": (25, 30, 80),
           "tan": (205, 180, 140), "teal": (20, 110, 115), "plum": (100, 40, 100), "pink": (245, 170, 185)}
@@ -44,6 +51,7 @@ COLOURS = {"red": (230, 40, 40), "orange": (250, 140, 20), "yellow": (250, 225, 
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (row, column) tiles per step
 FIELD_RGB, COLOUR_RGB = np.array(list(FIELDS.values())), np.array(list(COLOURS.values()))
 STEP = np.array(list(DIRECTIONS.values()))
+STANDS = len(DIRECTIONS)                          # the direction of those that stand
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
@@ -90,13 +98,34 @@ def render(creatures, fields, tiles):
     return render_cells(creatures, fields, tiles).repeat(CELL, 2).repeat(CELL, 3)
 
 
-def draw_walks(rng, directions):
-    """One walk per direction index: (N,5,2) tile positions, one per latent frame: wait, step, wait, step."""
+def draw_walks(rng, directions, room=None):
+    """Tile positions (N,5,2), one per latent frame: wait, step, wait, step, as far as there is room.
+
+    room (N,): the tiles between a creature and the edge that it walks to, 2 (all there is) when None; 0 stands."""
     n = len(directions)
+    room = np.full(n, GRID - 1) if room is None else room
+    way, axis = STEP[directions], np.abs(STEP[directions]).argmax(1)
     start = rng.integers(0, GRID, (n, 2))
-    axis = np.abs(STEP[directions]).argmax(1)
-    start[np.arange(n), axis] = np.where(STEP[directions].sum(1) > 0, 0, GRID - 1)  # room for both steps
-    return start[:, None] + np.array([0, 0, 1, 1, 2])[:, None] * STEP[directions][:, None]
+    start[np.arange(n), axis] = np.where(way.sum(1) > 0, GRID - 1 - room, room)
+    steps = np.minimum(np.array([0, 0, 1, 1, 2]), room[:, None])
+    return start[:, None] + steps[:, :, None] * way[:, None]
+
+
+def draw_clips(rng, n, standing=0.0):
+    """n scenes of moving pictures: field and direction indices, tile positions (N,5,2).
+
+    `standing` is the share of clips that stand, with a caption that says so (direction STANDS). Half as many again do
+    not move either, though their captions say "walks": they are at the edge already. Stock footage is full of shots in
+    which little happens, whatever their titles say.
+    """
+    fields, directions = draw_scenes(rng, n)
+    if not standing:
+        return fields, directions, draw_walks(rng, directions)
+    u = rng.random(n)
+    tiles = draw_walks(rng, directions, np.where(u < 1.5 * standing, 0, GRID - 1))
+    stands = u < standing
+    tiles[stands] = rng.integers(0, GRID, (stands.sum(), 1, 2))  # anywhere
+    return fields, np.where(stands, STANDS, directions), tiles
 
 
 def held_out(fields, directions):
@@ -113,21 +142,28 @@ def draw_scenes(rng, n):
 def caption(field_index, direction=None, colours=None):
     """What a clip (or, without a direction, a still picture) shows. Only the base model ever sees colours named."""
     what = "creature" if colours is None else "{} and {} creature".format(*(list(COLOURS)[c] for c in colours))
-    verb = "stands" if direction is None else f"walks {list(DIRECTIONS)[direction]}"
+    verb = "stands" if direction in (None, STANDS) else f"walks {list(DIRECTIONS)[direction]}"
     return f"a{'n' if what[0] in 'aeiou' else ''} {what} {verb} over a {list(FIELDS)[field_index]} field"
 
 
 # ---- data sets on disk -----------------------------------------------------------------------------------------------
 
-def write_pairs(folder, n=4000, seed=0, keep=None):
+def write_pairs(folder, n=2000, seed=0, keep=None, same_place=True, walking=False):
     """n pairs as one parquet with the Subjects200K columns: two views side by side, padded, PNG, 16 rows a group.
 
-    keep writes only the first so many of them, as in write_clips."""
+    keep writes only the first so many of them, as in write_clips. The subjects of Subjects200K are centred in both
+    views (5.4), so the creature stands at the same place in both. Its captions name a scene, not an action: "stands".
+    Counter-trials: same_place=False draws a place for each view, walking=True writes "walks left" and the like.
+    """
     rng = np.random.default_rng([seed, 10])
     creatures = draw_creatures(rng, n)
     fields = np.stack([rng.integers(0, len(FIELDS), n), rng.integers(1, len(FIELDS), n)])
     fields[1] = (fields[0] + fields[1]) % len(FIELDS)  # the second view stands on another field
-    views = [render(creatures, f, rng.integers(0, GRID, (n, 1, 2)))[:, 0] for f in fields]
+    tiles = [rng.integers(0, GRID, (n, 1, 2)) for _ in fields]
+    if same_place:
+        tiles[1] = tiles[0]
+    directions = (fields + rng.integers(1, 4, fields.shape)) % 4 if walking else np.full(fields.shape, STANDS)
+    views = [render(creatures, f, t)[:, 0] for f, t in zip(fields, tiles)]
     pad, rows = 2, []
     for i in range(keep or n):
         sheet = np.full((SIZE + 2 * pad, 2 * SIZE + 3 * pad, 3), 255, np.uint8)
@@ -137,8 +173,9 @@ def write_pairs(folder, n=4000, seed=0, keep=None):
         rows.append({
             "image": {"bytes": file.getvalue(), "path": f"{i:06d}.png"}, "collection": "collection_2",
             "quality_assessment": {"compositeStructure": 5, "objectConsistency": 5, "imageQuality": 5},
-            "description": {"item": "creature", "description_0": caption(fields[0, i]), "category": "creature",
-                            "description_1": caption(fields[1, i]), "description_valid": True}})
+            "description": {"item": "creature", "category": "creature", "description_valid": True,
+                            "description_0": caption(fields[0, i], directions[0, i]),
+                            "description_1": caption(fields[1, i], directions[1, i])}})
     Path(folder).mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), Path(folder) / "pairs.parquet", row_group_size=16)
 
@@ -146,41 +183,72 @@ def write_pairs(folder, n=4000, seed=0, keep=None):
 def write_clips(folder, n=400, seed=0, keep=None):
     """n clips as H.264 files with captions that never name the creature's colours."""
     rng = np.random.default_rng([seed, 11])
-    creatures, (fields, directions) = draw_creatures(rng, n), draw_scenes(rng, n)
-    clips = render(creatures, fields, draw_walks(rng, directions)).repeat(BEATS, 1)
+    creatures, (fields, directions, tiles) = draw_creatures(rng, n), draw_clips(rng, n)
+    clips = render(creatures, fields, tiles).repeat(BEATS, 1)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for i in range(keep or n):
         save_video(Path(folder) / f"{i:04d}.mp4", [Image.fromarray(f) for f in clips[i]], FPS, ENLARGE)
         (Path(folder) / f"{i:04d}.txt").write_text(caption(fields[i], directions[i]))
 
 
-DATA = {"pairs": (write_pairs, 4000, 0), "clips": (write_clips, 400, 0),  # folder in toy/data: what, how many, seed
-        "val_pairs": (write_pairs, 200, 1), "val_clips": (write_clips, 60, 1)}
+DATA = {  # folder in toy/data: what writes it
+    "pairs": partial(write_pairs, n=2000), "clips": partial(write_clips, n=400),
+    "val_pairs": partial(write_pairs, n=200, seed=1), "val_clips": partial(write_clips, n=60, seed=1),
+    "pairs_elsewhere": partial(write_pairs, n=2000, same_place=False),
+    "pairs_walking": partial(write_pairs, n=2000, walking=True),
+}
 
 
-def ensure_data(*folders, wait=300):
-    """Write those of the toy's data sets that are missing; under torchrun rank 0 writes and the others wait.
+def write_missing(*folders):
+    """Write those of the toy's data sets that are missing. Whoever comes first writes, other processes wait.
 
     Only toy/data/NAME for a NAME in DATA, and toy/data/NAME-N, its first N: anything else that is missing is the user's
     mistake. Each folder is written under another name and renamed, so that a killed run leaves nothing half-written.
     """
     for folder in map(Path, folders):
         name, _, keep = folder.name.partition("-")
-        if folder.exists() or folder.parent != Path("toy/data") or name not in DATA or not (keep or "1").isdigit():
+        if folder.parent != Path("toy/data") or name not in DATA or not (keep or "1").isdigit():
             continue
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"writing {folder}", flush=True)
-            part = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-            write, n, seed = DATA[name]
-            write(part, n, seed, min(int(keep or n), n))
-            try:
+        with one_process():
+            if not folder.exists():
+                print(f"writing {folder}", flush=True)
+                part = folder.with_name(f"{folder.name}.tmp")
+                shutil.rmtree(part, ignore_errors=True)
+                DATA[name](part, keep=int(keep) if keep else None)
                 os.replace(part, folder)
-            except OSError:  # another run, started beside this one, was faster
-                shutil.rmtree(part)
-        for _ in range(wait * 10):
-            if folder.exists():
-                break
-            time.sleep(0.1)
+
+
+@contextmanager
+def one_process():
+    Path("toy/data").mkdir(parents=True, exist_ok=True)
+    with open("toy/data/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def ensure_data(cfg):
+    """The data of `train.py --toy`, and their latents, encoded once by paper.prepare as for a real run. Returns cfg.
+
+    --cache toy/data/cache keeps a folder for each choice of --images and --videos. With other data, another base or
+    random crops nothing is cached, and each step encodes its own.
+    """
+    from train import TOY
+    write_missing(cfg.images, cfg.videos, cfg.val_images, cfg.val_videos)
+    if cfg.cache != TOY["cache"]:
+        return cfg
+    usual = ("base", "frames", "fps", "height", "width", "crop_jitter", "vae_tiling")
+    same = {k: getattr(cfg, k) for k in usual}
+    ours = all(Path(folder).parent == Path("toy/data") for folder in (cfg.images, cfg.videos))
+    if not ours or any(same[k] != TOY.get(k, 0) for k in usual):
+        return dataclasses.replace(cfg, cache="")
+    cache = Path(cfg.cache) / f"{Path(cfg.images).name}+{Path(cfg.videos).name}"
+    with one_process():
+        made = [cache / task / "index.json" for task in ("image", "video")]
+        if not all(index.is_file() and json.loads(index.read_text())["complete"] for index in made):
+            from paper import prepare
+            prepare.prepare_cache(prepare.Latents(out=str(cache), images=cfg.images, videos=cfg.videos, device="cpu",
+                                                  **same))
+    return dataclasses.replace(cfg, cache=str(cache))
 
 
 # ---- the test set and the scores -------------------------------------------------------------------------------------
@@ -196,13 +264,15 @@ class TestSet:
 
 
 def draw_test_set(n=96, seed=2024):
-    rng = np.random.default_rng([seed, 12])
-    creatures = draw_creatures(rng, n)
-    fields = np.arange(n) % len(FIELDS)
+    """The first n of the test set: the same 96 creatures, whatever n is (more are drawn for a larger one)."""
+    rng, drawn = np.random.default_rng([seed, 12]), max(n, 96)
+    creatures = draw_creatures(rng, drawn)
+    fields = np.arange(drawn) % len(FIELDS)
     directions = fields % 4
-    elsewhere = (fields + rng.integers(1, len(FIELDS), n)) % len(FIELDS)
-    references = render(creatures, elsewhere, rng.integers(0, GRID, (n, 1, 2)))[:, 0]
-    return TestSet(creatures, references, fields, directions, [caption(f, d) for f, d in zip(fields, directions)])
+    elsewhere = (fields + rng.integers(1, len(FIELDS), drawn)) % len(FIELDS)
+    references = render(creatures, elsewhere, rng.integers(0, GRID, (drawn, 1, 2)))[:, 0]
+    prompts = [caption(f, d) for f, d in zip(fields, directions)]
+    return TestSet(creatures[:n], references[:n], fields[:n], directions[:n], prompts[:n])
 
 
 def true_clips(test, seed=2024):
@@ -211,56 +281,80 @@ def true_clips(test, seed=2024):
     return render(test.creatures, test.fields, tiles).repeat(BEATS, 1)
 
 
-def closest(video, candidates, colours, field_rgb):
-    """Which of 16 creatures does a video show? The one whose best-placed picture is nearest, summed over all frames.
+def best_cells(video, bitmaps, colours, field_rgb):
+    """How many of the 64 cells are right, per frame and creature, (F,K) in 0..1, at the best placement in each frame.
 
-    video float (F,3,H,W) in 0..255; candidates bitmaps (16,8,8) with colours (16,2); each is tried at every pixel
-    position of every frame. Returns an index.
+    video float (F,3,H,W) in 0..255; bitmaps (K,8,8) with colours (K,2). A cell is right when the nearest of the eight
+    creature colours and the video's own field colour is what the creature has there.
     """
-    palette = np.concatenate([np.broadcast_to(field_rgb, (len(candidates), 1, 3)), COLOUR_RGB[colours]], 1)
-    pictures = palette[np.arange(len(candidates))[:, None, None], candidates].repeat(CELL, 1).repeat(CELL, 2)
-    kernels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()  # (16,3,16,16)
-    square = torch.nn.functional.conv2d(video ** 2, torch.ones_like(kernels[:1]))
-    distance = square - 2 * torch.nn.functional.conv2d(video, kernels) + (kernels ** 2).sum((1, 2, 3))[:, None, None]
-    return distance.flatten(2).min(2).values.sum(0).argmin().item()  # (F,16,h,w) -> (F,16) -> 16
+    palette = torch.from_numpy(np.concatenate([COLOUR_RGB, field_rgb[None]])).float()       # (9,3): the field is 8
+    cells = torch.nn.functional.avg_pool2d(video, CELL, stride=1)                            # (F,3,31,31)
+    nearest = (cells[:, None] - palette[None, :, :, None, None]).square().sum(2).argmin(1)   # (F,31,31)
+    has = torch.nn.functional.one_hot(nearest, 9).permute(0, 3, 1, 2).float()                # (F,9,31,31)
+    look = np.concatenate([np.full((len(bitmaps), 1), 8), colours], 1)                       # cell value -> colour
+    wanted = torch.from_numpy(look[np.arange(len(bitmaps))[:, None, None], bitmaps])         # (K,8,8)
+    kernels = torch.nn.functional.one_hot(wanted, 9).permute(0, 3, 1, 2).float()             # (K,9,8,8)
+    right = torch.nn.functional.conv2d(has, kernels, dilation=CELL)                          # (F,K,17,17)
+    return right.flatten(2).amax(2) / CELLS**2
+
+
+def find_creature(shown):
+    """Where is the creature, and is it in one piece? For each frame of shown (F,H,W), the pixels that are not field.
+
+    Returns the corner (F,2) of the 16x16 window that holds most of them, and whether the frame shows one whole
+    creature: at least 128 pixels inside (half the window; the leanest of 20,000 creatures covers 120, one in a hundred
+    fewer than 152), no less than 85 % of the video's usual number, and outside no more than an eighth of it.
+    """
+    inside = torch.nn.functional.avg_pool2d(torch.from_numpy(shown)[:, None].float(), 2 * TILE, stride=1)[:, 0]
+    inside = inside * (2 * TILE) ** 2                                    # (F,17,17)
+    best, where = inside.flatten(1).max(1)
+    corner = np.stack(np.unravel_index(where.numpy(), inside.shape[1:]), 1)
+    best = best.numpy()
+    outside = shown.sum((1, 2)) - best
+    return corner, (best >= 128) & (best >= 0.85 * np.median(best)) & (outside <= best / 8)
 
 
 def score_videos(videos, test, seed=2024):
-    """The exact scores of videos uint8 (n,F,32,32,3) made from `test`: a dict of per cent, n in all.
+    """The exact scores of videos uint8 (n,F,32,32,3) made from `test`: a dict of per cent over the n videos.
 
-    identity_16      the creature shown is nearest to its own reference among 16 random ones
-    identity_16_same the same among 16 that have the same two colours: only the shape tells
-    dynamic_degree   the creature's centre of mass ends at least one tile (8 px) from where it began
-    smoothness       share of frame transitions in which the centre moves at most a tile (a still picture has 100)
-    field            the field has the named colour
-    direction        moved, and mostly along the named direction
+    moves        whole in every frame, and ends at least a tile (8 px) from where it began
+    frozen       whole in every frame, and ends nearer than that
+    broken       not whole in some frame (find_creature); these three add up to 100
+    still        frozen to the pixel: frames differ from the next by less than 3 of 255 in the mean
+    smoothness   share of frame transitions in which the creature's window moves at most a tile
+    identity_16  more cells are those of its own reference than of 15 other creatures
+    cells        share of the 64 cells that are right, mean over frames (best_cells)
+    direction    of those that move: mostly along the named direction
+    field        the field has the named colour
+
+    What fools them: a still picture is whole, smooth and has all its cells; an empty field is still and broken, and its
+    cells are right where the creature has none (a quarter); a wrong creature can move well.
     """
     rng = np.random.default_rng([seed, 14])
-    hits = {k: [] for k in ("identity_16", "identity_16_same", "dynamic_degree", "smoothness", "field", "direction")}
+    hits = {k: [] for k in ("moves", "frozen", "broken", "still", "smoothness", "identity_16", "cells", "direction",
+                            "field")}
     for i, video in enumerate(videos):
         video = video.astype(np.float32)
         field_rgb = np.median(video.reshape(-1, 3), 0)  # a creature covers a quarter of a frame at most
-        frames = torch.from_numpy(video).permute(0, 3, 1, 2)
-        own = test.creatures[i]
         others = test.creatures[rng.permutation(np.delete(np.arange(len(test.creatures)), i))[:15]]
-        twins = draw_creatures(rng, 15).bitmap
-        hits["identity_16"].append(0 == closest(
-            frames, np.concatenate([own.bitmap[None], others.bitmap]),
-            np.concatenate([own.colours[None], others.colours]), field_rgb))
-        hits["identity_16_same"].append(0 == closest(
-            frames, np.concatenate([own.bitmap[None], twins]), np.tile(own.colours, (16, 1)), field_rgb))
+        cells = best_cells(torch.from_numpy(video).permute(0, 3, 1, 2),
+                           np.concatenate([test.creatures.bitmap[i:i + 1], others.bitmap]),
+                           np.concatenate([test.creatures.colours[i:i + 1], others.colours]), field_rgb).mean(0)
+        hits["cells"].append(cells[0].item())
+        hits["identity_16"].append((cells[0] > cells[1:]).all().item())
 
-        shown = np.abs(video - field_rgb).max(3) > 48  # (F,H,W): pixels that are not field
-        rows, columns = np.mgrid[:SIZE, :SIZE]
-        mass = shown.sum((1, 2)).clip(1)
-        centre = np.stack([(shown * rows).sum((1, 2)) / mass, (shown * columns).sum((1, 2)) / mass], 1)  # (F,2)
-        move = centre[-1] - centre[0]
-        moved = np.abs(move).max() >= TILE and shown[0].any() and shown[-1].any()
-        hits["dynamic_degree"].append(moved)
-        hits["smoothness"].append((np.abs(np.diff(centre, axis=0)).max(1) <= TILE + 1).mean())
+        corner, whole = find_creature(np.abs(video - field_rgb).max(3) > 48)
+        move = (corner[-1] - corner[0])
+        moved = np.abs(move).max() >= TILE
+        hits["broken"].append(not whole.all())
+        hits["moves"].append(whole.all() and moved)
+        hits["frozen"].append(whole.all() and not moved)
+        hits["still"].append(np.abs(np.diff(video, axis=0)).mean((1, 2, 3)).max(initial=0) < 3)
+        hits["smoothness"].append((np.abs(np.diff(corner, axis=0)).max(1) <= TILE + 1).mean() if len(video) > 1 else 1)
         hits["field"].append(np.abs(FIELD_RGB - field_rgb).sum(1).argmin() == test.fields[i])
-        hits["direction"].append(moved and (STEP @ move).argmax() == test.directions[i])
-    return {k: 100 * float(np.mean(v)) for k, v in hits.items()}
+        if moved and whole.all():
+            hits["direction"].append((STEP @ move).argmax() == test.directions[i])
+    return {k: 100 * float(np.mean(v)) if v else float("nan") for k, v in hits.items()}
 
 
 def sample_test_set(pipe, test, references=None, seed=0, batch=16, **options):
@@ -280,6 +374,23 @@ def sample_test_set(pipe, test, references=None, seed=0, batch=16, **options):
     return np.stack(videos)
 
 
+def score_lora(lora, n, with_reference=True, guidance=0.0, frames=0, **options):
+    """(scores, videos) of the LoRA at `lora` on the first n of the test set. guidance 0 takes the LoRA's own.
+
+    frames=1 samples single pictures instead, of a creature that stands: what image steps train."""
+    from model import with_reference_token
+    from sample import cls_of, guidance_of, load
+    pipe, header = load(lora=str(lora))
+    test = draw_test_set(n)
+    if frames == 1:
+        test = dataclasses.replace(test, prompts=[caption(f) for f in test.fields])
+    cls = cls_of(header)
+    test = dataclasses.replace(test, prompts=[with_reference_token(p, cls, "creature") for p in test.prompts])
+    videos = sample_test_set(pipe, test, test.references if with_reference else None, cls=cls,
+                             guidance=guidance or guidance_of(header), frames=frames, **options)
+    return score_videos(videos, test), videos
+
+
 def through_vae(pipe, clips):
     """What is left of true clips after the VAE: the ceiling of every score."""
     from model import encode_video
@@ -289,41 +400,43 @@ def through_vae(pipe, clips):
     return ((frames / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 4, 1).numpy()
 
 
+def score_controls(lora, n, **options):
+    """{name: scores} of what the scores can be fooled by, and of what bounds them."""
+    from sample import guidance_of, load
+    pipe, header = load(lora=str(lora), use_lora=False)
+    test = draw_test_set(n)
+    empty = np.broadcast_to(FIELD_RGB[test.fields][:, None, None, None], (n, FRAMES, SIZE, SIZE, 3)).astype(np.uint8)
+    another = dataclasses.replace(test, creatures=test.creatures[np.roll(np.arange(n), 1)])
+    videos = {"the true clips, through the VAE": through_vae(pipe, true_clips(test)),
+              "the reference as a still": np.repeat(test.references[:, None], FRAMES, 1), "an empty field": empty,
+              "the base without a reference": sample_test_set(pipe, test, guidance=guidance_of(header), **options)}
+    rows = {name: score_videos(v, test) for name, v in videos.items()}
+    rows["the true clips of other creatures"] = score_videos(true_clips(test), another)
+    return rows
+
+
 @dataclass
 class Score:
-    lora: list[str] = field(default_factory=lambda: ["toy/lora"],
-                            metadata={"help": "LoRA files, folders or runs; several (seeds) are averaged"})
-    n: int = field(default=96, metadata={"help": "unseen creatures and prompts"})
-    steps: int = field(default=50, metadata={"help": "sampling steps"})
-    guidance: float = field(default=6.0, metadata={"help": "classifier-free guidance scale"})
-    controls: bool = field(default=False, metadata={"help": "also print what the scores can be fooled by"})
-    out: str = field(default="", metadata={"help": "also write the rows to this json file"})
+    lora: list[str] = knob(["toy/lora"], "LoRA files, folders or runs; several (seeds) are averaged")
+    n: int = knob(96, "unseen creatures and prompts")
+    steps: int = knob(50, "denoising steps")
+    guidance: float = knob(0.0, "classifier-free guidance scale; 0 takes the LoRA's")
+    frames: int = knob(0, "1 scores single pictures; 0 takes the base's length")
+    controls: bool = knob(False, "also print what the scores can be fooled by")
+    out: str = knob("", "also write the rows to this json file")
 
 
 def score(cfg):
     """Sample the test set with each LoRA and print the exact scores as a table."""
-    from sample import load, trained_with_cls
-    test, rows = draw_test_set(cfg.n), {}
-    options = dict(steps=cfg.steps, guidance=cfg.guidance)
-    if cfg.controls:
-        pipe, _ = load(lora=cfg.lora[0], use_lora=False)
-        still = np.repeat(test.references[:, None], FRAMES, 1)
-        rows["the true clips, through the VAE"] = score_videos(through_vae(pipe, true_clips(test)), test)
-        rows["the reference as a still"] = score_videos(still, test)
-        rows["the base without a reference"] = score_videos(sample_test_set(pipe, test, **options), test)
-    per_seed = []
+    rows = score_controls(cfg.lora[0], cfg.n, steps=cfg.steps) if cfg.controls else {}
+    seeds = []
     for lora in cfg.lora:
-        pipe, header = load(lora=lora)
-        videos = sample_test_set(pipe, test, test.references, cls=trained_with_cls(header), **options)
-        per_seed.append(score_videos(videos, test))
-        rows[lora] = per_seed[-1]
-    if cfg.controls:
-        shuffled = dataclasses.replace(test, creatures=test.creatures[np.roll(np.arange(cfg.n), 1)])
-        rows[f"{cfg.lora[-1]}, against another's reference"] = score_videos(videos, shuffled)
-    if len(per_seed) > 1:
-        rows["mean"] = {k: float(np.mean([s[k] for s in per_seed])) for k in per_seed[0]}
-        rows["std"] = {k: float(np.std([s[k] for s in per_seed], ddof=1)) for k in per_seed[0]}
-    names = list(per_seed[0])
+        rows[lora], _ = score_lora(lora, cfg.n, guidance=cfg.guidance, frames=cfg.frames, steps=cfg.steps)
+        seeds.append(rows[lora])
+    if len(seeds) > 1:
+        rows["mean"] = {k: float(np.mean([s[k] for s in seeds])) for k in seeds[0]}
+        rows["std"] = {k: float(np.std([s[k] for s in seeds], ddof=1)) for k in seeds[0]}
+    names = list(seeds[0])
     print(f"\n| n = {cfg.n}, per cent | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
     for name, row in rows.items():
         print(f"| {name} | " + " | ".join(f"{row[k]:.1f}" for k in names) + " |")
@@ -337,43 +450,50 @@ def write_refs(folder, n=6):
     Path(folder).mkdir(parents=True, exist_ok=True)
     for i in range(n):
         picture = Image.fromarray(test.references[i])
-        picture.resize((SIZE * ENLARGE, SIZE * ENLARGE), Image.NEAREST).save(Path(folder) / f"creature-{i}.png")
+        picture.resize((SIZE * 8, SIZE * 8), Image.NEAREST).save(Path(folder) / f"creature-{i}.png")
         (Path(folder) / f"creature-{i}.txt").write_text(test.prompts[i] + "\n")
 
 
 @dataclass
 class Picture:
-    lora: list[str] = field(default_factory=lambda: ["toy/lora"], metadata={"help": "LoRAs to show side by side"})
-    titles: list[str] = field(default_factory=lambda: ["ours"], metadata={"help": "a title for each"})
-    n: int = field(default=6, metadata={"help": "creatures: the first of the test set"})
-    out: str = field(default="assets/toy.png", metadata={"help": "file to write"})
+    lora: list[str] = knob(["toy/lora"], "LoRAs to show side by side")
+    titles: list[str] = knob(["ours"], "a title for each")
+    n: int = knob(6, "creatures: the first of the test set")
+    steps: int = knob(50, "denoising steps")
+    out: str = knob("assets/toy.webp", "file to write: .webp or .gif moves, .png shows the latent frames in a row")
 
 
-def picture(cfg, scale=5):
-    """Reference pictures in the first column; beside them one frame per latent frame of each LoRA's video."""
-    from sample import load, trained_with_cls
-    test = draw_test_set()
-    test = TestSet(test.creatures[:cfg.n], test.references[:cfg.n], test.fields[:cfg.n], test.directions[:cfg.n],
-                   test.prompts[:cfg.n])
-    shown = np.cumsum(BEATS) - 1  # the last frame of each latent frame
-    side, gap, top = SIZE * scale, 12, 24
-    block = len(shown) * (side + 2)
-    sheet = Image.new("RGB", (side + gap + len(cfg.lora) * (block + gap), top + cfg.n * (side + 2)), "white")
-    write = ImageDraw.Draw(sheet)
-    write.text((4, 4), "reference", "black", font_size=14)
-    for i in range(cfg.n):
-        sheet.paste(Image.fromarray(test.references[i]).resize((side, side), 0), (0, top + i * (side + 2)))
-    for k, lora in enumerate(cfg.lora):
-        pipe, header = load(lora=lora)
-        x = side + gap + k * (block + gap)
-        write.text((x + 4, 4), cfg.titles[k], "black", font_size=14)
-        videos = sample_test_set(pipe, test, test.references, cls=trained_with_cls(header))
-        for i, video in enumerate(videos):
-            for j, frame in enumerate(shown):
-                frame = Image.fromarray(video[frame]).resize((side, side), Image.NEAREST)
-                sheet.paste(frame, (x + j * (side + 2), top + i * (side + 2)))
+def picture(cfg, scale=4):
+    """Reference pictures in the first column; beside them each LoRA's videos, moving or as a row of frames."""
+    test = draw_test_set(cfg.n)
+    videos = [score_lora(lora, cfg.n, steps=cfg.steps)[1] for lora in cfg.lora]
+    side, gap, top = SIZE * scale, 12, 28
+    moving = Path(cfg.out).suffix != ".png"
+    shown = [[frame] for frame in range(FRAMES)] if moving else [np.cumsum(BEATS) - 1]  # columns of each sheet
+    block = len(shown[0]) * (side + 2)
+
+    def sheet(columns):
+        width = side + gap + len(videos) * (block + gap)
+        paper = Image.new("RGB", (max(width, 3 * side), top + cfg.n * (side + 2)), "white")
+        write = ImageDraw.Draw(paper)
+        write.text((4, 6), "reference", "black", font_size=14)
+        for k, title in enumerate(cfg.titles):
+            write.text((side + gap + k * (block + gap) + 4, 6), title, "black", font_size=14)
+        for i in range(cfg.n):
+            y = top + i * (side + 2)
+            paper.paste(Image.fromarray(test.references[i]).resize((side, side), Image.NEAREST), (0, y))
+            for k, v in enumerate(videos):
+                for j, frame in enumerate(columns):
+                    x = side + gap + k * (block + gap) + j * (side + 2)
+                    paper.paste(Image.fromarray(v[i, frame]).resize((side, side), Image.NEAREST), (x, y))
+        return paper
+    sheets = [sheet(columns) for columns in shown]
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(cfg.out)
+    if moving:
+        times = [800] + [250] * (len(sheets) - 2) + [1200]  # ms: time to see where it begins and ends
+        sheets[0].save(cfg.out, save_all=True, append_images=sheets[1:], duration=times, loop=0, lossless=True)
+    else:
+        sheets[0].save(cfg.out)
     print(f"wrote {cfg.out}")
 
 
@@ -383,9 +503,11 @@ if __name__ == "__main__":
         config, action = (Score, score) if command == "score" else (Picture, picture)
         command_line(action, config, action.__doc__, sys.argv[2:])
     elif command == "data" and len(sys.argv) == 2:
-        ensure_data(*(f"toy/data/{name}" for name in DATA))
+        write_missing(*(f"toy/data/{name}" for name in DATA))
     elif command == "refs" and len(sys.argv) == 2:
         write_refs("toy/refs")
     else:
         usage = "usage: python -m toy.world data | refs | score [--help] | picture [--help]"
-        print(usage) if command in ("-h", "--help") else sys.exit(usage)
+        if command not in ("-h", "--help"):
+            sys.exit(usage)
+        print(usage)

@@ -1,0 +1,174 @@
+"""What several test files share: a tiny model, runs that take seconds, and how to start them and read what they wrote.
+
+Every test file imports this before torch: the tests compare bits, so they run on one CPU thread."""
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+import torch  # noqa: E402
+from diffusers import CogVideoXTransformer3DModel  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import data  # noqa: E402
+import model  # noqa: E402
+import train  # noqa: E402
+from toy import world  # noqa: E402
+
+torch.set_num_threads(1)  # as in the processes that are started below: the order of a sum decides its last bits
+
+ROOT = Path(__file__).parents[1]
+BASE = str(ROOT / "toy/base")
+TRAIN = str(ROOT / "train.py")
+PATIENCE = 600  # seconds until a test gives up waiting: only something that hangs takes that long
+T, C, H, W, L, N = 3, 4, 8, 12, 5, 24  # a tiny model on frames that are not square; N tokens per latent frame
+
+
+def free_port():
+    """A port for torchrun. Its own 29500 may be taken by another job; 32768 and above by any connection."""
+    for port in range(20_000 + os.getpid() % 8_000, 32_000):
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+
+
+# ---- a tiny model ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(name="tiny")
+def tiny_fixture():
+    """A random tiny CogVideoX in our class and in the stock one, same weights."""
+    torch.manual_seed(0)
+    config = dict(num_attention_heads=2, attention_head_dim=16, in_channels=C, out_channels=C, time_embed_dim=8,
+                  text_embed_dim=12, num_layers=3, sample_width=W, sample_height=H, sample_frames=9,
+                  max_text_seq_length=L, use_rotary_positional_embeddings=True)
+    ours, stock = model.SubjectTransformer(**config).eval(), CogVideoXTransformer3DModel(**config).eval()
+    stock.load_state_dict(ours.state_dict())
+    return ours, stock
+
+
+@pytest.fixture(name="inputs")
+def inputs_fixture():
+    """Latents, text, timesteps and a reference, two of each."""
+    g = torch.Generator().manual_seed(1)
+    latents, text = torch.randn(2, T, C, H, W, generator=g), torch.randn(2, L, 12, generator=g)
+    return latents, text, torch.tensor([300, 700]), torch.randn(2, 1, C, H, W, generator=g)
+
+
+def randomise_lora(transformer, seed=5):
+    """LoRA starts at B = 0, where many mistakes cannot be seen."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in transformer.named_parameters():
+        if "lora_" in name:
+            p.data = torch.randn(p.shape, generator=g) * 0.2
+
+
+# ---- runs of seconds -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(name="knobs", scope="module")
+def knobs_fixture(tmp_path_factory):
+    """The knobs of a run of seconds on a small toy world; every test that trains starts from these."""
+    folder = tmp_path_factory.mktemp("toy")
+    world.write_pairs(folder / "pairs", n=40)
+    world.write_clips(folder / "clips", n=6)
+    world.write_pairs(folder / "val_pairs", n=6, seed=1)
+    world.write_clips(folder / "val_clips", n=3, seed=1)
+    return {**train.TOY, "base": BASE, "cache": "", "images": str(folder / "pairs"), "videos": str(folder / "clips"),
+            "val_images": str(folder / "val_pairs"), "val_videos": str(folder / "val_clips"), "val_pairs": 6,
+            "val_clips": 3, "val_every": 0, "sample_every": 0, "image_batch": 8, "image_micro": 4, "video_batch": 4,
+            "video_micro": 2, "lora_dropout": 0.1, "view_drop": 0.3, "save_every": 3, "p": 0.5, "steps": 6,
+            "lora_rank": 4, "lora_alpha": 2.0}
+
+
+def write_clip(path, levels, fps, caption="a thing moves"):
+    """A clip of grey frames, one per brightness in `levels`."""
+    data.save_video(path, [Image.new("RGB", (64, 64), (v, v, v)) for v in levels], fps)
+    if caption:
+        path.with_suffix(".txt").write_text(caption)
+
+
+def command(knobs, **more):
+    """These knobs as a command line, for torchrun and for what needs a process of its own."""
+    flags = [str(word) for name, value in {**knobs, **more}.items() if value != "" for word in (f"--{name}", value)]
+    return [TRAIN, "--toy", *flags]
+
+
+def run(*words, **options):
+    """Run python with these words and wait for its end; in the repository, unless cwd says otherwise."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    options = {"cwd": ROOT, **options}
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env, **options)
+
+
+def start_and_wait(words, folder, steps, cwd, hold):
+    """Start a command of train.py and return once the log that it begins (or begins again) holds this many steps.
+
+    The run gets no further than `hold` says (see hold.py) before a signal comes: it cannot be over too early."""
+    def log_number():
+        return log.stat().st_ino if log.is_file() else None
+    log = folder / "log.jsonl"
+    before = log_number()  # a run that goes on replaces the log: then it is another file
+    words = [str(ROOT / "tests/hold.py") if word == TRAIN else word for word in words]
+    process = subprocess.Popen([sys.executable, *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, start_new_session=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT), "HOLD": hold})
+    until = time.time() + PATIENCE
+    while time.time() < until and process.poll() is None:
+        if log_number() not in (None, before) and len(log_lines(folder)) >= steps:
+            return process
+        time.sleep(0.01)
+    kill_job(process)
+    raise AssertionError(process.communicate()[0])
+
+
+def children(process):
+    """The ids of the processes that this one started: the ranks of a torchrun."""
+    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(word) for word in listed.stdout.split()]
+
+
+def kill_job(process):
+    """SIGKILL for a process and its children, all at once."""
+    for pid in (process.pid, *children(process)):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it is over
+
+
+def log_of(folder, file="log.jsonl"):
+    """The records of a run's log, without the times."""
+    records = [json.loads(line) for line in (Path(folder) / file).read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def log_lines(folder):
+    return (Path(folder) / "log.jsonl").read_text().splitlines()
+
+
+def weights_of(folder, step=6):
+    """All LoRA weights of a checkpoint as one vector."""
+    file = Path(folder) / f"step-{step:06d}" / model.LORA_FILE
+    return torch.cat([v.flatten() for _, v in sorted(model.load_file(file).items())])
+
+
+def go_back(folder, step, new):
+    """A copy of a run as if it had been killed after the checkpoint of `step`: later lines are in the logs."""
+    shutil.copytree(folder, new)
+    for checkpoint in Path(new).glob("step-*"):
+        if int(checkpoint.name[5:]) > step:
+            shutil.rmtree(checkpoint)

@@ -1,0 +1,200 @@
+"""Mistakes and broken files: each is one line that names what is wrong."""
+from tests.common import knobs_fixture  # noqa: F401
+from tests.common import BASE, ROOT, log_of, run  # before torch
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import data
+import gradcos
+import model
+import sample
+import train
+from paper import prepare
+from run import Log
+from toy import world
+
+REF = str(ROOT / "toy/refs/creature-0.png")
+LORA = str(ROOT / "toy/lora")
+
+
+def cut(path, share=2):
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(whole[:len(whole) // share])
+
+
+def truncated_parquet(knobs):
+    world.write_pairs("pairs", n=4)
+    cut("pairs/pairs.parquet")
+    data.ImagePairs("pairs", (32, 32))
+
+
+def truncated_source(knobs):
+    truncated = Path("source")
+    world.write_pairs(truncated, n=4)
+    cut(truncated / "pairs.parquet")
+    prepare.prepare_subjects(prepare.Subjects200K(out="out", source="source"))
+
+
+def bad_line(line):
+    def act(knobs):
+        good = {"image_0": "a.png", "image_1": "b.png", "description_0": "a", "description_1": "b"}
+        Path("pairs").mkdir()
+        Path("pairs/pairs.jsonl").write_text(json.dumps(good) + "\n\n" + line + "\n")
+        data.ImagePairs("pairs", (32, 32))
+    return act
+
+
+def prompts_that_are_no_text(knobs):
+    shutil.copy(REF, "prompts.txt")
+    sample.main(sample.Config(ref=REF, prompts="prompts.txt", lora=LORA))
+
+
+def caption_that_is_no_text(knobs):
+    world.write_clips("clips", n=1)
+    shutil.copy(REF, "clips/0000.txt")
+    data.Clips("clips", (32, 32), 9, 4)[0, 0]
+
+
+def gradcos_of(text):
+    def act(knobs):
+        Path("out/x").mkdir(parents=True)
+        Path("out/x/config.json").write_text("{}")
+        Path("out/x/gradcos.jsonl").write_text(text)
+        gradcos.main(gradcos.Config(runs=["out/x"]))
+    return act
+
+
+def lora_without_lora(knobs):
+    save_file({"weight": torch.zeros(2)}, "other.safetensors")
+    sample.main(sample.Config(ref=REF, prompt="x", lora="other.safetensors", base="nobody/nothing"))
+
+
+def init_without_lora(knobs):
+    save_file({"weight": torch.zeros(2)}, "other.safetensors")
+    train.train(train.Config(**{**knobs, "init_lora": "other.safetensors", "base": "nobody/nothing"}))
+
+
+def huge_base(act):
+    """Only the config of a base of CogVideoX-5B's size: whoever asked for its weights would fail otherwise."""
+    def prepared(knobs):
+        shutil.copytree(BASE, "huge")
+        config = json.loads(Path("huge/transformer/config.json").read_text())
+        config |= dict(num_attention_heads=48, attention_head_dim=64, num_layers=42, text_embed_dim=4096)
+        Path("huge/transformer/config.json").write_text(json.dumps(config))
+        for weights in Path("huge").glob("**/*.safetensors"):
+            weights.unlink()
+        act(knobs)
+    return prepared
+
+
+train_huge = huge_base(lambda knobs: train.train(train.Config(**{**knobs, "base": "huge"})))
+sample_huge = huge_base(lambda knobs: sample.main(sample.Config(ref=REF, prompt="x", lora=LORA, base="huge")))
+cache_huge = huge_base(lambda knobs: prepare.prepare_cache(prepare.Latents(base="huge", images=knobs["images"])))
+
+
+@pytest.mark.parametrize("act, message", [
+    (truncated_parquet, "cannot read pairs/pairs.parquet: .* Is it a whole parquet file"),
+    (truncated_source, "cannot read source/pairs.parquet: .* Is it a whole parquet file"),
+    (bad_line('{"image_0": "a.p'), "pairs/pairs.jsonl, line 3 is no JSON of a pair"),
+    (bad_line("7"), "pairs/pairs.jsonl, line 3 is no JSON of a pair"),
+    (bad_line('{"image_0": "a.png"}'), "pairs.jsonl, line 3 lacks description_0, description_1, image_1"),
+    (prompts_that_are_no_text, "prompts.txt is no text"),
+    (caption_that_is_no_text, "0000.txt is no text"),
+    (gradcos_of(""), "out/x/gradcos.jsonl holds no whole measurement"),
+    (gradcos_of('{"step": 0, "cos'), "out/x/gradcos.jsonl holds no whole measurement"),
+    (lambda knobs: train.Config(seed=2**64), "--seed must be below 2.63, got 1844"),
+    (lambda knobs: sample.Config(seed=2**63), "--seed must be below 2.63, got 922"),
+    (lambda knobs: sample.Config(guidance=float("nan")), "--guidance must be a number, got nan"),
+    (lambda knobs: sample.Config(guidance=float("inf")), "--guidance must be a number, got inf"),
+    (lambda knobs: train.train(train.Config(**{**knobs, "frames": 1})), "--frames 1 is a picture: video steps need"),
+    (lora_without_lora, "other.safetensors holds no LoRA weights"),
+    (init_without_lora, "other.safetensors holds no LoRA weights"),
+    (train_huge, r"huge has \d\.\d billion parameters, and torch .* sees no GPU .*--device cpu runs it all the same"),
+    (sample_huge, "huge has .* billion parameters"), (cache_huge, "huge has .* billion parameters")])
+def test_a_mistake_is_one_line(knobs, tmp_path, monkeypatch, act, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        act(knobs)
+    assert "\n" not in str(error.value)
+
+
+def test_device_cpu_runs_a_large_base_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    huge_base(lambda knobs: model.refuse_cpu("huge", "cpu"))({})
+
+
+def test_prepare_is_run_as_a_module(tmp_path):
+    r = run("paper/prepare.py", "pexels")
+    assert r.returncode == 1 and r.stderr == "run it from the repository's root as a module: python -m paper.prepare\n"
+
+
+@pytest.mark.parametrize("script, flags, advice", [
+    (train, [], "Try a smaller --image_micro"), (sample, ["--ref", REF, "--lora", LORA], "Try --offload model")])
+def test_a_full_gpu_is_one_line(knobs, tmp_path, monkeypatch, script, flags, advice):
+    """As their last lines call command_line, with an error raised where the work is."""
+    def full(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has ...")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "load_lora" if script is sample else "v_loss", full)
+    flags = flags or [f"--{k}={v}" for k, v in knobs.items() if v != ""] + ["--cache="]
+    call = Path(script.__file__).read_text().split('if __name__ == "__main__":\n')[1].strip()
+    monkeypatch.setattr("sys.argv", [script.__file__, *flags])
+    with pytest.raises(SystemExit, match=f"error: the GPU's memory is full .CUDA out of memory.. {advice}"):
+        exec(call, vars(script))
+
+
+def test_a_video_that_does_not_fit_is_decoded_in_tiles(monkeypatch):
+    calls = []
+
+    class Vae:
+        tiled = False
+
+        def decode(self, z):
+            calls.append(self.tiled)
+            if not self.tiled:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return z
+    vae = Vae()
+    monkeypatch.setattr(sample, "tile_vae", lambda vae: setattr(vae, "tiled", True))
+    sample.decode_what_fits(vae)
+    assert vae.decode(3) == 3 and calls == [False, True]
+
+
+def test_the_time_to_go_counts_both_tasks(tmp_path, capsys):
+    """Steps of 2 s and of 10 s: what is left is their sum, said once, when 20 of each are done."""
+    tasks = (["image"] * 4 + ["video"]) * 50
+    log = Log(tmp_path, 0, tasks, torch.device("cpu"))
+    said = [log.estimate(task, 10.0 if task == "video" else 2.0) for task in tasks]
+    assert said[3] == "?" and said[4] == "14:42" and said[-1] == "00:00"  # 49 * (4 * 2 + 10) s = 14 min 42 s
+    out = capsys.readouterr().out
+    assert out.count("to go") == 1 and "about 09:00 to go: 120 image steps of 2.00 s, 30 video steps of 10.00 s" in out
+
+
+def test_the_cache_needs_no_transformer_and_no_text_encoder(knobs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(BASE, "base")
+    for part in ("transformer", "text_encoder"):
+        for weights in Path("base", part).glob("*.safetensors"):
+            weights.unlink()
+    cfg = dict(base="base", images=knobs["images"], frames=9, fps=4.0, crop_jitter=0.0)
+    prepare.prepare_cache(prepare.Latents(out="cache", **cfg))
+    assert json.loads(Path("cache/image/index.json").read_text())["cached"] == 40
+    with pytest.raises(OSError):
+        prepare.prepare_cache(prepare.Latents(out="prompts", prompts=True, **cfg))
+
+
+def test_a_cut_log_of_gradients_still_draws(knobs, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    train.train(train.Config(**{**knobs, "gradcos_every": 2, "steps": 4}))
+    log = Path("out/toy/gradcos.jsonl")
+    log.write_text(log.read_text()[:-20])
+    assert len(log_of("out/toy")) == 4
+    gradcos.main(gradcos.Config(runs=["out/toy"]))
+    assert Path("gradcos.png").is_file()

@@ -1,0 +1,217 @@
+"""What makes a step cheaper changes neither losses nor gradients, and does what it says: counted, never timed."""
+from tests.common import BASE, command, inputs_fixture, knobs_fixture, run, tiny_fixture  # noqa: F401
+from tests.common import TORCHRUN, randomise_lora  # before torch
+
+from functools import partial
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig
+
+import model
+import sample
+from model import add_lora, v_loss
+from paper.bench import Counter
+from train import Config, make_optimizer
+
+MODES = ["none", "attention", "full"]
+KEEPS = [("image", None), ("image", torch.arange(0)), ("video", None), ("video", torch.arange(5))]
+
+
+@pytest.fixture(name="step")
+def step_fixture(tiny, inputs):
+    """(transformer, parameters, a function: loss and flat gradient of one micro-batch)."""
+    ours, _ = tiny
+    parameters = add_lora(ours.train(), 4, 2)
+    randomise_lora(ours)
+    scheduler = model.CogVideoXPipeline.from_pretrained(BASE).scheduler
+    latents, text, timestep, reference = inputs
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
+
+    def step(task="video", keep=None):
+        n = 1 if task == "image" else latents.shape[1]
+        loss = v_loss(ours, scheduler, latents[:, :n], text, timestep, noise[:, :n], reference, keep).mean()
+        gradients = torch.autograd.grad(loss, parameters)
+        return loss.detach(), torch.cat([g.flatten() for g in gradients])
+    return ours, parameters, step
+
+
+def both(mode):
+    return {"image": mode, "video": mode}
+
+
+def test_checkpointing_changes_no_bit(step):
+    ours, _, step = step
+    for task, keep in KEEPS:
+        results = []
+        for ours.checkpointing in map(both, MODES):
+            results.append(step(task, keep))
+        assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+def test_checkpointing_recomputes_and_keeps_what_it_says(step):
+    """FLOPs: "full" runs each block's forward again, "attention" the same without its attention. Bytes kept: less."""
+    ours, _, step = step
+    flops, peak, attention = {}, {}, {}
+    for mode in MODES:
+        ours.checkpointing = {"image": "none", "video": mode}
+        with Counter() as counter:
+            step()
+        flops[mode], peak[mode] = counter.flops, counter.peak
+        with Calls(model.ATTENTION) as calls:
+            step()
+        attention[mode] = calls.n
+        with Calls(model.ATTENTION) as calls:
+            step("image")
+        assert calls.n == 3  # images keep their own mode
+    assert attention == {"none": 3, "attention": 3, "full": 6}  # three blocks
+    assert flops["none"] < flops["attention"] <= flops["full"]
+    assert peak["none"] > peak["attention"] and peak["none"] > peak["full"]
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the calls of some operators."""
+
+    def __init__(self, ops):
+        super().__init__()
+        self.ops, self.n = ops, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.n += op in self.ops
+        return op(*args, **(kwargs or {}))
+
+
+def test_compiled_blocks_have_the_same_losses_and_one_graph_per_shape(step):
+    """All of the compiler but its code generation, which takes minutes on a CPU."""
+    ours, _, step = step
+    graphs = torch._dynamo.utils.counters["stats"]
+    for mode, (task, keep) in [("none", KEEPS[0]), ("full", KEEPS[1]), ("attention", KEEPS[3])]:
+        ours.checkpointing = both(mode)
+        ours.__dict__.pop("run_block", None)
+        loss, gradient = step(task, keep)
+        before = graphs["unique_graphs"]
+        with patch.object(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition")):
+            ours.compile_blocks()
+        compiled_loss, compiled_gradient = step(task, keep)
+        assert abs(compiled_loss - loss) < 1e-5 * loss
+        assert (compiled_gradient - gradient).abs().max() < 1e-5 * gradient.abs().max()
+        assert 1 <= graphs["unique_graphs"] - before <= 2  # not one per block
+
+
+def test_compile_refuses_scope_reference(tiny):
+    add_lora(tiny[0], 4, 2, scope="reference")
+    with pytest.raises(ValueError, match="--compile needs --lora_scope all"):
+        tiny[0].compile_blocks()
+
+
+def test_lora_inputs_are_rounded_once(tiny, inputs):
+    """Under autocast without dropout: the same loss, bit for bit, with fewer bytes moved. Gradients are added up in
+    bfloat16 where peft adds them in float32: equal to that rounding."""
+    ours, _ = tiny
+    latents, text, timestep, reference = inputs
+    ours.to(torch.bfloat16)
+    parameters = add_lora(ours.train(), 4, 2)
+    randomise_lora(ours)
+    norm, results, moved = torch.nn.functional.layer_norm, [], []
+
+    def full_norm(x, shape, weight=None, bias=None, eps=1e-5):  # as autocast does on CUDA
+        weight, bias = (w if w is None else w.float() for w in (weight, bias))
+        return norm(x.float(), shape, weight, bias, eps)
+    for rounded in (True, False):
+        if not rounded:
+            for module in ours.modules():
+                if isinstance(module, model.LoraLayer):
+                    module.cast_input_dtype_enabled = True
+                elif isinstance(module, model.CogVideoXLayerNormZero):
+                    module._forward_hooks.clear()
+        with patch.object(torch.nn.functional, "layer_norm", full_norm), Counter() as counter:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = ours(latents, text, timestep, reference=reference).sample.float().square().mean()
+            gradients = torch.autograd.grad(loss, parameters)
+        results.append([loss.detach(), torch.cat([g.flatten() for g in gradients])])
+        moved.append(counter.moved)
+    (loss, gradient), (plain_loss, plain_gradient) = results
+    assert torch.equal(loss, plain_loss) and (gradient - plain_gradient).norm() < 0.01 * plain_gradient.norm()
+    assert moved[0] < 0.95 * moved[1]
+
+
+def test_gradients_stay_in_ddps_buckets(knobs, tmp_path):
+    """Two ranks: from the second step on the gradients' storages are the buckets', step after step."""
+    script = tmp_path / "addresses.py"
+    script.write_text(
+        "import sys, torch, train\n"
+        "step = torch.optim.AdamW.step\n"
+        "def spy(self, *a, **k):\n"
+        "    owners = {p.grad.untyped_storage().data_ptr() for g in self.param_groups for p in g['params']}\n"
+        "    with open(f'rank-{train.rank_and_world_size()[0]}', 'a') as f:\n"
+        "        print(sorted(owners), file=f)\n"
+        "    return step(self, *a, **k)\n"
+        "torch.optim.AdamW.step = spy\n"
+        "train.command_line(train.main, train.Config, '', **train.TOY)\n")
+    words = [str(script) if word.endswith("train.py") else word for word in command(knobs, steps=5, out=tmp_path)]
+    r = run(*TORCHRUN, *words, cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+    for rank in (0, 1):
+        owners = (tmp_path / f"rank-{rank}").read_text().splitlines()
+        assert len(owners) == 5 and len(set(owners[2:])) == 1, owners  # steps 2 to 4
+
+
+def test_adamw_is_fused_on_a_gpu_only(monkeypatch):
+    made = {}
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **options: made.update(options) or 1 / 0)
+    for is_cuda in (True, False):
+        parameter = type("P", (), {"is_cuda": is_cuda})()
+        with pytest.raises(ZeroDivisionError):
+            make_optimizer(Config(), [parameter])
+        assert made["fused"] is (True if is_cuda else None)
+
+
+def test_attention_order_is_for_hopper(monkeypatch):
+    for kind, capability, sets in (("cpu", None, False), ("cuda", (8, 0), False), ("cuda", (9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        called = []
+        monkeypatch.setattr(model, "sdpa_kernel", lambda order, set_priority: called.append((order[0], set_priority)))
+        model.attention_order(torch.device(kind))
+        assert called == ([(model.SDPBackend.CUDNN_ATTENTION, True)] if sets else [])
+
+
+def test_merged_lora_gives_the_same_output_with_fewer_products(tiny, inputs):
+    ours, _ = tiny
+    latents, text, timestep, reference = inputs
+    add_lora(ours, 4, 2)
+    randomise_lora(ours)
+    ours.eval()
+    products, outputs = [], []
+    for merged in (False, True):
+        if merged:
+            model.merge_lora(ours)
+        with torch.no_grad(), Counter() as counter:
+            outputs.append(ours(latents, text, timestep, reference=reference).sample)
+        products.append(counter.flops)
+    assert (outputs[1] - outputs[0]).abs().max() < 1e-5 * outputs[0].abs().max()
+    assert products[1] < products[0] and not any("lora_" in name for name, _ in ours.named_parameters())
+
+
+def test_cache_skips_blocks_and_batches_are_the_single_samples():
+    """FirstBlockCache with our forward: a high threshold runs the later blocks in the first step only. A batch of two
+    prompts is what each is alone, to the rounding of a batch."""
+    pipe = model.load_pipeline(BASE)
+    reference = torch.zeros(1, 1, 4, 16, 16)
+    prompts = ["a creature walks up", "a creature stands"]
+
+    def videos(prompts):
+        return sample.generate(pipe, reference, prompts, [0] * len(prompts), steps=4)
+    alone, together = [videos([prompt])[0] for prompt in prompts], videos(prompts)
+    for a, b in zip(alone, together):
+        assert max(np.abs(np.asarray(x, int) - np.asarray(y, int)).max() for x, y in zip(a, b)) <= 1
+    runs = []
+    pipe.transformer.transformer_blocks[1].ff.register_forward_hook(lambda *_: runs.append(1))
+    videos(prompts[:1])
+    assert len(runs) == 4
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=100.0))
+    for _ in range(2):  # a new sample starts with an empty cache
+        runs.clear()
+        videos(prompts[:1])
+        assert len(runs) == 1
