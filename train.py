@@ -347,14 +347,13 @@ def divide_batches(cfg, world_size):
 
 
 def tasks_in_order(cfg):
-    return [sample_task(cfg, step) for step in range(cfg.steps)]
+    return [sample_task(cfg, s) for s in range(cfg.steps)]
 
 
 def keys_in_order(cfg, start, grad_accum_steps, micro_batch_size):
     """What this rank's loop will ask the loader for: each micro-batch's keys (task, step, index of the sample)."""
     rank, world_size = rank_and_world_size()
-    for step in range(start, cfg.steps):
-        step_task = sample_task(cfg, step)
+    for step, step_task in enumerate(tasks_in_order(cfg)[start:], start):
         for micro in range(grad_accum_steps[step_task]):
             micro_index = micro * world_size + rank
             task = sample_task(cfg, step, micro_index) if step_task == "mixed" else step_task
