@@ -379,10 +379,11 @@ def test_the_authors_release_on_the_command_line(tmp_path):
     weights = model.load_file(model.lora_path(ROOT / "toy/lora"))
     model.save_file(weights, tmp_path / "v1" / "pytorch_lora_weights_transformer.safetensors")
     ref = str(ROOT / "toy/refs/creature-0.png")
-    r = run(str(ROOT / "sample.py"), "--ref", ref, "--steps", "4", "--fps", "4", "--out", "v1.mp4", "--lora", "v1",
-            "--base", BASE, cwd=tmp_path)
+    r = run(str(ROOT / "sample.py"), "--ref", ref, "--steps", "4", "--fps", "4", "--guidance", "2",
+            "--out", "v1.mp4", "--lora", "v1", "--base", BASE, cwd=tmp_path)
     assert r.returncode == 0, r.stderr
-    sample.main(sample.Config(ref=ref, lora=str(ROOT / "toy/lora"), steps=4, fps=4.0, out=str(tmp_path / "ours.mp4")))
+    sample.main(sample.Config(ref=ref, lora=str(ROOT / "toy/lora"), steps=4, fps=4.0, guidance=2.0,
+                              out=str(tmp_path / "ours.mp4")))
     assert "v1/pytorch_lora_weights_transformer.safetensors does not say its alpha: using the paper's" in r.stdout
     assert (tmp_path / "v1.mp4").read_bytes() == (tmp_path / "ours.mp4").read_bytes()
 
