@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset
 
-from run import changed, rng, weight_fingerprint
+from run import changed, rng
 
 CLIP_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"}
 
@@ -340,6 +340,7 @@ def cls_for(cfg, task):
 
 def cache_key(cfg, pipe, task, size, frames, prompts=True):
     """Everything that cached latents (and prompts) depend on: they are refused when any of it has changed."""
+    from model import weight_fingerprint  # here: --help need not wait for diffusers
     key = {"vae": weight_fingerprint(pipe.vae.encoder.conv_in.conv.weight), "dtype": str(pipe.vae.dtype),
            "tiling": cfg.vae_tiling and task == "video",  # pictures are always whole
            "height": size[0], "width": size[1]}

@@ -208,11 +208,12 @@ def draw_losses(plt, groups):
         for (label, seeds), colour in zip(groups.items(), COLOURS * 9):
             band(axis, seeds, lambda r: r[task]["loss"], color=colour, label=label, linewidth=2)
             for quarter, style in enumerate((":", "-.", "--", "-")):
-                name = f"quarter {quarter + 1} of the timesteps" if colour == COLOURS[0] else None
+                noise = ("little noise", "more noise", "much noise", "nearly all noise")[quarter]
+                name = f"{noise} (t in quarter {quarter + 1})" if colour == COLOURS[0] else None
                 band(axis, seeds, lambda r: r[task]["loss_by_timestep"][quarter] or math.nan, color=colour,
                      linewidth=0.8, linestyle=style, label=name)
         axis.set(title=f"held-out {task} loss", xlabel="step", ylabel="loss")
-        axis.legend(fontsize=8, frameon=False)
+    axes[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # beside: on no curve
     return figure
 
 

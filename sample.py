@@ -14,11 +14,11 @@ import torch
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 
+from base import attention_order, find_device, frame_size, load_pipeline, sampling_dtype, tile_vae
 from data import clip_frames, fit_reference, load_image, normalise, read_text, resize_center_crop, save_video, to_pixels
-from model import (LORA_FILE, PAPER_BASE, REFERENCE_TOKEN, attention_order, encode_prompt, encode_video, find_device,
-                   frame_size, load_lora, load_pipeline, lora_header, lora_path, merge_lora, sampling_dtype, tile_vae,
-                   with_reference_token)
-from run import check_bounds, check_choices, command_line, knob, rank_and_world_size
+from model import (LORA_FILE, PAPER_BASE, REFERENCE_TOKEN, encode_prompt, encode_video, load_lora, lora_header,
+                   lora_path, merge_lora, with_reference_token)
+from run import check, command_line, knob, rank_and_world_size
 
 HERE = Path(__file__).parent
 
@@ -45,18 +45,16 @@ class Config:
     enlarge: int = knob(0, "enlarge the file by this whole number; 0 picks one that makes tiny videos visible")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
     int8: bool = knob(False, "keep the transformer in 8 bits (torchao): half the memory, another picture")
-    offload: str = knob("none", "'model' or 'sequential' keeps weights in RAM until needed (for a small GPU)")
+    offload: str = knob("none", "keeps weights in RAM until needed (for a small GPU)", "none", "model", "sequential")
     compile: bool = knob(False, "compile the transformer's blocks: minutes first, then faster steps")
     cache_threshold: float = knob(0.0, "skip all blocks but the first in steps where its output changes by less than "
                                        "this share (0.1, say): faster, lossy; 0 is off (diffusers' FirstBlockCache)")
 
     def __post_init__(self):
-        check_bounds(self, positive="steps batch", not_negative="seed guidance frames fps height width enlarge "
-                                                                "lora_scale cache_threshold")
+        check(self, positive="steps batch")
         suffixes = (".png", ".mp4") if self.frames == 1 else (".mp4", ".mov", ".mkv")
         if Path(self.out).suffix not in suffixes:
             raise ValueError(f"--out must end in {' or '.join(suffixes)}, got {self.out!r}")
-        check_choices(self, offload="none model sequential")
         if self.compile and (self.cache_threshold or self.offload != "none"):
             raise ValueError("--compile True goes with neither --cache_threshold nor --offload")
 

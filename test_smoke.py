@@ -17,6 +17,7 @@ from PIL import Image
 from sentencepiece import sentencepiece_model_pb2
 from transformers import T5Tokenizer
 
+import base
 import data
 import model
 import sample
@@ -284,7 +285,7 @@ def test_cls_has_a_row_in_t5_xxl(tmp_path):
 
 @pytest.fixture(scope="module")
 def toy():
-    return model.load_pipeline(BASE)
+    return base.load_pipeline(BASE)
 
 
 def test_cls_token_reaches_the_text_encoder(toy):
@@ -313,14 +314,14 @@ def test_tiles_that_do_not_fit_are_not_used(toy, capsys):
     expected = model.encode_moments(toy.vae, x)
     toy.vae.enable_tiling()
     assert model.encode_moments(toy.vae, x).shape != expected.shape
-    model.tile_vae(toy.vae)
+    base.tile_vae(toy.vae)
     assert torch.equal(model.encode_moments(toy.vae, x), expected)
     toy.vae.disable_slicing()
     assert "do not fit together" in capsys.readouterr().err
     config = dict(block_out_channels=[8, 8, 8, 8], layers_per_block=1, norm_num_groups=2, latent_channels=4,
                   down_block_types=["CogVideoXDownBlock3D"] * 4, up_block_types=["CogVideoXUpBlock3D"] * 4)
     large = type(toy.vae)(**config)  # sample_height and sample_width are the real ones: 480, 720
-    model.tile_vae(large)
+    base.tile_vae(large)
     assert large.use_tiling and large.use_slicing
     assert model.encode_moments(large, torch.zeros(1, 1, 3, 480, 720)).shape == (1, 1, 8, 60, 90)
     assert large.use_tiling and large.use_slicing  # for the clips that follow
@@ -340,7 +341,7 @@ def test_sampler_is_the_stock_pipeline(toy):
 
 def test_saved_lora_in_the_stock_pipeline(tmp_path):
     """The stock pipeline with load_lora_weights gives our output when our transformer is put into it."""
-    ours, stock = model.load_pipeline(BASE), model.load_pipeline(BASE)
+    ours, stock = base.load_pipeline(BASE), base.load_pipeline(BASE)
     add_lora(ours.transformer, 4, 2)
     randomise_lora(ours.transformer)
     save_lora(ours.transformer, tmp_path)

@@ -27,31 +27,33 @@ import torch.distributed as dist
 
 import gradcos
 from data import ImagePairs, Clips, batches, clip_frames, cls_for, normalise, open_caches
-from run import (SIGTERM, Log, check_bounds, check_choices, command_line, join_ranks, knob, listen_for_sigterm,
-                 loss_means, newest_checkpoint, print0, rank_and_world_size, records, resume, rng, save_checkpoint,
-                 start_log, sum_over_ranks, torch_rng)
+from run import (SIGTERM, check, command_line, join_ranks, knob, listen_for_sigterm, newest_checkpoint, print0,
+                 rank_and_world_size, resume, rng, save_checkpoint, start_log, sum_over_ranks, torch_rng)
 
 if not {"-h", "--help"} & set(sys.argv):  # diffusers takes seconds to import: --help is fast
     from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup
     from diffusers.utils import logging as diffusers_logging
 
-    from model import (add_lora, attention_order, encode_moments, encode_prompt, find_device, frame_size, load_lora,
-                       load_pipeline, lora_header, read_lora, sample_latents, save_lora, tile_vae, to_device, v_loss,
-                       with_reference_token)
-    from sample import sample_texts, write_sample_sheets
+    from base import attention_order, find_device, frame_size, load_pipeline, tile_vae
+    from model import (add_lora, encode_moments, encode_prompt, load_lora, lora_header, read_lora, sample_latents,
+                       save_lora, to_device, v_loss, with_reference_token)
+    from watch import Log, Validation, add_losses, already_measured, no_losses
+
+
+CHECKPOINTING = ("full", "attention", "none")
 
 
 @dataclass
 class Config:
-    toy: bool = knob(False, "take the defaults of the toy world (TOY below); other flags still count")
-    recipe: str = knob("paper", "'authors' takes the defaults of the authors' scripts (AUTHORS below; paper/NOTES.md)")
+    toy: bool = knob(False, "take the defaults of the toy world (TOY in train.py); other flags still count")
+    recipe: str = knob("paper", "defaults of the text, or of the authors' scripts (AUTHORS)", "paper", "authors")
     # model
     base: str = knob("THUDM/CogVideoX-5b", "diffusers CogVideoX folder or hub id (5.1)")
     int8: bool = knob(False, "keep the frozen transformer in 8 bits (torchao): half the memory, for a 24 GB GPU")
     lora_rank: int = knob(128, "LoRA rank (A.1)")
     lora_alpha: float = knob(64.0, "LoRA alpha; the update is scaled by alpha/rank (A.1)")
     lora_dropout: float = knob(0.1, "LoRA dropout (5.1)")
-    lora_scope: str = knob("all", "tokens LoRA acts on: 'all' (the authors' code) or 'reference' (3.3, A)")
+    lora_scope: str = knob("all", "tokens LoRA acts on: 'all' in the authors' code (3.3, A)", "all", "reference")
     init_lora: str = knob("", "LoRA file or folder to go on from, e.g. the 8 fps model for the 16 fps one (5.1)")
     # data
     images: str = knob("data/subjects200k", "folder of image pairs: D_img (5.1)")
@@ -61,17 +63,17 @@ class Config:
     width: int = knob(0, "frame width in pixels; 0 takes the base's: 720 (Alg. 1)")
     frames: int = knob(49, "frames of a training clip, cut to 8k+1 (A.2)")
     fps: float = knob(8.0, "frames per second that clips are read at (A.2)")
-    fit: str = knob("cover", "references of pairs: 'cover' (cut; subjects stand in the centre) or 'pad' (white)")
+    fit: str = knob("cover", "references of pairs: cut (subjects are in the centre) or white beside", "cover", "pad")
     crop_jitter: float = knob(0.1, "random zoom and shift of each picture of a pair, as a share of its size (A.2)")
     # the method
     p: float = knob(0.2, "probability of a video step (Eq. 1, D.5)")
-    task_schedule: str = knob("switch", "'switch' flips the coin each step; 'two_stage': all image steps first (D.7); "
-                                        "'mixed': each of image_batch/image_micro micro-batches flips one (B.3)")
+    task_schedule: str = knob("switch", "a coin for each step, or for each of image_batch/image_micro micro-batches "
+                                        "(B.3), or all image steps first (D.7)", "switch", "mixed", "two_stage")
     random_frame: bool = knob(True, "reference = a random frame of the clip, not always the first (3.4, Figure 12)")
     token_drop: float = knob(0.5, "share of reference tokens dropped in video steps; 1 is text-to-video (Table 7)")
-    drop: str = knob("tokens", "what it drops: 'tokens' (3.4), or in that share of micro-batches the 'reference'")
+    drop: str = knob("tokens", "what it drops: tokens (3.4), or whole references", "tokens", "reference")
     view_drop: float = knob(0.5, "probability that an image micro-batch trains without its reference (A.2)")
-    cls: str = knob("front", "where <cls> stands: 'front', 'item' (An <cls> armchair), or 'off' (3.3, Table 6)")
+    cls: str = knob("front", "where <cls> stands; item: An <cls> armchair (3.3, Table 6)", "front", "item", "off")
     cls_video: bool = knob(True, "video prompts get <cls> too")
     # optimisation
     steps: int = knob(4000, "optimiser steps (5.1)")
@@ -92,8 +94,8 @@ class Config:
     seed: int = knob(0, "seed of everything random")
     save_every: int = knob(50, "steps between checkpoints (A.2)")
     keep_checkpoints: int = knob(3, "newest checkpoints that stay on disk")
-    image_checkpointing: str = knob("none", "recompute in backward: all but 'attention', 'full' (A.1) or 'none'")
-    video_checkpointing: str = knob("attention", "the same in video steps: 'full', 'attention' or 'none'")
+    image_checkpointing: str = knob("none", "recomputed in backward: full (A.1), all but attention", *CHECKPOINTING)
+    video_checkpointing: str = knob("attention", "the same in video steps", *CHECKPOINTING)
     compile: bool = knob(False, "compile the blocks: faster steps, after minutes for each new shape of a micro-batch")
     vae_tiling: bool = knob(True, "encode in tiles, one sample at a time, to save memory (A.2)")
     workers: int = knob(4, "processes per rank that read data")
@@ -115,14 +117,9 @@ class Config:
                                 "'cpu' keeps them off the GPU")
 
     def __post_init__(self):
-        check_choices(self, recipe="paper authors", task_schedule="switch two_stage mixed", drop="tokens reference",
-                      cls="front item off", fit="cover pad", image_checkpointing="full attention none",
-                      video_checkpointing="full attention none")
-        check_bounds(
-            self, shares="p token_drop view_drop lora_dropout crop_jitter beta1 beta2", not_negative="height width "
-            "seed weight_decay warmup workers guidance gradcos_every val_every sample_every pcgrad",
-            positive="lora_rank lora_alpha frames fps steps image_batch video_batch image_micro video_micro lr cycles "
-                     "grad_clip save_every keep_checkpoints val_pairs val_clips")
+        check(self, shares="p token_drop view_drop lora_dropout crop_jitter beta1 beta2",
+              positive="lora_rank lora_alpha frames fps steps image_batch video_batch image_micro video_micro lr "
+                       "cycles grad_clip save_every keep_checkpoints val_pairs val_clips")
         if self.sample_every and not Path(self.val_refs or "none").is_dir():
             raise ValueError(f"--sample_every needs a folder of pictures and prompts: no --val_refs {self.val_refs!r}")
         if self.pcgrad == 1 or self.pcgrad and self.task_schedule == "mixed":
@@ -231,12 +228,11 @@ def train(cfg):
     cfg, grad_accum_steps = divide_batches(cfg, world_size)
     micro_batch_size = {"image": cfg.image_micro, "video": cfg.video_micro}
     cfg, pipe, parameters = load_model(cfg, device)
-    datasets, size, frames = open_data(cfg, pipe)
+    datasets, size, frames, n_ref = open_data(cfg, pipe)            # n_ref: tokens of a whole reference
     transformer = pipe.transformer.to(device)
     pipe.vae.to(device)
     pipe.text_encoder.to(device)
     num_timesteps = pipe.scheduler.config.num_train_timesteps
-    n_ref = reference_tokens(pipe, size)  # tokens of the whole reference
 
     optimizer, lr_schedule = make_optimizer(cfg, parameters)
     state = {"optimizer": optimizer, "lr_schedule": lr_schedule}
@@ -255,7 +251,8 @@ def train(cfg):
         model = torch.nn.parallel.DistributedDataParallel(transformer, gradient_as_bucket_view=True, init_sync=False)
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     log = Log(run if rank == 0 else None, start, tasks_in_order(cfg), device, cfg.tensorboard)
-    validation = Validation(cfg, pipe, run, size, frames, autocast, log)
+    held_out = held_out_batches(cfg, pipe, size, frames, n_ref)
+    validation = Validation(cfg, pipe, run, size, frames, held_out, autocast, log)
     if all(dataset.cache and dataset.cache.prompts for dataset in datasets.values()):
         pipe.text_encoder.to("cpu")  # every prompt is encoded
     # The loader flips the same coins, so that it can read ahead. The loop checks that they agree.
@@ -361,20 +358,6 @@ def keys_in_order(cfg, start, grad_accum_steps, micro_batch_size):
             yield [(task, step, first + j) for j in range(micro_batch_size[task])]
 
 
-def no_losses(device):
-    """Per task the sums and the counts of losses in the four quarters of the timesteps; of "mixed" the sum of the
-    micro-batches' means and their count."""
-    return {"image": torch.zeros(2, 4, device=device), "video": torch.zeros(2, 4, device=device),
-            "mixed": torch.zeros(2, device=device)}
-
-
-def add_losses(losses, task, loss, t, num_timesteps):
-    """Add a micro-batch's losses (B,)."""
-    quarter, loss = 4 * t // num_timesteps, loss.detach()
-    losses[task] += torch.zeros_like(losses[task]).index_add(1, quarter, torch.stack([loss, torch.ones_like(loss)]))
-    losses["mixed"] += torch.stack([loss.mean(), torch.ones_like(loss[0])])
-
-
 def load_model(cfg, device):
     """(cfg, pipeline, LoRA parameters): a frozen base in bfloat16, LoRA in float32; on a CPU everything is float32."""
     if cfg.init_lora:
@@ -399,7 +382,8 @@ def load_model(cfg, device):
 
 
 def open_data(cfg, pipe):
-    """(data sets, (height, width), frames). Only what this run's coin can ask for is opened."""
+    """(data sets, (height, width), frames, tokens of a whole reference: 1,350 at 480 x 720). Only what this run's coin
+    can ask for is opened."""
     height, width = cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1]
     multiple = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
     if height % multiple or width % multiple:
@@ -420,13 +404,24 @@ def open_data(cfg, pipe):
         if dataset.cache and dataset.cache.cached < len(dataset):
             print0(f"{cfg.cache} holds {dataset.cache.cached} of {len(dataset)} {task}s; the others are left out (if "
                    "they are new: run python -m paper.prepare cache again)")
-    return datasets, (height, width), frames
+    return datasets, (height, width), frames, (height // multiple) * (width // multiple)
 
 
-def reference_tokens(pipe, size):
-    """Tokens of one reference picture of size (height, width) in pixels: 1,350 at 480 x 720."""
-    pixels_per_token = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
-    return (size[0] // pixels_per_token) * (size[1] // pixels_per_token)
+def held_out_batches(cfg, pipe, size, frames, n_ref):
+    """This rank's held-out micro-batches, (task, inputs of v_loss), as in B.1: fixed samples, noise, timesteps and kept
+    tokens, without view drop. They depend on the data's flags and the micro-batch sizes, not on --seed."""
+    cfg = replace(cfg, seed=2**31 - 1)
+    rank, world_size = rank_and_world_size()
+    datasets = {"image": ImagePairs(cfg.val_images, size, cfg.crop_jitter, cfg.seed, fit=cfg.fit),
+                "video": Clips(cfg.val_videos, size, frames, cfg.fps, cfg.random_frame, cfg.seed)}
+    for task, micro, n in (("image", cfg.image_micro, cfg.val_pairs), ("video", cfg.video_micro, cfg.val_clips)):
+        for micro_index in range(rank, math.ceil(n / micro), world_size):
+            keys = [(task, 0, i) for i in range(micro_index * micro, min(n, (micro_index + 1) * micro))]
+            noise_rng = torch_rng(cfg.seed, "noise", 0, micro_index)
+            keep = token_drop(cfg, 0, micro_index, n_ref) if task == "video" else None
+            x, ref, text = encode_batch(cfg, pipe, next(batches(datasets, [keys])), keep, noise_rng)
+            t, noise = sample_noise(x, pipe.scheduler, noise_rng)
+            yield task, dict(latents=x, text=text, timestep=t, noise=noise, reference=ref, keep=keep)
 
 
 def make_optimizer(cfg, parameters):
@@ -445,12 +440,6 @@ def make_optimizer(cfg, parameters):
     return optimizer, lr_schedule
 
 
-def already_measured(cfg, run, step):
-    """Do the logs hold every number of this step that the flags ask for? (Sample sheets are not checked.)"""
-    asked = [file for file, every in (("gradcos.jsonl", cfg.gradcos_every), ("val.jsonl", cfg.val_every)) if every]
-    return all(any(record["step"] == step for record in records(run / file)) for file in asked)
-
-
 def describe(cfg, run, parameters, datasets, size, start, device):
     print0(f"{run}: {sum(p.numel() for p in parameters):,} trainable parameters in {len(parameters) // 2} LoRA modules,"
            f" {size[1]}x{size[0]}, {', '.join(f'{len(d)} {t}s' for t, d in datasets.items())}, "
@@ -463,89 +452,6 @@ def save(transformer, folder, cfg):
     """The LoRA with what sample.py needs to know of its training in the file's header."""
     save_lora(transformer, folder, base=cfg.base, cls=cfg.cls, fit=cfg.fit, fps=str(cfg.fps),
               guidance=str(cfg.guidance), trained_by=json.dumps(asdict(cfg)))
-
-
-# ---- watching a run --------------------------------------------------------------------------------------------------
-
-class Validation:
-    """Held-out losses, gradient cosines and sample sheets of the model as it is after `step` steps.
-
-    The held-out batches are B.1's: fixed samples, noise, timesteps and kept tokens, without view drop. They do not
-    depend on --seed, only on the data's flags and the micro-batch sizes. They are encoded once and kept in RAM (6 MB a
-    clip at full size). Each rank has its part of them."""
-
-    SEED = 2**31 - 1
-
-    def __init__(self, cfg, pipe, run, size, frames, autocast, log):
-        self.cfg, self.pipe, self.run, self.size, self.frames = cfg, pipe, run, size, frames
-        self.autocast, self.log = autocast, log
-        self.count = {"image": cfg.val_pairs, "video": cfg.val_clips}
-        self.share = {"image": [], "video": []}  # this rank's micro-batches, as arguments of v_loss
-        if cfg.gradcos_every or cfg.val_every:
-            self.encode(replace(cfg, seed=self.SEED))
-        self.texts = sample_texts(pipe, cfg.val_refs, cfg.cls) if cfg.sample_every else {}
-
-    def encode(self, cfg):
-        rank, world_size = rank_and_world_size()
-        datasets = {"image": ImagePairs(cfg.val_images, self.size, cfg.crop_jitter, cfg.seed, fit=cfg.fit),
-                    "video": Clips(cfg.val_videos, self.size, self.frames, cfg.fps, cfg.random_frame, cfg.seed)}
-        for task, micro in (("image", cfg.image_micro), ("video", cfg.video_micro)):
-            n = self.count[task]
-            for micro_index in range(rank, math.ceil(n / micro), world_size):
-                keys = [(task, 0, i) for i in range(micro_index * micro, min(n, (micro_index + 1) * micro))]
-                noise_rng = torch_rng(cfg.seed, "noise", 0, micro_index)
-                keep = None
-                if task == "video":
-                    keep = token_drop(cfg, 0, micro_index, reference_tokens(self.pipe, self.size))
-                x, ref, text = encode_batch(cfg, self.pipe, next(batches(datasets, [keys])), keep, noise_rng)
-                t, noise = sample_noise(x, self.pipe.scheduler, noise_rng)
-                inputs = dict(latents=x, text=text, timestep=t, noise=noise, reference=ref, keep=keep)
-                self.share[task].append({k: None if v is None else v.cpu() for k, v in inputs.items()})
-
-    def measure(self, step):
-        """Write what is due at this step to gradcos.jsonl, val.jsonl and samples/."""
-        cfg, transformer = self.cfg, self.pipe.transformer
-
-        def due(every):
-            return every and (step % every == 0 or step == cfg.steps)
-        if not (due(cfg.gradcos_every) or due(cfg.val_every) or due(cfg.sample_every)):
-            return
-        transformer.eval()
-        if due(cfg.gradcos_every):
-            named = [(n, p) for n, p in transformer.named_parameters() if p.requires_grad]
-            self.log.write("gradcos.jsonl", {"step": step, **gradcos.measure(self.scalars, named, cfg.grad_device)})
-        if due(cfg.val_every):
-            self.log.write("val.jsonl", {"step": step, **self.mean_losses()})
-        if due(cfg.sample_every) and step > 0:
-            with self.autocast:
-                write_sample_sheets(self.pipe, self.texts, self.run / "samples", step, self.size, self.frames,
-                                    cfg.guidance, cfg.fit)
-            if cfg.tensorboard:
-                self.log.pictures(self.run / "samples", step)
-        transformer.train()
-
-    def losses(self, task):
-        """(loss per sample, its timestep) of each micro-batch in this rank's share; LoRA dropout is off."""
-        device = self.pipe.transformer.device
-        for inputs in self.share[task]:
-            inputs = {k: None if v is None else v.to(device) for k, v in inputs.items()}
-            with self.autocast:
-                loss = v_loss(self.pipe.transformer, self.pipe.scheduler, **inputs)
-            yield loss, inputs["timestep"]
-
-    def scalars(self, task):
-        """Losses for the gradient: their sum over micro-batches and ranks is the mean loss of the batch."""
-        return (loss.sum() / self.count[task] for loss, _ in self.losses(task))
-
-    @torch.no_grad()
-    def mean_losses(self):
-        """{task: {"loss", "loss_by_timestep": 4 means}} over the whole batch, all ranks together."""
-        losses = no_losses(self.pipe.transformer.device)
-        for task in self.share:
-            for loss, t in self.losses(task):
-                add_losses(losses, task, loss, t, self.pipe.scheduler.config.num_train_timesteps)
-        losses = sum_over_ranks(losses)
-        return {task: loss_means(*losses[task]) for task in self.share}
 
 
 def main(cfg):

@@ -36,10 +36,11 @@ from torch.utils.flop_counter import flop_registry
 
 import gradcos
 import model
+from base import attention_order, find_device, follow_autocast, tile_vae
 from data import clip_frames
-from model import (SubjectTransformer, add_lora, attention_order, encode_moments, find_device, follow_autocast,
-                   merge_lora, save_lora, tile_vae, v_loss)
-from run import Moment, command_line, knob, records, save_checkpoint
+from model import SubjectTransformer, add_lora, encode_moments, merge_lora, save_lora, v_loss
+from run import command_line, knob, records, save_checkpoint
+from watch import Moment
 
 
 @dataclass

@@ -41,11 +41,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
+from base import find_device, frame_size, load_pipeline, tile_vae
 from data import (CLIP_SUFFIXES, Clips, ImagePairs, cache_key, clip_frames, cls_for, fit_reference, load_clip,
                   load_image, normalise, open_parquet, read_text, save_video, split_views, to_pixels)
-from model import (PAPER_BASE, encode_moments, encode_prompt, find_device, frame_size, load_pipeline, tile_vae,
-                   with_reference_token)
-from run import changed, check_choices, command_line, join_ranks, knob, rank_and_world_size, rng, write
+from model import PAPER_BASE, encode_moments, encode_prompt, with_reference_token
+from run import changed, check, command_line, join_ranks, knob, rank_and_world_size, rng, write
 
 
 def share(text):
@@ -237,10 +237,11 @@ class Pexels:
     strip: list[str] = knob([], "ends of titles that are no caption, beside those in BOILERPLATE")
     portrait: bool = knob(False, "keep clips that are higher than wide: 720x480 shows 37.5 % of a 9:16 picture")
     store: str = knob("original", "'training' keeps a clip as it is trained on: --frames at --fps, cut to nothing but "
-                                  "480 rows, H.264. The original can still serve another length or rate")
+                                  "480 rows, H.264. The original can still serve another length or rate",
+                      "original", "training")
 
     def __post_init__(self):
-        check_choices(self, store="original training")
+        check(self)
 
 
 # Titles are said to end like this. Left in, it tells the two tasks apart in the text alone. Longest first.
@@ -516,7 +517,7 @@ class Latents:
     images: str = knob("", "folder of image pairs; empty leaves them out")
     crops: int = knob(1, "random crops of each pair (with --crop_jitter)")
     crop_jitter: float = knob(0.1, "as in train.py")
-    fit: str = knob("cover", "as in train.py")
+    fit: str = knob("cover", "as in train.py", "cover", "pad")
     prompts: bool = knob(False, "also cache the prompts' embeddings (1.9 MB each for T5-XXL)")
     cls: str = knob("front", "as in train.py")
     cls_video: bool = knob(True, "as in train.py")

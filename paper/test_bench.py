@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model import add_lora, frame_size
+from base import frame_size
+from model import add_lora
 from paper import bench
 
 SMALL = dict(layers=1, heads=4, height=32, width=48, frames=9, rank=4, device="cpu")

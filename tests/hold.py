@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 import run
+import watch
 
 PLACE, STEP = os.environ["HOLD"].split()
-log_step, torch_save = run.Log.step, torch.save
+log_step, torch_save = watch.Log.step, torch.save
 
 
 def hold():
@@ -43,7 +44,7 @@ def save_half_and_hold(state, file):
 
 if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
     if PLACE == "step":
-        run.Log.step = step_and_hold
+        watch.Log.step = step_and_hold
     else:
         torch.save = save_half_and_hold
 sys.argv[0] = str(Path(__file__).parents[1] / "train.py")

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import base
 import data
 import gradcos
-import model
 import sample
 import train
 from paper import prepare
-from run import Log
+from watch import Log
 from toy import world
 
 REF = str(ROOT / "toy/refs/creature-0.png")
@@ -126,7 +126,7 @@ def test_a_mistake_is_one_line(knobs, tmp_path, monkeypatch, act, message):
 
 def test_device_cpu_runs_a_large_base_all_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    huge_base(lambda knobs: model.refuse_cpu("huge", "cpu"))({})
+    huge_base(lambda knobs: base.refuse_cpu("huge", "cpu"))({})
 
 
 def test_prepare_is_run_as_a_module(tmp_path):

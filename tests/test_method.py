@@ -20,6 +20,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from PIL import Image
 
+import base
 import data
 import model
 import sample
@@ -119,7 +120,7 @@ def test_a_mixed_step_is_the_weighted_mean_of_both_tasks(knobs, tmp_path, monkey
     train.train(cfg)
 
     cfg, pipe, parameters = train.load_model(cfg, torch.device("cpu"))
-    datasets, size, _ = train.open_data(cfg, pipe)
+    datasets, size, *_ = train.open_data(cfg, pipe)
     sums, losses = {}, {"image": [], "video": []}
     for micro, task in enumerate(tasks):
         drop = train.token_drop(cfg, 0, micro, 16) if task == "video" else \
@@ -196,7 +197,7 @@ def large_vae():
     torch.manual_seed(0)
     config = dict(block_out_channels=[8, 8, 8, 8], layers_per_block=1, norm_num_groups=2, latent_channels=4,
                   down_block_types=["CogVideoXDownBlock3D"] * 4, up_block_types=["CogVideoXUpBlock3D"] * 4)
-    return type(model.load_pipeline(BASE).vae)(**config).eval().requires_grad_(False)
+    return type(base.load_pipeline(BASE).vae)(**config).eval().requires_grad_(False)
 
 
 def test_a_picture_has_the_same_latents_in_training_cache_and_sampling(tmp_path, monkeypatch):
@@ -207,7 +208,7 @@ def test_a_picture_has_the_same_latents_in_training_cache_and_sampling(tmp_path,
     (tmp_path / "pairs.jsonl").write_text('{"image_0": "a.png", "image_1": "b.png", "description_0": "a", '
                                           '"description_1": "b"}\n')
     vae = large_vae()
-    model.tile_vae(vae)  # --vae_tiling True is for clips
+    base.tile_vae(vae)  # --vae_tiling True is for clips
     pipe = SimpleNamespace(vae=vae, transformer=SimpleNamespace(device=torch.device("cpu")))
     monkeypatch.setattr(train, "sample_latents", lambda vae, moments, noise_rng: model.sample_latents(vae, moments))
     (tmp_path / "out").mkdir()
@@ -259,7 +260,7 @@ def test_at_most_eight_whole_pictures_a_call(monkeypatch):
 def test_a_dropped_reference_is_not_encoded_and_the_draws_stay(knobs):
     """With an empty `keep` one VAE call less; x, and the noise and timestep after it, are the same."""
     cfg, pipe, _ = train.load_model(train.Config(**knobs), torch.device("cpu"))
-    datasets, _, _ = train.open_data(cfg, pipe)
+    datasets, *_ = train.open_data(cfg, pipe)
     encode, calls, results = pipe.vae.encode, [], []
     pipe.vae.encode = lambda x: calls.append(len(x)) or encode(x)
     for task in ("image", "video"):
@@ -311,7 +312,7 @@ def test_lora_scale():
         return video(sample.load(str(ROOT / "toy/lora"), BASE, **options)[0])
     one, zero, two = loaded(), loaded(lora_scale=0.0), loaded(lora_scale=2.0)
     assert np.abs(zero - loaded(use_lora=False)).max() <= 1 < np.abs(zero - one).max()
-    pipe = model.load_pipeline(BASE)
+    pipe = base.load_pipeline(BASE)
     model.load_lora(pipe.transformer, ROOT / "toy/lora")
     pipe.transformer.eval()
     assert np.abs(video(pipe) - one).max() <= 1
@@ -395,7 +396,7 @@ def test_a_base_without_rope_trains_and_samples_in_its_dtype(without_rope, input
     dtype = torch.bfloat16
     parameters = model.add_lora(ours.to(dtype).train(), 4, 2)
     assert all(p.dtype == torch.float32 for p in parameters)
-    scheduler = model.load_pipeline(BASE).scheduler
+    scheduler = base.load_pipeline(BASE).scheduler
     with torch.autocast("cpu", torch.bfloat16):
         loss = model.v_loss(ours, scheduler, x, text.to(dtype), t, torch.randn_like(x), ref, torch.arange(3))
     loss.mean().backward()

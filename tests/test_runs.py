@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import base
 import model
 import train
 from model import add_lora, load_lora
@@ -117,7 +118,7 @@ def test_reference_scope_and_init_lora_train(knobs, tmp_path, monkeypatch):
     go(knobs, lora_scope="reference", image_checkpointing="full", video_checkpointing="attention", name="scoped")
     assert model.lora_header("out/scoped/step-000003")["lora_scope"] == "reference"
     go(knobs, init_lora="out/scoped/step-000003", name="on", steps=1)
-    pipe = model.load_pipeline(BASE)
+    pipe = base.load_pipeline(BASE)
     load_lora(pipe.transformer, "out/on/step-000001")
     assert pipe.transformer.lora_scope == "reference"
 
@@ -244,14 +245,14 @@ needs_torchao = pytest.mark.skipif(not importlib.util.find_spec("torchao"), reas
 
 
 def test_int8_without_torchao_says_so(monkeypatch):
-    monkeypatch.setattr(model, "is_torchao_available", lambda: False)
+    monkeypatch.setattr(base, "is_torchao_available", lambda: False)
     with pytest.raises(ValueError, match="--int8 needs torchao: pip install"):
-        model.load_pipeline(BASE, int8=True)
+        base.load_pipeline(BASE, int8=True)
 
 
 @needs_torchao
 def test_int8_layers_follow_autocast():
-    transformer = model.load_pipeline(BASE, int8=True).transformer
+    transformer = base.load_pipeline(BASE, int8=True).transformer
     add_lora(transformer, 4, 2.0)
     dtypes = set()
 
@@ -281,7 +282,7 @@ def test_int8_base_trains_and_its_lora_fits_the_full_one(knobs, tmp_path, monkey
     full, int8 = log_of("out/full"), log_of("out/int8")
     assert full[0]["loss"] != int8[0]["loss"] and np.isclose(full[0]["loss"], int8[0]["loss"], rtol=0.02)
     assert np.isclose(full[0]["grad_norm"], int8[0]["grad_norm"], rtol=0.1)
-    load_lora(model.load_pipeline(BASE).transformer, "out/int8")
+    load_lora(base.load_pipeline(BASE).transformer, "out/int8")
 
 
 # ---- kills and signals -----------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class Config:
     vae_minutes: float = knob(1e9, "stop the VAE after this time (the schedule adapts)")
     minutes: float = knob(1e9, "stop the transformer after this time (the schedule adapts)")
     compile: bool = knob(False, "torch.compile the transformer: faster on CPU and GPU")
-    init: str = knob("", "start the transformer from this base's")
+    init: str = knob("", "start from the transformer of this base, with its text encoder")
     vae: str = knob("", "take the VAE of this base instead of training one")
     seed: int = knob(0, "seed")
 
@@ -235,6 +235,7 @@ def main(cfg):
     pipe = build(cfg.seed).to(device)
     if cfg.init:
         pipe.transformer = CogVideoXTransformer3DModel.from_pretrained(cfg.init, subfolder="transformer").to(device)
+        pipe.text_encoder = T5EncoderModel.from_pretrained(cfg.init, subfolder="text_encoder").to(device)
     if cfg.vae:
         pipe.vae = AutoencoderKLCogVideoX.from_pretrained(cfg.vae, subfolder="vae").to(device).requires_grad_(False)
     else:

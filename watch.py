@@ -1,0 +1,249 @@
+"""Watching a run: its log and progress bar, held-out losses, sample sheets. Nothing here affects what is trained."""
+import json
+import sys
+import time
+from collections import Counter, deque
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+import gradcos
+from model import v_loss
+from run import records, sum_over_ranks
+from sample import sample_texts, write_sample_sheets
+
+
+# ---- losses, summed on the device ------------------------------------------------------------------------------------
+
+def no_losses(device):
+    """Per task the sums and the counts of losses in the four quarters of the timesteps; of "mixed" the sum of the
+    micro-batches' means and their count."""
+    return {"image": torch.zeros(2, 4, device=device), "video": torch.zeros(2, 4, device=device),
+            "mixed": torch.zeros(2, device=device)}
+
+
+def add_losses(losses, task, loss, t, num_timesteps):
+    """Add a micro-batch's losses (B,)."""
+    quarter, loss = 4 * t // num_timesteps, loss.detach()
+    losses[task] += torch.zeros_like(losses[task]).index_add(1, quarter, torch.stack([loss, torch.ones_like(loss)]))
+    losses["mixed"] += torch.stack([loss.mean(), torch.ones_like(loss[0])])
+
+
+def step_means(task, losses):
+    """What a step's line says of its losses. A mixed step's loss is the mean over its micro-batches, which all weigh
+    the same; beside it stand the two tasks' own."""
+    if task != "mixed":
+        return loss_means(*losses[task])
+    total, count = losses["mixed"].tolist()
+    return {"loss": total / count,
+            **{t: loss_means(*losses[t]) if losses[t][1].any() else None for t in ("image", "video")}}
+
+
+def loss_means(loss_sum, loss_count):
+    """Four sums and counts, one per quarter of the timesteps -> {"loss": mean, "loss_by_timestep": 4 means or None}."""
+    sums, counts = loss_sum.tolist(), loss_count.tolist()
+    return {"loss": sum(sums) / sum(counts), "loss_by_timestep": [s / c if c else None for s, c in zip(sums, counts)]}
+
+
+# ---- the log ---------------------------------------------------------------------------------------------------------
+
+class Moment:
+    """A moment on the device."""
+
+    def __init__(self, device):
+        self.time, self.event = time.perf_counter(), None
+        if device.type == "cuda":
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+
+    def seconds_since(self, earlier):
+        """Seconds between two moments. Waits until the device has reached this one."""
+        if self.event is None:
+            return self.time - earlier.time
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1000
+
+
+def numbers_in(record, name):
+    """("log/image/loss", 0.3), ... for every number in a record of dicts and lists, but its step."""
+    if isinstance(record, (dict, list)):
+        for key, value in record.items() if isinstance(record, dict) else enumerate(record):
+            yield from numbers_in(value, f"{name}/{key}") if key != "step" else ()
+    elif isinstance(record, (int, float)):
+        yield name, record
+
+
+class Log:
+    """log.jsonl and the progress bar. The metrics of a step are read one step late, so nothing waits for the GPU.
+
+    run: the run's folder, None on all ranks but the first. tasks: the task of every step; the run begins at `start`."""
+
+    def __init__(self, run, start, tasks, device, tensorboard=False):
+        self.run, self.device, self.board = run, device, None
+        if run and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(run / "tensorboard", purge_step=start)
+        self.bar = tqdm(total=len(tasks), initial=start, mininterval=1, disable=run is None,
+                        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]")
+        self.to_come = Counter(tasks[start:])
+        self.seconds = {task: deque(maxlen=20) for task in self.to_come}  # of each task's last 20 steps
+        self.estimated = False
+        self.pending, self.shown, self.unusable = None, {}, set()
+        self.stop = False  # some rank got a SIGTERM, and all ranks know
+
+    def write(self, file, record):
+        """Append one line to a .jsonl file of the run."""
+        if self.run:
+            with open(self.run / file, "a") as f:
+                f.write(json.dumps(record) + "\n")
+        for name, value in numbers_in(record, Path(file).stem) if self.board else []:
+            self.board.add_scalar(name, value, record["step"])
+
+    def pictures(self, folder, step):
+        """Show the sample sheets of this step, of all ranks, in TensorBoard."""
+        if dist.is_initialized():
+            dist.barrier()
+        for file in sorted(Path(folder).glob(f"*-{step:06d}.png")) if self.board else []:
+            self.board.add_image(file.stem[:-7], np.asarray(Image.open(file).convert("RGB")), step, dataformats="HWC")
+
+    def doing(self, words=""):
+        """Say on the bar what the run does between two steps, so that nobody takes it for stuck."""
+        self.bar.set_description_str(words)
+
+    def start(self):
+        self.started = Moment(self.device)
+
+    def step(self, step, task, lr, metrics):
+        """metrics: tensors "image" (2,4), "video" (2,4), "mixed" (2,) (see train.no_losses) and "stop" (1,) over all
+        ranks, and "grad_norm" (1,)."""
+        metrics = {k: v.to("cpu", non_blocking=True) for k, v in metrics.items()}
+        ended = Moment(self.device)  # once this moment is reached, the copies above are complete
+        self.flush()
+        self.pending = step, task, lr, metrics, self.started, ended
+
+    def flush(self):
+        """Write the step that is pending. Stops the run when its loss or gradient is not finite."""
+        if self.pending is None:
+            return
+        (step, task, lr, metrics, started, ended), self.pending = self.pending, None
+        seconds = ended.seconds_since(started)  # before any metric is read: this waits for the copies
+        means, norm = step_means(task, metrics), metrics["grad_norm"].item()
+        self.stop = self.stop or metrics["stop"].item() > 0
+        loss = means["loss"]
+        if not (abs(loss) < float("inf") and norm < float("inf")):  # NaN fails both
+            sys.exit(f"step {step} ({task}): loss {loss}, gradient norm {norm}. Stopped; the last checkpoint is good")
+        self.write("log.jsonl", {"step": step, "task": task, **means, "lr": lr, "grad_norm": norm,
+                                 "seconds": round(seconds, 4)})
+        for t, new in {t: means[t]["loss"] for t in ("image", "video") if means.get(t)}.items() or [(task, loss)]:
+            self.shown[t] = 0.95 * self.shown.get(t, new) + 0.05 * new
+        left = self.estimate(task, seconds)
+        self.bar.set_postfix({"left": left, **{k: f"{v:.4f}" for k, v in self.shown.items()}}, refresh=False)
+        self.bar.update()
+
+    def estimate(self, task, seconds):
+        """The time that the steps to come will take, each as long as the median of its task's last ones; "?" before
+        every task was seen. A line says it once, after 20 steps of each. Saving and measuring come on top."""
+        self.to_come[task] -= 1
+        self.seconds[task].append(seconds)
+        if not all(self.seconds.values()):
+            return "?"
+        pace = {t: median(times) for t, times in self.seconds.items()}
+        left = self.bar.format_interval(sum(pace[t] * n for t, n in self.to_come.items()))
+        if self.run and not self.estimated and all(len(times) == 20 for times in self.seconds.values()):
+            self.estimated = True
+            steps = ", ".join(f"{n} {t} steps of {pace[t]:.2f} s" for t, n in self.to_come.items())
+            self.bar.write(f"about {left} to go: {steps}, and saving and measuring")
+        return left
+
+    def skipped(self, reasons):
+        """Report each unusable file once."""
+        for reason in set(reasons) - self.unusable:
+            self.unusable.add(reason)
+            self.bar.write(f"skipped ({len(self.unusable)} so far): {reason}", file=sys.stderr)
+
+    def close(self):
+        self.flush()
+        self.bar.close()
+        if self.board:
+            self.board.close()
+        if self.unusable:
+            print(f"{len(self.unusable)} unusable file(s) were skipped")
+
+
+# ---- held-out measurements -------------------------------------------------------------------------------------------
+
+class Validation:
+    """Held-out losses, gradient cosines and sample sheets of the model as it is after `step` steps.
+
+    batches: this rank's (task, inputs of v_loss), see train.held_out_batches. They are encoded once and kept in RAM
+    (6 MB a clip at full size)."""
+
+    def __init__(self, cfg, pipe, run, size, frames, batches, autocast, log):
+        self.cfg, self.pipe, self.run, self.size, self.frames = cfg, pipe, run, size, frames
+        self.autocast, self.log = autocast, log
+        self.count = {"image": cfg.val_pairs, "video": cfg.val_clips}  # samples of all ranks together
+        self.batches = {"image": [], "video": []}
+        if cfg.gradcos_every or cfg.val_every:
+            for task, inputs in batches:
+                self.batches[task].append({k: None if v is None else v.cpu() for k, v in inputs.items()})
+        self.texts = sample_texts(pipe, cfg.val_refs, cfg.cls) if cfg.sample_every else {}
+
+    def measure(self, step):
+        """Write what is due at this step to gradcos.jsonl, val.jsonl and samples/."""
+        cfg, transformer = self.cfg, self.pipe.transformer
+
+        def due(every):
+            return every and (step % every == 0 or step == cfg.steps)
+        if not (due(cfg.gradcos_every) or due(cfg.val_every) or due(cfg.sample_every)):
+            return
+        transformer.eval()
+        if due(cfg.gradcos_every):
+            self.log.doing("gradients' cosine")
+            named = [(n, p) for n, p in transformer.named_parameters() if p.requires_grad]
+            self.log.write("gradcos.jsonl", {"step": step, **gradcos.measure(self.scalars, named, cfg.grad_device)})
+        if due(cfg.val_every):
+            self.log.doing("held-out losses")
+            self.log.write("val.jsonl", {"step": step, **self.mean_losses()})
+        if due(cfg.sample_every) and step > 0:
+            self.log.doing("samples")
+            with self.autocast:
+                write_sample_sheets(self.pipe, self.texts, self.run / "samples", step, self.size, self.frames,
+                                    cfg.guidance, cfg.fit)
+            if cfg.tensorboard:
+                self.log.pictures(self.run / "samples", step)
+        self.log.doing()
+        transformer.train()
+
+    def losses(self, task):
+        """(loss per sample, its timestep) of each of this rank's micro-batches; LoRA dropout is off."""
+        device = self.pipe.transformer.device
+        for inputs in self.batches[task]:
+            inputs = {k: None if v is None else v.to(device) for k, v in inputs.items()}
+            with self.autocast:
+                loss = v_loss(self.pipe.transformer, self.pipe.scheduler, **inputs)
+            yield loss, inputs["timestep"]
+
+    def scalars(self, task):
+        """Losses for the gradient: their sum over micro-batches and ranks is the mean loss of the batch."""
+        return (loss.sum() / self.count[task] for loss, _ in self.losses(task))
+
+    @torch.no_grad()
+    def mean_losses(self):
+        """{task: {"loss", "loss_by_timestep": 4 means}} over the whole batch, all ranks together."""
+        losses = no_losses(self.pipe.transformer.device)
+        for task in self.batches:
+            for loss, t in self.losses(task):
+                add_losses(losses, task, loss, t, self.pipe.scheduler.config.num_train_timesteps)
+        losses = sum_over_ranks(losses)
+        return {task: loss_means(*losses[task]) for task in self.batches}
+
+
+def already_measured(cfg, run, step):
+    """Do the logs hold every number of this step that the flags ask for? (Sample sheets are not checked.)"""
+    asked = [file for file, every in (("gradcos.jsonl", cfg.gradcos_every), ("val.jsonl", cfg.val_every)) if every]
+    return all(any(record["step"] == step for record in records(run / file)) for file in asked)
