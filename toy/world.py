@@ -98,34 +98,30 @@ def render(creatures, fields, tiles):
     return render_cells(creatures, fields, tiles).repeat(CELL, 2).repeat(CELL, 3)
 
 
-def draw_walks(rng, directions, room=None):
-    """Tile positions (N,5,2), one per latent frame: wait, step, wait, step, as far as there is room.
-
-    room (N,): the tiles between a creature and the edge that it walks to, 2 (all there is) when None; 0 stands."""
+def draw_walks(rng, directions):
+    """Tile positions (N,5,2), one per latent frame: wait, step, wait, step, from one edge to the other."""
     n = len(directions)
-    room = np.full(n, GRID - 1) if room is None else room
     way, axis = STEP[directions], np.abs(STEP[directions]).argmax(1)
     start = rng.integers(0, GRID, (n, 2))
-    start[np.arange(n), axis] = np.where(way.sum(1) > 0, GRID - 1 - room, room)
-    steps = np.minimum(np.array([0, 0, 1, 1, 2]), room[:, None])
-    return start[:, None] + steps[:, :, None] * way[:, None]
+    start[np.arange(n), axis] = np.where(way.sum(1) > 0, 0, GRID - 1)
+    return start[:, None] + np.array([0, 0, 1, 1, 2])[:, None] * way[:, None]
 
 
 def draw_clips(rng, n, standing=0.0):
     """n scenes of moving pictures: field and direction indices, tile positions (N,5,2).
 
-    `standing` is the share of clips that stand, with a caption that says so (direction STANDS). Half as many again do
-    not move either, though their captions say "walks": they are at the edge already. Stock footage is full of shots in
-    which little happens, whatever their titles say.
+    `standing` is the share of clips that stand, anywhere, with a caption that says so (direction STANDS). Half as many
+    again stand as well, though their captions say "walks". Stock footage is full of shots in which little happens,
+    whatever their titles say.
     """
     fields, directions = draw_scenes(rng, n)
-    if not standing:
-        return fields, directions, draw_walks(rng, directions)
-    u = rng.random(n)
-    tiles = draw_walks(rng, directions, np.where(u < 1.5 * standing, 0, GRID - 1))
-    stands = u < standing
-    tiles[stands] = rng.integers(0, GRID, (stands.sum(), 1, 2))  # anywhere
-    return fields, np.where(stands, STANDS, directions), tiles
+    tiles = draw_walks(rng, directions)
+    if standing:
+        u = rng.random(n)
+        still = u < 1.5 * standing
+        tiles[still] = rng.integers(0, GRID, (still.sum(), 1, 2))
+        directions = np.where(u < standing, STANDS, directions)
+    return fields, directions, tiles
 
 
 def held_out(fields, directions):
