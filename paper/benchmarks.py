@@ -1,0 +1,75 @@
+"""Benchmark files for sample.py --bench, and the toy's controls: videos that show what each metric can be fooled by."""
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from data import read_text, save_video
+from run import knob, write
+
+
+@dataclass
+class Bench:
+    refs: str = knob("", "folder of reference pictures; a name without its number is the subject's: toy_cat-2.jpg")
+    prompts: str = knob("", "file, a prompt a line; {} is the subject; 'toy_cat-2: a sentence' is for that picture")
+    out: str = knob("bench.json", "file to write, for sample.py --bench with --images the folder of pictures")
+
+
+def make_bench(cfg):
+    """Pictures and prompts -> a benchmark file: every picture with each of its prompts (the paper: 30 with 4 each)."""
+    if not Path(cfg.refs).is_dir():
+        raise FileNotFoundError(f"--refs: no folder of pictures at {cfg.refs or '(not given)'}")
+    if not Path(cfg.prompts).is_file():
+        raise FileNotFoundError(f"--prompts: no file {cfg.prompts or '(not given)'}; it has a prompt per line")
+    Image.init()
+    pictures = {f.stem: f for f in sorted(Path(cfg.refs).iterdir()) if f.suffix.lower() in Image.EXTENSION}
+    if not pictures:
+        raise ValueError(f"--refs: no pictures in {cfg.refs}")
+    prompts = {stem: [] for stem in pictures}
+    for line in filter(None, map(str.strip, read_text(cfg.prompts).splitlines())):
+        stem, colon, sentence = line.partition(": ")
+        for owner in [stem] if colon and stem in pictures else pictures:
+            prompts[owner].append(sentence if colon and stem in pictures else line)
+    bench = {}
+    for stem, file in pictures.items():
+        subject = re.sub(r"[\W_]+", " ", re.sub(r"[\W_]*\d+$", "", stem)).strip() or stem
+        for i, prompt in enumerate(prompts[stem]):
+            bench[f"{stem}-{i}"] = {"img_paths": [file.name], "prompt": prompt.replace("{}", subject),
+                                    "class_label": subject}
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    write(Path(cfg.out), json.dumps(bench, indent=1))
+    print(f"wrote {cfg.out}: {len(pictures)} pictures, {len(bench)} videos")
+    if lost := [stem for stem in pictures if not prompts[stem]]:
+        print(f"no prompt for {len(lost)} of the pictures: {', '.join(lost)}")
+
+
+@dataclass
+class Controls:
+    out: str = knob("out/controls", "folder to write: the benchmark, and a folder of videos for each control")
+    n: int = knob(96, "creatures, 96 at most")
+
+    def __post_init__(self):
+        if not 1 < self.n <= 96:
+            raise ValueError(f"--n must be 2 to 96, got {self.n}")
+
+
+def make_controls(cfg):
+    """Videos of the toy that show what a metric can and cannot see: the true clips, the reference as a still, another
+    creature's clips, the true clips with their frames in random order; and other true clips, for FVD."""
+    from toy import world
+    out, rng = Path(cfg.out), np.random.default_rng(0)
+    world.write_bench(out / "refs", cfg.n)
+    test = world.draw_test_set(cfg.n)
+    true = world.true_clips(test)
+    order = [rng.permutation(world.FRAMES) for _ in true]
+    sets = {"true": true, "still": np.repeat(test.references[:, None], world.FRAMES, 1), "other": np.roll(true, 1, 0),
+            "frames-shuffled": np.stack([v[o] for v, o in zip(true, order)]), "real": world.true_clips(test, seed=1)}
+    for name, videos in sets.items():
+        (out / name).mkdir(parents=True, exist_ok=True)
+        for i, video in enumerate(tqdm(videos, name)):
+            save_video(out / name / f"creature-{i}.mp4", [Image.fromarray(f) for f in video], world.FPS, enlarge=8)
+    print(f"wrote {out}: {', '.join(sets)}; score with --bench {out}/refs/bench.json --images {out}/refs --toy True")
