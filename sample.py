@@ -249,15 +249,15 @@ def jobs_of_bench(cfg):
     """The jobs of --bench, done or not. Writes their settings, prompts and seeds into --out: a folder that holds videos
     of others is refused, since they could not be compared."""
     lora, out, jobs = find_lora(cfg.lora), Path(cfg.out), []
-    cls = cls_of(lora_header(lora))
-    for i, (name, entry) in enumerate(read_bench(cfg.bench).items()):
-        label = entry.get("class_label", "")  # a word or, in OpenS2V's own files, a list of them
-        prompt = with_reference_token(entry["prompt"], cls, label if isinstance(label, str) else label[0])
-        jobs.append(Job(out / f"{name}.mp4", [str(Path(cfg.images, p)) for p in entry["img_paths"]], prompt,
-                        cfg.seed + i))
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("bench", "images", "batch", "out", "device")}
-    made = {"settings": settings | {"lora": str(lora)},
-            "videos": {job.file.stem: [job.prompt, job.seed, *job.pictures] for job in jobs}}
+    made, cls = {"settings": settings | {"lora": str(lora)}, "videos": {}}, cls_of(lora_header(lora))
+    for i, (name, entry) in enumerate(read_bench(cfg.bench).items()):
+        label = entry.get("class_label") or ""  # a word or, in OpenS2V's own files, a list of them
+        label = label if isinstance(label, str) else label[0]
+        prompt = with_reference_token(entry["prompt"], cls, label)
+        pictures = [str(Path(cfg.images, path)) for path in entry["img_paths"]]
+        jobs.append(Job(out / f"{name}.mp4", pictures, prompt, cfg.seed + i))
+        made["videos"][name] = {"prompt": prompt, "seed": cfg.seed + i, "img_paths": entry["img_paths"]}
     out.mkdir(parents=True, exist_ok=True)
     record = out / "sampling.json"
     for part, before in json.loads(record.read_text()).items() if record.is_file() else ():

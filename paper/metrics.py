@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import CLIP_SUFFIXES, fit_reference, load_clip, load_image, resize_center_crop
 from model import REFERENCE_TOKEN, find_device
 from paper import benchmarks, fvd, motion, opens2v
-from paper.report import write_report
+from paper.report import contact_sheet_uri, write_report
 from run import check_bounds, check_choices, command_line, knob, write
 from sample import read_bench
 
@@ -59,24 +59,25 @@ class Clip:
     the prompt and is left out; a prompt is cut at CLIP's 77 tokens."""
 
     def __init__(self, path, device):
-        from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
-        self.vision = CLIPVisionModelWithProjection.from_pretrained(path).float().eval().to(device)
-        self.text = CLIPTextModelWithProjection.from_pretrained(path).float().eval().to(device)
+        from transformers import CLIPModel, CLIPTokenizer
+        self.model = CLIPModel.from_pretrained(path).float().eval().to(device)
         self.tokenizer = CLIPTokenizer.from_pretrained(path)
-        self.device, self.size = device, self.vision.config.image_size
-        self.tokens = self.text.config.max_position_embeddings
+        self.device, self.size = device, self.model.config.vision_config.image_size
+        self.tokens = self.model.config.text_config.max_position_embeddings
 
     @torch.no_grad()
     def pictures(self, pictures):
         x = preprocess(pictures, self.size, self.size, (0.48145466, 0.4578275, 0.40821073),
                        (0.26862954, 0.26130258, 0.27577711))
-        return F.normalize(self.vision(pixel_values=x.to(self.device)).image_embeds, dim=1)
+        pooled = self.model.vision_model(pixel_values=x.to(self.device)).pooler_output
+        return F.normalize(self.model.visual_projection(pooled), dim=1)
 
     @torch.no_grad()
     def prompt(self, prompt):
         prompt = re.sub(rf"\s*{REFERENCE_TOKEN}\s*", " ", prompt).strip()
         words = self.tokenizer([prompt], truncation=True, max_length=self.tokens, return_tensors="pt")
-        return F.normalize(self.text(**words.to(self.device)).text_embeds, dim=1)[0]
+        pooled = self.model.text_model(**words.to(self.device)).pooler_output
+        return F.normalize(self.model.text_projection(pooled), dim=1)[0]
 
 
 class Dino:
@@ -287,7 +288,7 @@ def toy_scores(frames):
 
 
 def score_folder(cfg, folder, bench, tools, real):
-    """The result of one folder: {"table": {metric: {"value", "n"}}, "videos": {id: scores}, "unusable": {id: why}}."""
+    """({"table": {metric: {"value", "n"}}, "videos": {id: scores}, "unusable": {id: why}}, {id: contact sheet})."""
     videos, unusable, features, toys, sheets = {}, {}, {}, {}, {}
     for name, entry in tqdm(bench.items(), str(folder)):
         path = Path(folder, f"{name}.mp4")
@@ -306,7 +307,7 @@ def score_folder(cfg, folder, bench, tools, real):
         except ValueError as e:
             unusable[name] = str(e)
             continue
-        sheets[name] = reference, [frames[i] for i in np.linspace(0, len(frames) - 1, 6).round().astype(int)]
+        sheets[name] = contact_sheet_uri(reference, frames)
         if "i3d" in tools:
             try:
                 features[name] = i3d_features(cfg, tools, frames)

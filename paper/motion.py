@@ -31,7 +31,8 @@ def dynamic_degree(frames, fps, flow):
     tops = []
     for a, b in zip(frames, frames[1:]):
         lengths = np.linalg.norm(flow(a, b), axis=2).ravel()
-        tops.append(float(np.sort(lengths)[-int(0.05 * len(lengths)):].mean()))
+        largest = int(0.05 * len(lengths))
+        tops.append(float(np.partition(lengths, -largest)[-largest:].mean()))
     moving = sum(top > threshold for top in tops)
     return {"moves": moving >= wanted, "moving": moving, "pairs": len(tops), "wanted": wanted, "threshold": threshold,
             "flow": float(np.mean(tops))}

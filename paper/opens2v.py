@@ -38,8 +38,8 @@ def opens2v_scores(folder):
     """{score: (per cent, n)} from the result files of OpenS2V's own scorers (arXiv 2505.20292).
 
     Each value is cut to its range and scaled to 0..100, as OpenS2V does; motion counts by its size; naturalness is the
-    mean of up to three files of GPT-4o's marks, 1 to 5. A video in which NexusScore's detector finds nothing (0) is left
-    out, so flicker pays (OpenS2V issue 36): look at its n. FaceSim is for ids that show people.
+    mean of up to three files of GPT-4o's marks, 1 to 5. A video in which NexusScore's detector finds nothing (0) is
+    left out, so flicker pays (OpenS2V issue 36): look at its n. FaceSim is for ids that show people.
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"--opens2v: no folder {folder}; it holds OpenS2V's result files, like gmescore.json")
@@ -49,7 +49,8 @@ def opens2v_scores(folder):
         for file in sorted(Path(folder).glob(f"{pattern}.json")):
             for video, value in json.loads(read_text(file)).items():
                 try:
-                    found.setdefault(video, []).append(float(value[key] if key else value))
+                    value = float(value[key] if key else value)
+                    found.setdefault(video, []).append(value)
                 except (KeyError, TypeError, ValueError):  # GPT-4o's "error"; another version's key
                     continue
         values = [np.mean(v) for v in found.values()]

@@ -42,9 +42,9 @@ sort();
 """
 
 
-def sheet_uri(reference, frames, height=112):
-    """The reference and some frames in a row, as a data: address of a JPEG."""
-    frames = [Image.fromarray(f) for f in frames]
+def contact_sheet_uri(reference, frames, height=112):
+    """The reference and six of the frames in a row, as a data: address of a JPEG."""
+    frames = [Image.fromarray(frames[round(i * (len(frames) - 1) / 5)]) for i in range(6)]
     width = round(frames[0].width * height / frames[0].height)
     sheet = contact_sheet([f.resize((width, height), Image.LANCZOS) for f in frames], reference)
     file = io.BytesIO()
@@ -53,15 +53,15 @@ def sheet_uri(reference, frames, height=112):
 
 
 def write_report(path, title, bench, result, sheets, sort):
-    """sheets: {id: (reference picture or None, a few frames)}; result: a folder's result (metrics.score_folder)."""
+    """result and sheets: what metrics.score_folder returns."""
     def escape(text):
         return html.escape(str(text), quote=True)
     figures = []
-    for name, (reference, frames) in sheets.items():
+    for name, sheet in sheets.items():
         scores = {k: v for k, v in result["videos"][name].items() if k != "pairs"}
         shown = "".join(f"<span>{escape(k)} {v:.2f}</span>" for k, v in scores.items() if v is not None)
         figures.append(f'<figure id="{escape(name)}" data-scores="{escape(json.dumps(scores))}">'
-                       f'<img alt="{escape(name)}" src="{sheet_uri(reference, frames)}"><figcaption>'
+                       f'<img alt="{escape(name)}" src="{sheet}"><figcaption>'
                        f"<b>{escape(name)}</b> {escape(bench[name]['prompt'])}<br>{shown}</figcaption></figure>")
     metrics = dict.fromkeys(k for v in result["videos"].values() for k in v if k != "pairs")
     write(path, PAGE.format(
