@@ -1,7 +1,7 @@
 """report.html of paper/metrics.py: a contact sheet of each video with its scores, sorted by a score one chooses.
 
 One file with its pictures inside and no link to anywhere, so it can be mailed. report.html#CLIP-T opens sorted by
-CLIP-T; a "-" in front (#-CLIP-T) puts the best first.
+CLIP-T; a "-" in front (#-CLIP-T) puts the highest first.
 """
 import base64
 import html
@@ -18,25 +18,25 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
 figcaption span{{margin-right:12px;white-space:nowrap}} td,th{{padding:2px 10px;text-align:left}}</style>
 <h1>{title}</h1>
 <table><tr><th>metric<th>mean<th>n</tr>{table}</table>
-<p>Sorted by <select id="score">{options}</select> <label><input type="checkbox" id="best"> best first</label>
-(the first picture is the reference; videos without the score come last)</p>
+<p>Sorted by <select id="score">{options}</select> <label><input type="checkbox" id="highest"> highest first</label>
+(else lowest first; the first picture is the reference)</p>
 <main>{figures}</main>
 <h2>{problems} problems</h2><ul>{unusable}</ul>
 <script>
-const score = document.getElementById("score"), best = document.getElementById("best");
+const score = document.getElementById("score"), highest = document.getElementById("highest");
 const main = document.querySelector("main"), figures = [...main.children];
 function sort() {{
   const value = f => JSON.parse(f.dataset.scores)[score.value];
-  const side = best.checked ? -1 : 1;
+  const side = highest.checked ? -1 : 1;
   const missing = f => value(f) === undefined || value(f) === null;
   figures.sort((a, b) => missing(a) - missing(b) || side * (value(a) - value(b)));
   main.append(...figures);
 }}
 const asked = decodeURIComponent(location.hash.slice(1)) || {sort};
-best.checked = asked.startsWith("-");
+highest.checked = asked.startsWith("-");
 score.value = asked.replace(/^-/, "");
 if (score.selectedIndex < 0) score.selectedIndex = 0;
-score.onchange = best.onchange = sort;
+score.onchange = highest.onchange = sort;
 sort();
 </script>
 """
