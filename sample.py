@@ -3,22 +3,27 @@
     python sample.py --ref toy/refs/creature-0.png                                   # the toy, seconds on a CPU
     python sample.py --ref cat.jpg --prompt "a cat surfs a wave" --lora out/subject  # CogVideoX-5B
     python sample.py --ref cat.jpg --prompt "..." --offload model                    # on a small GPU
+    torchrun --nproc_per_node=8 sample.py --bench bench.json --images ROOT --out DIR # a benchmark, on all GPUs
 
-Writes OUT.mp4 (H.264) and OUT.png, a contact sheet: the reference, then frames of the video.
+Writes OUT.mp4 (H.264) and OUT.png, a contact sheet: the reference, then frames of the video. A benchmark becomes a
+folder of ID.mp4 and sampling.json (settings, prompts, seeds); paper/metrics.py scores it.
 """
+import os
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from peft.tuners.lora import LoraLayer
 from PIL import Image
+from tqdm import tqdm
 
 from base import attention_order, find_device, frame_size, load_pipeline, sampling_dtype, tile_vae
 from data import clip_frames, fit_reference, load_image, normalise, read_text, resize_center_crop, save_video, to_pixels
 from model import (LORA_FILE, PAPER_BASE, REFERENCE_TOKEN, encode_prompt, encode_video, load_lora, lora_header,
                    lora_path, merge_lora, with_reference_token)
-from run import check, command_line, knob, rank_and_world_size
+from run import check, command_line, join_ranks, knob, rank_and_world_size
 
 HERE = Path(__file__).parent
 
@@ -28,11 +33,13 @@ class Config:
     ref: str = knob("", "picture of the subject, any size and mode; empty samples without a reference")
     prompt: str = knob("", "what happens; empty takes the text file beside the picture, if there is one")
     prompts: str = knob("", "text file with one prompt per line: one video each")
-    batch: int = knob(1, "videos of --prompts that are sampled at once")
+    bench: str = knob("", "benchmark to sample, OpenS2V's json {id: {img_paths, prompt, class_label}}: one video an id")
+    images: str = knob(".", "folder that the img_paths of --bench start from")
+    batch: int = knob(1, "videos of --prompts or --bench that are sampled at once")
     lora: str = knob("", "LoRA file, checkpoint or run; empty takes the newest checkpoint under out/, else toy/lora")
     base: str = knob("", "diffusers CogVideoX folder or hub id; empty takes the one the LoRA was trained on")
-    out: str = knob("sample.mp4", "file to write; .png for a single picture (--frames 1)")
-    seed: int = knob(0, "seed of the starting noise")
+    out: str = knob("sample.mp4", "file to write; .png for a single picture (--frames 1); with --bench a folder")
+    seed: int = knob(0, "seed of the starting noise; video number i of --bench has seed + i")
     steps: int = knob(50, "denoising steps")
     guidance: float = knob(0.0, "classifier-free guidance scale, on the text only; 1 is off; 0 takes the LoRA's (6)")
     lora_scale: float = knob(1.0, "how much of the LoRA: 0 is the base alone, 1 what was trained")
@@ -53,7 +60,11 @@ class Config:
     def __post_init__(self):
         check(self, positive="steps batch")
         suffixes = (".png", ".mp4") if self.frames == 1 else (".mp4", ".mov", ".mkv")
-        if Path(self.out).suffix not in suffixes:
+        if self.bench and (self.ref or self.prompt or self.prompts or self.frames == 1):
+            raise ValueError("--bench names the pictures and prompts: leave out --ref, --prompt, --prompts, --frames 1")
+        if self.bench and Path(self.out).suffix in suffixes:
+            raise ValueError(f"--bench writes many videos: --out must be a folder, got {self.out!r}")
+        if not self.bench and Path(self.out).suffix not in suffixes:
             raise ValueError(f"--out must end in {' or '.join(suffixes)}, got {self.out!r}")
         if self.compile and (self.cache_threshold or self.offload != "none"):
             raise ValueError("--compile True goes with neither --cache_threshold nor --offload")
@@ -188,24 +199,19 @@ def write_sample_sheets(pipe, texts, out, step, size, frames, guidance=6.0, fit=
         contact_sheet(video, picture, max(1, 128 // video[0].height)).save(out / f"{file.stem}-{step:06d}.png")
 
 
-def sample_in_batches(cfg, pipe, header, latents, prompts, device):
-    """(number, prompt, video) of each prompt, --batch of them at once; each is what it would be alone."""
-    for first in range(0, len(prompts), cfg.batch):
-        batch = prompts[first:first + cfg.batch]
-        for prompt in batch:
-            print(f"{prompt!r}, seed {cfg.seed}")
-        with attention_order(device):
-            videos = generate(pipe, latents, batch, [cfg.seed] * len(batch), cfg.steps,
-                              cfg.guidance or guidance_of(header), cfg.frames, cfg.height, cfg.width,
-                              cls_of(header), cfg.dynamic_cfg, cfg.negative_prompt)
-        yield from zip(range(first, first + len(batch)), batch, videos)
+@dataclass
+class Job:
+    """A video to make: its file, the paths of its reference pictures (the model takes one or none), prompt and seed."""
+    file: Path
+    pictures: list
+    prompt: str
+    seed: int
 
 
-def main(cfg):
-    device = find_device(cfg.device)
-    if cfg.offload != "none" and device.type == "cpu":
-        raise ValueError(f"--offload {cfg.offload} keeps weights off a GPU until needed, and this run has none")
-    reference = load_image(cfg.ref) if cfg.ref else None
+def jobs_of_flags(cfg):
+    """The jobs that --ref, --prompt and --prompts ask for."""
+    if cfg.ref:
+        load_image(cfg.ref)  # a bad picture is said before a missing prompt
     beside = Path(cfg.ref or "none").with_suffix(".txt")
     prompts = [cfg.prompt or (read_text(beside) if beside.is_file() else "")]
     if cfg.prompts:
@@ -219,6 +225,66 @@ def main(cfg):
         raise ValueError(f"who, and what should happen? Pass {missing}")
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    files = [out.with_stem(f"{out.stem}-{i}") for i in range(len(prompts))] if len(prompts) > 1 else [out]
+    return [Job(file, [cfg.ref] if cfg.ref else [], prompt, cfg.seed) for file, prompt in zip(files, prompts)]
+
+
+def share_out(cfg, jobs):
+    """(this rank's batches that are not done, {path: reference picture}, {id: why it cannot be sampled}).
+
+    Whole batches are shared out, and done again if cut short: a video's last bits depend on what is sampled beside it.
+    All pictures are read before the first video, so that a bad one is known at once."""
+    rank, world_size = rank_and_world_size()
+    batches, pictures, skipped = [], {}, {}
+    for first in range(rank * cfg.batch, len(jobs), world_size * cfg.batch):
+        batch = []
+        for job in jobs[first:first + cfg.batch]:
+            try:
+                if len(job.pictures) > 1:
+                    raise ValueError(f"it has {len(job.pictures)} reference pictures, and the model takes one")
+                for path in set(job.pictures) - pictures.keys():
+                    pictures[path] = load_image(path)
+                batch.append(job)
+            except (ValueError, OSError) as e:
+                if not cfg.bench:
+                    raise
+                skipped[job.file.stem] = str(e)
+        if not cfg.bench or not all(job.file.is_file() for job in batch):
+            batches.append(batch)
+    return batches, pictures, skipped
+
+
+def sample_in_batches(cfg, pipe, header, latents, batches, device):
+    """(job, video) of each job, a batch of them at once; each is what it would be alone, to rounding.
+
+    latents: {picture: its latents}. Each prompt goes through T5 once, and so does the negative one."""
+    prompts = {job.prompt: with_reference_token(job.prompt, cls_of(header)) for batch in batches for job in batch}
+    text = {prompt: encode_prompt(pipe, [words]).to(device) for prompt, words in prompts.items()}
+    negative = encode_prompt(pipe, [cfg.negative_prompt]).to(device)
+    for batch in batches:
+        for job in batch if not cfg.bench else []:
+            print(f"{job.prompt!r}, seed {job.seed}")
+        references = torch.cat([latents[path] for job in batch for path in job.pictures]) if latents else None
+        with attention_order(device):
+            videos = generate(pipe, references, [""] * len(batch), [job.seed for job in batch], cfg.steps,
+                              cfg.guidance or guidance_of(header), cfg.frames, cfg.height, cfg.width,
+                              dynamic_cfg=cfg.dynamic_cfg, text=(torch.cat([text[job.prompt] for job in batch]),
+                                                                 negative.expand(len(batch), -1, -1)))
+        yield from zip(batch, videos)
+
+
+def main(cfg):
+    device = find_device(cfg.device)
+    if cfg.offload != "none" and device.type == "cpu":
+        raise ValueError(f"--offload {cfg.offload} keeps weights off a GPU until needed, and this run has none")
+    if cfg.bench:
+        from paper.benchmarks import jobs_of_bench, report
+        join_ranks("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
+    every = jobs_of_bench(cfg) if cfg.bench else jobs_of_flags(cfg)
+    batches, pictures, skipped = share_out(cfg, every)
+    jobs = [job for batch in batches for job in batch]
+    if not jobs:
+        return report(cfg.out, every, skipped)
 
     pipe, header = load(cfg.lora, cfg.base, cfg.device, int8=cfg.int8, lora_scale=cfg.lora_scale)
     multiple = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
@@ -226,14 +292,14 @@ def main(cfg):
         raise ValueError(f"--height and --width must be multiples of {multiple}, got {cfg.height} x {cfg.width}")
     if cfg.frames and cfg.frames != (frames := clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)):
         print(f"--frames {cfg.frames} cut to {frames}, a length that the VAE can make")
-    if cls_of(header) == "item" and not all(REFERENCE_TOKEN in prompt for prompt in prompts):
+    if cls_of(header) == "item" and not all(REFERENCE_TOKEN in job.prompt for job in jobs):
         print(f"this LoRA learned {REFERENCE_TOKEN} before the subject's name ('An {REFERENCE_TOKEN} armchair ...'): "
               "without one in the prompt it goes in front")
-    latents = None
-    if reference is not None:  # before any offloading: then the VAE's weights are not where they seem to be
-        pipe.vae.to(device)
-        height, width = cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1]
-        latents = encode_references(pipe, [reference], height, width, header.get("fit", "cover")).to(device)
+    # References before any offloading: then the VAE's weights are not where they seem to be.
+    pipe.vae.to(device)
+    height, width = cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1]
+    latents = {path: encode_references(pipe, [picture], height, width, header.get("fit", "cover")).to(device)
+               for path, picture in pictures.items()}
     if cfg.offload == "none":
         pipe.to(device)
         decode_what_fits(pipe.vae)
@@ -250,17 +316,26 @@ def main(cfg):
     if cfg.cache_threshold:
         from diffusers import FirstBlockCacheConfig
         pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=cfg.cache_threshold))
-    for i, prompt, video in sample_in_batches(cfg, pipe, header, latents, prompts, device):
-        file = out.with_stem(f"{out.stem}-{i}") if len(prompts) > 1 else out
-        enlarge = cfg.enlarge or max(1, 256 // video[0].height)
+    sampled = sample_in_batches(cfg, pipe, header, latents, batches, device)
+    if cfg.bench:
+        pipe.set_progress_bar_config(disable=True)
+        sampled = tqdm(sampled, "videos of this rank", len(jobs), disable=rank_and_world_size()[0] > 0)
+    for job, video in sampled:
+        file, enlarge = job.file, cfg.enlarge or max(1, 256 // video[0].height)
         if len(video) == 1:
             picture = video[0].resize((video[0].width * enlarge, video[0].height * enlarge), Image.NEAREST)
             picture.save(file.with_suffix(".png"))
             print(f"wrote {file.with_suffix('.png')}")
+        elif cfg.bench:  # all or nothing: what is there is done
+            save_video(f"{file}.part", video, cfg.fps or float(header.get("fps", 8)), enlarge, format="mp4")
+            os.replace(f"{file}.part", file)
         else:
             save_video(file, video, cfg.fps or float(header.get("fps", 8)), enlarge)
+            reference = pictures[job.pictures[0]] if job.pictures else None
             contact_sheet(video, reference, enlarge).save(file.with_suffix(".png"))
             print(f"wrote {file} and {file.with_suffix('.png')}")
+    if cfg.bench:
+        report(cfg.out, every, skipped)
 
 
 if __name__ == "__main__":

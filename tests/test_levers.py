@@ -1,6 +1,6 @@
 """What makes a step cheaper changes neither losses nor gradients, and does what it says: counted, never timed."""
 from tests.common import BASE, command, inputs_fixture, knobs_fixture, run, tiny_fixture  # noqa: F401
-from tests.common import TORCHRUN, randomise_lora  # before torch
+from tests.common import ROOT, TORCHRUN, randomise_lora  # before torch
 
 from functools import partial
 from unittest.mock import patch
@@ -240,3 +240,21 @@ def test_cache_skips_blocks_and_batches_are_the_single_samples():
         runs.clear()
         videos(prompts[:1])
         assert len(runs) == 1
+
+
+def test_prompts_are_encoded_once(tmp_path, monkeypatch):
+    """T5 sees each of three prompts and the negative one once, whatever --batch is."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a creature walks up\na creature stands\na creature walks left\n")
+    calls, load = [], sample.load
+
+    def load_and_count(*args, **kwargs):
+        pipe, header = load(*args, **kwargs)
+        pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+        return pipe, header
+    monkeypatch.setattr(sample, "load", load_and_count)
+    for batch in (1, 2):
+        calls.clear()
+        sample.main(sample.Config(ref=str(ROOT / "toy/refs/creature-0.png"), lora=str(ROOT / "toy/lora"), steps=1,
+                                  prompts=str(prompts), batch=batch, out=str(tmp_path / f"{batch}.mp4")))
+        assert len(calls) == 4 and len(list(tmp_path.glob(f"{batch}-*.mp4"))) == 3

@@ -2,6 +2,7 @@
 
     python -m toy.world data              toy/data: pairs as a parquet, clips as mp4 + txt, as the real data sets
     python -m toy.world refs              toy/refs: reference pictures of creatures that no training step sees
+    python -m toy.world bench             toy/data/bench: 96 of them as a benchmark for sample.py and paper/metrics.py
     python -m toy.world score --lora DIR  sample 96 unseen creatures and score the videos exactly
     python -m toy.world picture           assets/toy.webp: references and their videos, side by side
 
@@ -326,6 +327,12 @@ def score_videos(videos, test, seed=2024):
     What fools them: a still picture is whole, smooth and has all its cells; an empty field is still and broken, and its
     cells are right where the creature has none (a quarter); a wrong creature can move well.
     """
+    means = {k: np.array(v, float) for k, v in score_each(videos, test, seed).items()}
+    return {k: 100 * float(v[~np.isnan(v)].mean()) if not np.isnan(v).all() else float("nan") for k, v in means.items()}
+
+
+def score_each(videos, test, seed=2024):
+    """The same for each video, 0 to 1: {score: a list}. The direction of one that does not move is NaN."""
     rng = np.random.default_rng([seed, 14])
     hits = {k: [] for k in ("moves", "frozen", "broken", "still", "smoothness", "identity_16", "cells", "direction",
                             "field")}
@@ -348,9 +355,9 @@ def score_videos(videos, test, seed=2024):
         hits["still"].append(np.abs(np.diff(video, axis=0)).mean((1, 2, 3)).max(initial=0) < 3)
         hits["smoothness"].append((np.abs(np.diff(corner, axis=0)).max(1) <= TILE + 1).mean() if len(video) > 1 else 1)
         hits["field"].append(np.abs(FIELD_RGB - field_rgb).sum(1).argmin() == test.fields[i])
-        if moved and whole.all():
-            hits["direction"].append((STEP @ move).argmax() == test.directions[i])
-    return {k: 100 * float(np.mean(v)) if v else float("nan") for k, v in hits.items()}
+        turned = (STEP @ move).argmax() == test.directions[i]
+        hits["direction"].append(float(turned) if moved and whole.all() else np.nan)
+    return hits
 
 
 def sample_test_set(pipe, test, references=None, seed=0, batch=16, **options):
@@ -455,6 +462,14 @@ def write_refs(folder, n=6):
         (Path(folder) / f"creature-{i}.txt").write_text(test.prompts[i] + "\n")
 
 
+def write_bench(folder, n=96):
+    """The test set as a benchmark for sample.py --bench: n pictures and bench.json. Its seeds are those of `score`."""
+    write_refs(folder, n)
+    bench = {f"creature-{i}": {"img_paths": [f"creature-{i}.png"], "prompt": prompt, "class_label": "creature"}
+             for i, prompt in enumerate(draw_test_set(n).prompts)}
+    (Path(folder) / "bench.json").write_text(json.dumps(bench, indent=1))
+
+
 @dataclass
 class Picture:
     lora: list[str] = knob(["toy/lora"], "LoRAs to show side by side")
@@ -507,8 +522,10 @@ if __name__ == "__main__":
         write_missing(*(f"toy/data/{name}" for name in DATA))
     elif command == "refs" and len(sys.argv) == 2:
         write_refs("toy/refs")
+    elif command == "bench" and len(sys.argv) == 2:
+        write_bench("toy/data/bench")
     else:
-        usage = "usage: python -m toy.world data | refs | score [--help] | picture [--help]"
+        usage = "usage: python -m toy.world data | refs | bench | score [--help] | picture [--help]"
         if command not in ("-h", "--help"):
             sys.exit(usage)
         print(usage)
