@@ -40,16 +40,13 @@ def check(cfg, positive="", shares=""):
             raise ValueError(f"--{name} must be one of {', '.join(choices)}, got {value!r}")
         if f.type not in (int, float):
             continue
-        if not abs(value) < float("inf"):
-            raise ValueError(f"--{name} must be a number, got {value}")
-        if name in positive.split() and value <= 0:
-            raise ValueError(f"--{name} must be positive, got {value}")
-        if name in shares.split() and not 0 <= value <= 1:
-            raise ValueError(f"--{name} must be in [0, 1], got {value}")
-        if value < 0:
-            raise ValueError(f"--{name} must not be negative, got {value}")
-        if name == "seed" and value >= 2**63:
-            raise ValueError(f"--seed must be below 2^63, got {value}")
+        for wrong, rule in ((not abs(value) < float("inf"), "be a number"),
+                            (name in positive.split() and value <= 0, "be positive"),
+                            (name in shares.split() and not 0 <= value <= 1, "be in [0, 1]"),
+                            (value < 0, "not be negative"),
+                            (name == "seed" and value >= 2**63, "be below 2^63")):
+            if wrong:
+                raise ValueError(f"--{name} must {rule}, got {value}")
 
 
 def changed(before, now):
@@ -61,9 +58,8 @@ def command_line(main, Config, description, argv=None, positional=None, out_of_m
     """Parse the knobs of dataclass `Config` from the command line and call main(config).
 
     `defaults` replace the dataclass's own; `positional` names the list knob that leading words without -- fill;
-    `out_of_memory` says which flags save memory.
-    A user's mistake (bad flag, value or file) is one line and exit status 1 or 2. TRACEBACK=1 in the environment shows
-    the whole traceback instead.
+    `out_of_memory` says which flags save memory. A user's mistake (bad flag, value or file) is one line and exit status
+    1 or 2; with TRACEBACK=1 in the environment it is a traceback.
     """
     words = f"[{positional} ...] " if positional else ""
     parser = HfArgumentParser(Config, description=description.split("\n\n")[0], allow_abbrev=False,
@@ -116,16 +112,6 @@ def print0(*words):
     """Print on rank 0 only."""
     if rank_and_world_size()[0] == 0:
         print(*words, flush=True)
-
-
-def sum_over_ranks(metrics):
-    """Sum each tensor of a dict over all ranks, in one message."""
-    if not dist.is_initialized():
-        return metrics
-    flat = torch.cat([m.flatten() for m in metrics.values()])
-    dist.all_reduce(flat)
-    pieces = flat.split([m.numel() for m in metrics.values()])
-    return {name: piece.view_as(m) for (name, m), piece in zip(metrics.items(), pieces)}
 
 
 # ---- the folder ------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import torch.distributed as dist
 import gradcos
 from data import ImagePairs, Clips, batches, clip_frames, cls_for, normalise, open_caches
 from run import (SIGTERM, check, command_line, join_ranks, knob, listen_for_sigterm, newest_checkpoint, print0,
-                 rank_and_world_size, resume, rng, save_checkpoint, start_log, sum_over_ranks, torch_rng)
+                 rank_and_world_size, resume, rng, save_checkpoint, start_log, torch_rng)
 
 if not {"-h", "--help"} & set(sys.argv):  # diffusers takes seconds to import: --help is fast
     from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup
@@ -37,7 +37,7 @@ if not {"-h", "--help"} & set(sys.argv):  # diffusers takes seconds to import: -
     from base import attention_order, find_device, frame_size, load_pipeline, tile_vae
     from model import (add_lora, encode_moments, encode_prompt, load_lora, lora_header, read_lora, sample_latents,
                        save_lora, to_device, v_loss, with_reference_token)
-    from watch import Log, Validation, add_losses, already_measured, no_losses
+    from watch import Log, Validation, add_losses, already_measured, describe, no_losses, sum_over_ranks
 
 
 CHECKPOINTING = ("full", "attention", "none")
@@ -438,14 +438,6 @@ def make_optimizer(cfg, parameters):
         stages = [decay_over(first), decay_over(cfg.steps - first)]
         lr_schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, stages, [first])
     return optimizer, lr_schedule
-
-
-def describe(cfg, run, parameters, datasets, size, start, device):
-    print0(f"{run}: {sum(p.numel() for p in parameters):,} trainable parameters in {len(parameters) // 2} LoRA modules,"
-           f" {size[1]}x{size[0]}, {', '.join(f'{len(d)} {t}s' for t, d in datasets.items())}, "
-           f"{rank_and_world_size()[1]} rank(s) on {device}" + (f", going on from step {start}" if start else ""))
-    if start == cfg.steps:
-        print0("the run is complete: only its end is measured; for a whole curve start another --name")
 
 
 def save(transformer, folder, cfg):

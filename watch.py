@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 import gradcos
 from model import v_loss
-from run import records, sum_over_ranks
+from run import print0, rank_and_world_size, records
 from sample import sample_texts, write_sample_sheets
 
 
-# ---- losses, summed on the device ------------------------------------------------------------------------------------
+# ---- losses, summed on the device and over ranks --------------------------------------------------------------------
 
 def no_losses(device):
     """Per task the sums and the counts of losses in the four quarters of the timesteps; of "mixed" the sum of the
@@ -32,6 +32,16 @@ def add_losses(losses, task, loss, t, num_timesteps):
     quarter, loss = 4 * t // num_timesteps, loss.detach()
     losses[task] += torch.zeros_like(losses[task]).index_add(1, quarter, torch.stack([loss, torch.ones_like(loss)]))
     losses["mixed"] += torch.stack([loss.mean(), torch.ones_like(loss[0])])
+
+
+def sum_over_ranks(metrics):
+    """Sum each tensor of a dict over all ranks, in one message."""
+    if not dist.is_initialized():
+        return metrics
+    flat = torch.cat([m.flatten() for m in metrics.values()])
+    dist.all_reduce(flat)
+    pieces = flat.split([m.numel() for m in metrics.values()])
+    return {name: piece.view_as(m) for (name, m), piece in zip(metrics.items(), pieces)}
 
 
 def step_means(task, losses):
@@ -76,6 +86,15 @@ def numbers_in(record, name):
             yield from numbers_in(value, f"{name}/{key}") if key != "step" else ()
     elif isinstance(record, (int, float)):
         yield name, record
+
+
+def describe(cfg, run, parameters, datasets, size, start, device):
+    """Say what a run is, before its first step."""
+    print0(f"{run}: {sum(p.numel() for p in parameters):,} trainable parameters in {len(parameters) // 2} LoRA modules,"
+           f" {size[1]}x{size[0]}, {', '.join(f'{len(d)} {t}s' for t, d in datasets.items())}, "
+           f"{rank_and_world_size()[1]} rank(s) on {device}" + (f", going on from step {start}" if start else ""))
+    if start == cfg.steps:
+        print0("the run is complete: only its end is measured; for a whole curve start another --name")
 
 
 class Log:

@@ -72,16 +72,17 @@ def test_cells_count_wrong_cells():
     assert scores["cells"] == 75 and scores["moves"] == 100
 
 
-def test_clips_walk_to_the_edge_and_some_stand():
+def test_clips_walk_from_edge_to_edge_and_some_stand_anywhere():
     fields, directions, tiles = world.draw_clips(np.random.default_rng(0), 20000, standing=0.2)
     stands = directions == world.STANDS
     way = world.STEP[directions[~stands]]
     walk = ((tiles[~stands, -1] - tiles[~stands, 0]) * way).sum(1)
     assert abs(stands.mean() - 0.2) < 0.02 and (tiles[stands] == tiles[stands, :1]).all()
     assert np.allclose(np.bincount(walk) / len(walk), [0.1 / 0.8, 0, 0.7 / 0.8], atol=0.02)
-    end = (tiles[~stands, -1] * way).sum(1)
-    assert set(end[way.sum(1) > 0]) == {world.GRID - 1} and set(end[way.sum(1) < 0]) == {0}
+    end, up = (tiles[~stands, -1] * way).sum(1)[walk > 0], way.sum(1)[walk > 0]
+    assert set(end[up > 0]) == {world.GRID - 1} and set(end[up < 0]) == {0}
     assert tiles.min() == 0 and tiles.max() == world.GRID - 1
+    assert len(np.unique(tiles[~stands, 0][walk == 0], axis=0)) == world.GRID**2
     assert not world.held_out(fields, directions).any()
     _, directions, tiles = world.draw_clips(np.random.default_rng(0), 1000)  # the default: all walk two tiles
     assert world.STANDS not in directions and (abs(tiles[:, -1] - tiles[:, 0]).sum(1) == 2).all()
@@ -148,6 +149,10 @@ def test_only_the_toys_own_folders_are_written(tmp_path, monkeypatch):
     world.write_missing("toy/data/clips-2", "toy/data/clip", "toy/data/clips-two", "toy/clips", "clips")
     assert [str(d.relative_to(tmp_path)) for d in tmp_path.glob("**/*clip*")] == ["toy/data/clips-2"]
     assert len(list(tmp_path.glob("toy/data/clips-2/*.mp4"))) == 2
+    world.write_missing("toy/data/clips-2")  # it is there, and drawn by this code
+    monkeypatch.setattr(world, "drawing_code", lambda: "another")
+    with pytest.raises(ValueError, match="clips-2 was drawn by another version of toy/world.py: delete toy/data"):
+        world.write_missing("toy/data/clips-2")
 
 
 def test_test_creatures_are_not_training_creatures():

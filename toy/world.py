@@ -21,6 +21,8 @@ right way. `score` also prints the control rows that show what each score can be
 """
 import dataclasses
 import fcntl
+import hashlib
+import inspect
 import io
 import json
 import os
@@ -201,18 +203,30 @@ def write_missing(*folders):
 
     Only toy/data/NAME for a NAME in DATA, and toy/data/NAME-N, its first N: anything else that is missing is the user's
     mistake. Each folder is written under another name and renamed, so that a killed run leaves nothing half-written.
+    ValueError for one that another version of this file drew.
     """
     for folder in map(Path, folders):
         name, _, keep = folder.name.partition("-")
         if folder.parent != Path("toy/data") or name not in DATA or not (keep or "1").isdigit():
             continue
         with one_process():
+            note = folder / "drawn_by.txt"
+            if folder.exists() and not (note.is_file() and note.read_text() == drawing_code()):
+                raise ValueError(f"{folder} was drawn by another version of toy/world.py: delete toy/data, run again")
             if not folder.exists():
                 print(f"writing {folder}", flush=True)
                 part = folder.with_name(f"{folder.name}.tmp")
                 shutil.rmtree(part, ignore_errors=True)
                 DATA[name](part, keep=int(keep) if keep else None)
+                (part / "drawn_by.txt").write_text(drawing_code())
                 os.replace(part, folder)
+
+
+def drawing_code():
+    """12 hex digits of the code that draws the data sets."""
+    code = "".join(map(inspect.getsource, (draw_creatures, render_cells, draw_walks, draw_clips, draw_scenes, caption,
+                                           write_pairs, write_clips)))
+    return hashlib.sha256(code.encode()).hexdigest()[:12]
 
 
 @contextmanager
