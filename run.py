@@ -40,9 +40,9 @@ def check(cfg, positive="", shares=""):
             raise ValueError(f"--{name} must be one of {', '.join(choices)}, got {value!r}")
         if f.type not in (int, float):
             continue
-        for wrong, rule in ((not abs(value) < float("inf"), "be a number"),
+        for wrong, rule in ((name in shares.split() and not 0 <= value <= 1, "be in [0, 1]"),
+                            (not abs(value) < float("inf"), "be a number"),
                             (name in positive.split() and value <= 0, "be positive"),
-                            (name in shares.split() and not 0 <= value <= 1, "be in [0, 1]"),
                             (value < 0, "not be negative"),
                             (name == "seed" and value >= 2**63, "be below 2^63")):
             if wrong:
