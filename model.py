@@ -395,9 +395,11 @@ def with_reference_token(prompt, cls="front", item=""):
 
 
 @torch.no_grad()
-def encode_prompt(pipe, prompts):
-    """T5 embeddings (B, L, D_text) of a list of prompts, padded to the base's text length as the stock sampler does."""
-    return pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=pipe.text_encoder.device,
+def encode_prompt(pipe, prompts, device=None):
+    """T5 embeddings (B, L, D_text) of a list of prompts, padded to the base's text length as the stock sampler does.
+
+    device: where T5 computes, when its weights are offloaded and so lie elsewhere."""
+    return pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=device or pipe.text_encoder.device,
                               max_sequence_length=pipe.transformer.config.max_text_seq_length)[0]
 
 

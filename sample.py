@@ -259,8 +259,8 @@ def sample_in_batches(cfg, pipe, header, latents, batches, device):
 
     latents: {picture: its latents}. Each prompt goes through T5 once, and so does the negative one."""
     prompts = {job.prompt: with_reference_token(job.prompt, cls_of(header)) for batch in batches for job in batch}
-    text = {prompt: encode_prompt(pipe, [words]).to(device) for prompt, words in prompts.items()}
-    negative = encode_prompt(pipe, [cfg.negative_prompt]).to(device)
+    text = {prompt: encode_prompt(pipe, [words], device) for prompt, words in prompts.items()}
+    negative = encode_prompt(pipe, [cfg.negative_prompt], device)
     for batch in batches:
         for job in batch if not cfg.bench else []:
             print(f"{job.prompt!r}, seed {job.seed}")
@@ -283,8 +283,8 @@ def main(cfg):
     every = jobs_of_bench(cfg) if cfg.bench else jobs_of_flags(cfg)
     batches, pictures, skipped = share_out(cfg, every)
     jobs = [job for batch in batches for job in batch]
-    if not jobs:
-        return report(cfg.out, every, skipped)
+    if not jobs:  # all is done, or there are more ranks than batches
+        return report(cfg.out, every, skipped) if cfg.bench else None
 
     pipe, header = load(cfg.lora, cfg.base, cfg.device, int8=cfg.int8, lora_scale=cfg.lora_scale)
     multiple = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size

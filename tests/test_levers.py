@@ -5,6 +5,7 @@ from tests.common import ROOT, TORCHRUN, randomise_lora  # before torch
 from functools import partial
 from unittest.mock import patch
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -258,3 +259,21 @@ def test_prompts_are_encoded_once(tmp_path, monkeypatch):
         sample.main(sample.Config(ref=str(ROOT / "toy/refs/creature-0.png"), lora=str(ROOT / "toy/lora"), steps=1,
                                   prompts=str(prompts), batch=batch, out=str(tmp_path / f"{batch}.mp4")))
         assert len(calls) == 4 and len(list(tmp_path.glob(f"{batch}-*.mp4"))) == 3
+
+
+def test_prompts_are_encoded_with_offloaded_weights():
+    """--offload sequential keeps T5's weights on the meta device between calls: the embeddings are the same."""
+    pipe, cpu = base.load_pipeline(BASE), torch.device("cpu")
+    expected = model.encode_prompt(pipe, ["a creature walks up"])
+    accelerate.cpu_offload(pipe.text_encoder, cpu)
+    assert pipe.text_encoder.device.type == "meta"
+    assert torch.equal(model.encode_prompt(pipe, ["a creature walks up"], cpu), expected)
+
+
+def test_a_rank_without_prompts_of_its_own_ends(tmp_path, monkeypatch):
+    """Two ranks, one prompt: the second has nothing to do."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sample.main(sample.Config(ref=str(ROOT / "toy/refs/creature-0.png"), lora=str(ROOT / "toy/lora"), steps=1,
+                              out=str(tmp_path / "a.mp4")))
+    assert not list(tmp_path.glob("*.mp4"))
