@@ -18,7 +18,7 @@ def find_device(name=""):
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        raise ValueError(f"--device {name!r} is none: pass cuda or cpu")
+        raise ValueError(f"--device must be cuda or cpu, got {name!r}")
     if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -38,7 +38,7 @@ def attention_order(device):
 def tile_vae(vae):
     """Let the VAE work in overlapping tiles, one sample at a time, to save memory (A.2).
 
-    Where the tiles' step is no whole number of latent pixels (tiny VAEs) diffusers would return another size: then
+    Where the tiles' stride is not a whole number of latent pixels (tiny VAEs) diffusers would return another size: then
     it goes on with whole frames, and a line says so."""
     vae.enable_slicing()
     vae.enable_tiling()
@@ -61,7 +61,7 @@ def without_weights(base, part):
 
 
 def refuse_cpu(base, asked):
-    """ValueError when a base of billions of parameters would run on a CPU for want of a GPU. `asked`: the --device."""
+    """ValueError when billions of parameters would run on a CPU because torch sees no GPU. `asked`: the --device."""
     if asked or torch.cuda.is_available():
         return
     size = sum(p.numel() for p in without_weights(base, "transformer").parameters())
@@ -111,7 +111,7 @@ def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False, without=(
     except OSError as e:
         if local:
             raise
-        raise FileNotFoundError(f"there is no folder {base}, and the hub did not give it: {str(e).splitlines()[0]} "
+        raise FileNotFoundError(f"no folder {base}, and the download from the hub failed: {str(e).splitlines()[0]} "
                                 f"Without network: hf download {base} --local-dir FOLDER elsewhere, then --base FOLDER")
     if int8:
         follow_autocast(pipe.transformer)

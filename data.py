@@ -110,15 +110,15 @@ def split_views(image):
 
 
 def read_text(path):
-    """A caption or a list of prompts. ValueError for a file that is no text."""
+    """A caption or a list of prompts. ValueError for a file that is not UTF-8 text."""
     try:
         return Path(path).read_text().strip()
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is no text (UTF-8)")
+        raise ValueError(f"{path} is not a UTF-8 text file")
 
 
 def read_pairs(path):
-    """The records of a pairs.jsonl. ValueError names the first line that is none."""
+    """The records of a pairs.jsonl. ValueError names the first line that is not one."""
     pairs = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
@@ -127,7 +127,7 @@ def read_pairs(path):
             pairs.append(json.loads(line))
             missing = {"image_0", "image_1", "description_0", "description_1"} - set(pairs[-1])
         except (json.JSONDecodeError, TypeError) as e:
-            raise ValueError(f"{path}, line {number} is no JSON of a pair: {e}")
+            raise ValueError(f"{path}, line {number} is not the JSON of a pair: {e}")
         if missing:
             raise ValueError(f"{path}, line {number} lacks {', '.join(sorted(missing))}")
     return pairs
@@ -367,7 +367,7 @@ class Cache:
     """Reads what `python -m paper.prepare cache` wrote: folder/index.json and a safetensors file per clip or pair.
 
     key: a dict of everything that the cached numbers depend on. ValueError when the cache is not finished, or was made
-    with another key: a stale cache would train on the wrong latents without a sign.
+    with another key: a stale cache would train silently on the wrong latents.
     """
 
     def __init__(self, folder, key):
@@ -388,7 +388,7 @@ class Cache:
         ValueError when it is not there, broken, or was made from another file (its stamp differs)."""
         file = self.folder / f"{name}.safetensors"
         if not file.is_file():
-            raise ValueError(f"{name} is not in the cache {self.folder}: it came later, or could not be read")
+            raise ValueError(f"{name} is not in the cache {self.folder}: it came after the cache, or could not be read")
         try:
             with safe_open(file, "pt") as f:
                 header, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}

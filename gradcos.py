@@ -39,7 +39,7 @@ def flat_gradient(losses, parameters, device=None):
     """The gradient of the sum of `losses` over all ranks, as one float32 vector (sum of numel,) on `device`.
 
     losses: an iterator of scalars; each graph is freed before the next one is built. autograd.grad leaves `.grad` and
-    DDP's hooks alone, so this is B.1's pre-sync gradient, and training cannot notice it. A parameter without a
+    DDP's hooks alone, so this is B.1's pre-sync gradient, and does not affect training. A parameter without a
     gradient counts as zero.
     """
     flat = torch.zeros(sum(p.numel() for p in parameters), device=device or parameters[0].device)
@@ -219,7 +219,7 @@ def draw_losses(plt, groups):
 
 def main(cfg):
     if not cfg.runs and not cfg.theory:
-        raise ValueError("which runs? python gradcos.py out/RUN [out/RUN ...] (or --theory)")
+        raise ValueError("no runs: pass out/RUN [out/RUN ...] (or --theory)")
     import matplotlib  # only here: training does not need it
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -104,7 +104,7 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
             rows = torch.cat([keep.to(hidden.device), torch.arange(N, F_all * N, device=hidden.device)])
             hidden = hidden[:, rows]  # (B, K + T*N, D)
             rope = rope and tuple(table[rows] for table in rope)
-        # Contiguous, as every later block's inputs are: compiled, the first one would need kernels of its own.
+        # Contiguous, as every later block's inputs are: else the first block is compiled a second time.
         text, hidden = (self.embedding_dropout(x).contiguous() for x in (text, hidden))
 
         checkpointing = self.checkpointing["image" if T == 1 else "video"] if torch.is_grad_enabled() else "none"
@@ -189,7 +189,7 @@ def add_lora(transformer, rank, alpha, dropout=0.0, scope="all"):
             parameter.requires_grad_(scope == "all" or _reaches_output(name, len(transformer.transformer_blocks)))
     for module in transformer.modules():
         if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = False  # peft's cast to float32, which autocast would only take back
+            module.cast_input_dtype_enabled = False  # peft's cast to float32, which autocast would undo
         elif isinstance(module, CogVideoXLayerNormZero):
             module.register_forward_hook(_round_once)
     if scope == "reference":

@@ -30,7 +30,7 @@ def knob(default, text, *choices):
 
 
 def check(cfg, positive="", shares=""):
-    """ValueError for the first knob of a Config that is none of its choices or out of its bounds.
+    """ValueError for the first knob of a Config that is not one of its choices or out of its bounds.
 
     positive, shares: names in one string. Shares are in [0, 1]. No other number may be negative, infinite or nan, and a
     seed stays below torch's limit of 63 bits."""
@@ -50,7 +50,7 @@ def check(cfg, positive="", shares=""):
 
 
 def changed(before, now):
-    """"height was 480, now 256; ..." for the settings in `now` that were others before, "" when none was."""
+    """"height was 480, now 256; ..." for the settings in `now` that were different before, "" when none was."""
     return "; ".join(f"{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v)
 
 
@@ -176,7 +176,7 @@ def save_checkpoint(run, step, keep, save_weights, state):
         sys.exit(f"cannot save {final}: {e}. Free some space and run the same command: it goes on from "
                  f"{newest_checkpoint(run) or 'the start'}")
     for old in sorted(d for d in run.glob("step-*") if d.suffix != ".tmp")[:-keep]:
-        os.replace(old, f"{old}.tmp")  # never half a checkpoint under a good name
+        os.replace(old, f"{old}.tmp")  # a kill while deleting leaves no half checkpoint under its name
         shutil.rmtree(f"{old}.tmp")
 
 

@@ -49,6 +49,7 @@ class Config:
     fps: float = knob(0.0, "frames per second of the file; 0 takes the LoRA's training rate (8)")
     height: int = knob(0, "height in pixels; 0 takes the base's (480)")
     width: int = knob(0, "width in pixels; 0 takes the base's (720)")
+    fit: str = knob("", "how the reference fits the frame; empty takes the LoRA's (cover)", "", "cover", "pad")
     enlarge: int = knob(0, "enlarge the file by this whole number; 0 picks one that makes tiny videos visible")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
     int8: bool = knob(False, "keep the transformer in 8 bits (torchao): half the memory, another picture")
@@ -156,8 +157,9 @@ def decode_what_fits(vae):
         try:
             return whole(*args, **kwargs)
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            tile_vae(vae)
+            pass  # the error holds what was computed so far: try again when it is gone
+        torch.cuda.empty_cache()
+        tile_vae(vae)
         return whole(*args, **kwargs)
     vae.decode = decode
 
@@ -222,7 +224,7 @@ def jobs_of_flags(cfg):
             raise ValueError(f"--prompts: no prompts in {cfg.prompts}")
     if not prompts[0]:
         missing = "--prompt '...' (or a .txt file beside the picture)" if cfg.ref else "--ref PICTURE --prompt '...'"
-        raise ValueError(f"who, and what should happen? Pass {missing}")
+        raise ValueError(f"no prompt: pass {missing}")
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     files = [out.with_stem(f"{out.stem}-{i}") for i in range(len(prompts))] if len(prompts) > 1 else [out]
@@ -232,7 +234,7 @@ def jobs_of_flags(cfg):
 def share_out(cfg, jobs):
     """(this rank's batches that are not done, {path: reference picture}, {id: why it cannot be sampled}).
 
-    Whole batches are shared out, and done again if cut short: a video's last bits depend on what is sampled beside it.
+    Whole batches are shared out, and an incomplete one is sampled again: a video's last bits depend on its batch.
     All pictures are read before the first video, so that a bad one is known at once."""
     rank, world_size = rank_and_world_size()
     batches, pictures, skipped = [], {}, {}
@@ -273,6 +275,23 @@ def sample_in_batches(cfg, pipe, header, latents, batches, device):
         yield from zip(batch, videos)
 
 
+def write_sample(cfg, job, video, pictures, fps):
+    """A video as mp4 with its contact sheet, one of --bench without, a single picture as png. pictures: {path: PIL}."""
+    file, enlarge = job.file, cfg.enlarge or max(1, 256 // video[0].height)
+    if len(video) == 1:
+        picture = video[0].resize((video[0].width * enlarge, video[0].height * enlarge), Image.NEAREST)
+        picture.save(file.with_suffix(".png"))
+        print(f"wrote {file.with_suffix('.png')}")
+    elif cfg.bench:  # all or nothing: what is there is done
+        save_video(f"{file}.part", video, fps, enlarge, format="mp4")
+        os.replace(f"{file}.part", file)
+    else:
+        save_video(file, video, fps, enlarge)
+        reference = pictures[job.pictures[0]] if job.pictures else None
+        contact_sheet(video, reference, enlarge).save(file.with_suffix(".png"))
+        print(f"wrote {file} and {file.with_suffix('.png')}")
+
+
 def main(cfg):
     device = find_device(cfg.device)
     if cfg.offload != "none" and device.type == "cpu":
@@ -295,10 +314,10 @@ def main(cfg):
     if cls_of(header) == "item" and not all(REFERENCE_TOKEN in job.prompt for job in jobs):
         print(f"this LoRA learned {REFERENCE_TOKEN} before the subject's name ('An {REFERENCE_TOKEN} armchair ...'): "
               "without one in the prompt it goes in front")
-    # References before any offloading: then the VAE's weights are not where they seem to be.
+    # References before any offloading: after it vae.device is not where the VAE runs.
     pipe.vae.to(device)
     height, width = cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1]
-    latents = {path: encode_references(pipe, [picture], height, width, header.get("fit", "cover")).to(device)
+    latents = {path: encode_references(pipe, [picture], height, width, cfg.fit or header.get("fit", "cover")).to(device)
                for path, picture in pictures.items()}
     if cfg.offload == "none":
         pipe.to(device)
@@ -321,19 +340,7 @@ def main(cfg):
         pipe.set_progress_bar_config(disable=True)
         sampled = tqdm(sampled, "videos of this rank", len(jobs), disable=rank_and_world_size()[0] > 0)
     for job, video in sampled:
-        file, enlarge = job.file, cfg.enlarge or max(1, 256 // video[0].height)
-        if len(video) == 1:
-            picture = video[0].resize((video[0].width * enlarge, video[0].height * enlarge), Image.NEAREST)
-            picture.save(file.with_suffix(".png"))
-            print(f"wrote {file.with_suffix('.png')}")
-        elif cfg.bench:  # all or nothing: what is there is done
-            save_video(f"{file}.part", video, cfg.fps or float(header.get("fps", 8)), enlarge, format="mp4")
-            os.replace(f"{file}.part", file)
-        else:
-            save_video(file, video, cfg.fps or float(header.get("fps", 8)), enlarge)
-            reference = pictures[job.pictures[0]] if job.pictures else None
-            contact_sheet(video, reference, enlarge).save(file.with_suffix(".png"))
-            print(f"wrote {file} and {file.with_suffix('.png')}")
+        write_sample(cfg, job, video, pictures, cfg.fps or float(header.get("fps", 8)))
     if cfg.bench:
         report(cfg.out, every, skipped)
 

@@ -398,15 +398,16 @@ def test_sample_errors(tmp_path, monkeypatch):
                             (dict(ref=str(broken)), "cannot read the picture .*broken.png"),
                             (dict(lora="nowhere"), "no LoRA at nowhere"),
                             (dict(base="./nowhere"), "no base at ./nowhere"),
-                            (dict(base="nobody/nothing"), "no folder nobody/nothing, and the hub did not give it"),
+                            (dict(base="nobody/nothing"), "no folder nobody/nothing, and the download"),
                             (dict(lora=str(broken)), "cannot read the LoRA .*broken.png"),
-                            (dict(ref="", prompt=""), "what should happen[?] Pass --ref"),
+                            (dict(ref="", prompt=""), "no prompt: pass --ref"),
                             (dict(prompts="nowhere.txt"), "--prompts: no file nowhere.txt"),
                             (dict(out="x.gif"), "--out must end in .mp4 or .mov or .mkv, got 'x.gif'"),
                             (dict(height=30), "multiples of 8"),
-                            (dict(device="banana"), "--device 'banana' is none"),
+                            (dict(device="banana"), "--device must be cuda or cpu, got 'banana'"),
                             (dict(device="cuda"), "--device cuda:0: torch .* sees 0 GPUs"),
                             (dict(offload="model", device="cpu"), "--offload model keeps weights off a GPU"),
+                            (dict(compile=True, cache_threshold=0.1), "--compile True goes with neither"),
                             (dict(offload="cpu"), "--offload must be")]:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             sample.main(sample.Config(**{**ok, **change}))

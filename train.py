@@ -7,13 +7,15 @@
 The model sees one picture of the subject, the reference, as extra tokens. Each step flips one coin. With probability p
 it takes plain clips and learns image-to-video (motion): the reference is a random frame of the clip with half of its
 tokens dropped, so that it cannot just be copied. Otherwise it takes pairs of pictures of one subject and learns to make
-one from the other (identity); some of them without the reference, so that the caption counts too. The same LoRA learns
-both.
+one from the other (identity); half of these steps' micro-batches come without the reference, so that the model also
+follows the caption. The same LoRA learns both.
 
 A run writes out/NAME/: config.json, log.jsonl (one line per step), step-000400/ (LoRA weights and training state); and
 what --gradcos_every, --val_every and --sample_every ask for: gradcos.jsonl, val.jsonl, samples/.
-Run the same command to continue from the newest checkpoint, bit for bit. On SIGTERM a run saves one and stops.
+Run the same command to continue from the newest checkpoint, bit for bit. On SIGTERM a run
+finishes its step, saves a checkpoint and stops.
 """
+import argparse
 import importlib.util
 import json
 import math
@@ -24,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers.hf_argparser import string_to_bool
 
 import gradcos
 from data import ImagePairs, Clips, batches, clip_frames, cls_for, normalise, open_caches
@@ -46,7 +49,7 @@ CHECKPOINTING = ("full", "attention", "none")
 @dataclass
 class Config:
     toy: bool = knob(False, "take the defaults of the toy world (TOY in train.py); other flags still count")
-    recipe: str = knob("paper", "defaults of the text, or of the authors' scripts (AUTHORS)", "paper", "authors")
+    recipe: str = knob("paper", "defaults from the paper's text, or the authors' scripts (AUTHORS)", "paper", "authors")
     # model
     base: str = knob("THUDM/CogVideoX-5b", "diffusers CogVideoX folder or hub id (5.1)")
     int8: bool = knob(False, "keep the frozen transformer in 8 bits (torchao): half the memory, for a 24 GB GPU")
@@ -54,7 +57,7 @@ class Config:
     lora_alpha: float = knob(64.0, "LoRA alpha; the update is scaled by alpha/rank (A.1)")
     lora_dropout: float = knob(0.1, "LoRA dropout (5.1)")
     lora_scope: str = knob("all", "tokens LoRA acts on: 'all' in the authors' code (3.3, A)", "all", "reference")
-    init_lora: str = knob("", "LoRA file or folder to go on from, e.g. the 8 fps model for the 16 fps one (5.1)")
+    init_lora: str = knob("", "LoRA file or folder to continue from, e.g. the 8 fps model for the 16 fps one (5.1)")
     # data
     images: str = knob("data/subjects200k", "folder of image pairs: D_img (5.1)")
     videos: str = knob("data/pexels", "folder of clips with captions: D_vid (5.1)")
@@ -63,7 +66,7 @@ class Config:
     width: int = knob(0, "frame width in pixels; 0 takes the base's: 720 (Alg. 1)")
     frames: int = knob(49, "frames of a training clip, cut to 8k+1 (A.2)")
     fps: float = knob(8.0, "frames per second that clips are read at (A.2)")
-    fit: str = knob("cover", "references of pairs: cut (subjects are in the centre) or white beside", "cover", "pad")
+    fit: str = knob("cover", "references of pairs: cropped around the centre, or with white borders", "cover", "pad")
     crop_jitter: float = knob(0.1, "random zoom and shift of each picture of a pair, as a share of its size (A.2)")
     # the method
     p: float = knob(0.2, "probability of a video step (Eq. 1, D.5)")
@@ -71,9 +74,9 @@ class Config:
                                         "(B.3), or all image steps first (D.7)", "switch", "mixed", "two_stage")
     random_frame: bool = knob(True, "reference = a random frame of the clip, not always the first (3.4, Figure 12)")
     token_drop: float = knob(0.5, "share of reference tokens dropped in video steps; 1 is text-to-video (Table 7)")
-    drop: str = knob("tokens", "what it drops: tokens (3.4), or whole references", "tokens", "reference")
+    drop: str = knob("tokens", "what --token_drop drops: tokens (3.4), or whole references", "tokens", "reference")
     view_drop: float = knob(0.5, "probability that an image micro-batch trains without its reference (A.2)")
-    cls: str = knob("front", "where <cls> stands; item: An <cls> armchair (3.3, Table 6)", "front", "item", "off")
+    cls: str = knob("front", "where <cls>, the reference's mark, stands (3.3, Table 6)", "front", "item", "off")
     cls_video: bool = knob(True, "video prompts get <cls> too")
     # optimisation
     steps: int = knob(4000, "optimiser steps (5.1)")
@@ -94,13 +97,13 @@ class Config:
     seed: int = knob(0, "seed of everything random")
     save_every: int = knob(50, "steps between checkpoints (A.2)")
     keep_checkpoints: int = knob(3, "newest checkpoints that stay on disk")
-    image_checkpointing: str = knob("none", "recomputed in backward: full (A.1), all but attention", *CHECKPOINTING)
+    image_checkpointing: str = knob("none", "what backward recomputes: all (A.1), all but attention", *CHECKPOINTING)
     video_checkpointing: str = knob("attention", "the same in video steps", *CHECKPOINTING)
     compile: bool = knob(False, "compile the blocks: faster steps, after minutes for each new shape of a micro-batch")
     vae_tiling: bool = knob(True, "encode in tiles, one sample at a time, to save memory (A.2)")
     workers: int = knob(4, "processes per rank that read data")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
-    guidance: float = knob(6.0, "guidance scale of its samples, here and in sample.py (the authors' code)")
+    guidance: float = knob(6.0, "guidance scale when sampling, here and in sample.py (the authors' code)")
     # watching the run: none of this changes what is trained
     gradcos_every: int = knob(0, "steps between measurements of the two gradients' cosine (4.1, B.1); 0 never")
     val_every: int = knob(0, "steps between held-out losses (B.1's batches); 0 never")
@@ -142,7 +145,7 @@ TOY_AUTHORS = dict(image_micro=2, video_micro=1)  # 8 micro-batches a step: as m
 
 # ---- what a step is --------------------------------------------------------------------------------------------------
 # Every random draw is made from (seed, stream, step, micro-batch), so there is no random state to save. A resumed run
-# makes the same draws, and so does another number of ranks with the same micro-batch sizes.
+# makes the same draws, and so does a run on another number of ranks with the same micro-batch sizes.
 
 def sample_task(cfg, step, *micro_index):
     """Eq. 1, TaskSelect: "video" with probability p, else "image". One coin per step, the same on every rank. With the
@@ -186,7 +189,7 @@ def encode_batch(cfg, pipe, batch, keep, noise_rng):
 
     Pixels (uint8) go through the VAE; a cache holds the VAE's moments instead. Latents are sampled from the moments
     either way. The reference is encoded on its own, not cut from the clip's latents. When `keep` keeps none of it,
-    zeros stand in for it; its draw is made all the same, and leaves the next ones as they are."""
+    zeros stand in for it."""
     device = pipe.transformer.device
 
     def encode(pixels_or_moments):
@@ -199,7 +202,7 @@ def encode_batch(cfg, pipe, batch, keep, noise_rng):
         ref = encode(batch["reference"])
     else:
         ref = torch.zeros_like(x[:, :1])
-        torch.randn(ref.shape, generator=noise_rng)
+        torch.randn(ref.shape, generator=noise_rng)  # unused: so t and noise are those of a batch with its reference
     if "text" in batch:
         text = to_device(batch["text"], device)
     else:
@@ -254,7 +257,7 @@ def train(cfg):
     held_out = held_out_batches(cfg, pipe, size, frames, n_ref)
     validation = Validation(cfg, pipe, run, size, frames, held_out, autocast, log)
     if all(dataset.cache and dataset.cache.prompts for dataset in datasets.values()):
-        pipe.text_encoder.to("cpu")  # every prompt is encoded
+        pipe.text_encoder.to("cpu")  # training prompts are in the cache; Validation has encoded its own
     # The loader flips the same coins, so that it can read ahead. The loop checks that they agree.
     loader = batches(datasets, keys_in_order(cfg, start, grad_accum_steps, micro_batch_size), cfg.workers)
 
@@ -273,15 +276,15 @@ def train(cfg):
 
         # One step of Algorithm 1.
         log.start()
-        step_task = sample_task(cfg, step)                           # Eq. 1: u < p ? video : image
+        step_task = sample_task(cfg, step)                           # Eq. 1: "video" with probability p
         losses = no_losses(device)
         for micro in range(grad_accum_steps[step_task]):
             micro_index = micro * world_size + rank                  # micro-batches go to the ranks in turn
             task = sample_task(cfg, step, micro_index) if step_task == "mixed" else step_task
             batch = next(loader)                                     # pairs, or clips with a random frame (3.4)
             assert batch["keys"][0] == (task, step, micro_index * micro_batch_size[task]), batch["keys"]
-            if task == "video":
-                keep = token_drop(cfg, step, micro_index, n_ref)     # (K,): a random part of the reference's tokens
+            if task == "video":                                      # keep: which of the reference's tokens stay
+                keep = token_drop(cfg, step, micro_index, n_ref)     # (K,): a random part of them
             else:
                 keep = view_drop(cfg, step, micro_index)             # None: all of them; empty: none
             noise_rng = torch_rng(cfg.seed, "noise", step, micro_index)
@@ -303,14 +306,15 @@ def train(cfg):
         optimizer.step()                                             # theta <- theta - eta g
         lr = lr_schedule.get_last_lr()[0]
         lr_schedule.step()
-        optimizer.zero_grad(set_to_none=world_size == 1)             # DDP: zeros, so that they stay in its buckets
+        optimizer.zero_grad(set_to_none=world_size == 1)             # DDP owns them: zeroed, not freed
         # One sum over ranks for the losses and the request to stop: all ranks stop at the same step.
         stop = torch.full((1,), float(SIGTERM.is_set()), device=device)
-        log.step(step, step_task, lr, {**sum_over_ranks({**losses, "stop": stop}), "grad_norm": grad_norm})
+        sums = sum_over_ranks({**losses, "stop": stop})
+        log.step(step, step_task, lr, {**sums, "grad_norm": grad_norm})
 
     log.close()
     if log.stop and not last:
-        return print0(f"stopped by SIGTERM after {step} steps; the same command goes on")
+        return print0(f"stopped by SIGTERM after {step} steps; run the same command to continue")
     print0(f"done: {newest_checkpoint(run)}. Next: python sample.py --lora {run} --ref PICTURE --prompt '...'")
 
 
@@ -325,7 +329,7 @@ def divide_batches(cfg, world_size):
     """(cfg, {"image": micro-batches per rank and step, "video": ..., "mixed": ...}). Sizes that do not divide are made
     smaller, with a message. ValueError for a batch of fewer samples than ranks."""
     grad_accum_steps = {}
-    for task in ("image", "video"):
+    for task in ("image",) if cfg.task_schedule == "mixed" else ("image", "video"):
         batch, micro = getattr(cfg, f"{task}_batch"), getattr(cfg, f"{task}_micro")
         if batch < world_size:
             raise ValueError(f"--{task}_batch {batch} is too small for {world_size} ranks")
@@ -334,12 +338,13 @@ def divide_batches(cfg, world_size):
             batch -= batch % world_size
         fits = max(m for m in range(1, micro + 1) if batch % (m * world_size) == 0)
         if fits != micro:
-            print0(f"--{task}_micro {micro} is now {fits}: {batch} samples on {world_size} rank(s) divide by it")
+            print0(f"--{task}_micro {micro} is now {fits}: it must divide {batch} samples on {world_size} rank(s)")
         cfg = replace(cfg, **{f"{task}_batch": batch, f"{task}_micro": fits})
         grad_accum_steps[task] = batch // (fits * world_size)
-    grad_accum_steps["mixed"] = grad_accum_steps["image"]  # each of image_micro pairs or video_micro clips
-    if cfg.task_schedule == "mixed" and grad_accum_steps["mixed"] * world_size == 1:
-        print0("--task_schedule mixed has one micro-batch a step, so one coin: a smaller --image_micro makes more")
+    grad_accum_steps["mixed"] = grad_accum_steps["image"]
+    if cfg.task_schedule == "mixed":
+        print0(f"--task_schedule mixed: {grad_accum_steps['mixed'] * world_size} coins a step, each for "
+               f"{cfg.image_micro} pairs or {cfg.video_micro} clips (--image_micro, --video_micro)")
     return cfg, grad_accum_steps
 
 
@@ -361,7 +366,7 @@ def keys_in_order(cfg, start, grad_accum_steps, micro_batch_size):
 def load_model(cfg, device):
     """(cfg, pipeline, LoRA parameters): a frozen base in bfloat16, LoRA in float32; on a CPU everything is float32."""
     if cfg.init_lora:
-        lora_header(cfg.init_lora)  # a mistake there shows before the base is loaded
+        lora_header(cfg.init_lora)  # a bad file fails here, before the base is loaded
     pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32, int8=cfg.int8,
                          asked=cfg.device)
     pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # else copied there in every step
@@ -382,8 +387,8 @@ def load_model(cfg, device):
 
 
 def open_data(cfg, pipe):
-    """(data sets, (height, width), frames, tokens of a whole reference: 1,350 at 480 x 720). Only what this run's coin
-    can ask for is opened."""
+    """(data sets, (height, width), frames, tokens of a whole reference: 1,350 at 480 x 720). Only what p asks for is
+    opened."""
     height, width = cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1]
     multiple = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
     if height % multiple or width % multiple:
@@ -396,9 +401,9 @@ def open_data(cfg, pipe):
         datasets["image"] = ImagePairs(cfg.images, (height, width), cfg.crop_jitter, cfg.seed, caches["image"], cfg.fit)
     if cfg.p > 0:
         if frames == 1:
-            raise ValueError(f"--frames {cfg.frames} is a picture: video steps need clips of more frames, or --p 0")
+            raise ValueError(f"--frames {cfg.frames}: video steps need clips of more frames, or --p 0")
         datasets["video"] = Clips(cfg.videos, (height, width), frames, cfg.fps, cfg.random_frame, cfg.seed,
-                                       caches["video"])
+                                  caches["video"])
     for task, dataset in datasets.items():
         dataset[0, 0]  # read one sample now: bad data fails here, not in a worker
         if dataset.cache and dataset.cache.cached < len(dataset):
@@ -409,7 +414,8 @@ def open_data(cfg, pipe):
 
 def held_out_batches(cfg, pipe, size, frames, n_ref):
     """This rank's held-out micro-batches, (task, inputs of v_loss), as in B.1: fixed samples, noise, timesteps and kept
-    tokens, without view drop. They depend on the data's flags and the micro-batch sizes, not on --seed."""
+    tokens, without view drop. They depend on the flags of data, prompts, token drop and micro-batch sizes, not
+    on --seed: compare held-out losses of runs that share these."""
     cfg = replace(cfg, seed=2**31 - 1)
     rank, world_size = rank_and_world_size()
     datasets = {"image": ImagePairs(cfg.val_images, size, cfg.crop_jitter, cfg.seed, fit=cfg.fit),
@@ -431,13 +437,12 @@ def make_optimizer(cfg, parameters):
 
     def decay_over(steps):
         return get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, cfg.warmup, steps, cfg.cycles)
-    lr_schedule = decay_over(cfg.steps)
     first = image_stage(cfg)
-    if cfg.task_schedule == "two_stage" and 0 < first < cfg.steps:
-        # Two trainings, one after the other: with one decay over both the second would have hardly any learning rate.
-        stages = [decay_over(first), decay_over(cfg.steps - first)]
-        lr_schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, stages, [first])
-    return optimizer, lr_schedule
+    if cfg.task_schedule != "two_stage" or first in (0, cfg.steps):
+        return optimizer, decay_over(cfg.steps)
+    # Two trainings, one after the other: with one decay over both the second would have a learning rate near zero.
+    stages = [decay_over(first), decay_over(cfg.steps - first)]
+    return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, stages, [first])
 
 
 def save(transformer, folder, cfg):
@@ -463,11 +468,15 @@ def main(cfg):
 
 def defaults(argv):
     """What --toy and --recipe put in the place of Config's defaults. A flag given by hand wins over both."""
-    toy = any(word.split("=")[0] == "--toy" for word in argv)
-    authors = "--recipe authors" in " ".join(argv).replace("=", " ")
-    return (TOY if toy else {}) | (AUTHORS if authors else {}) | (TOY_AUTHORS if toy and authors else {})
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--toy", type=string_to_bool, nargs="?", const=True, default=False)
+    parser.add_argument("--recipe", default="paper")
+    asked, _ = parser.parse_known_args(argv)
+    authors = asked.recipe == "authors"
+    return (TOY if asked.toy else {}) | (AUTHORS if authors else {}) | (TOY_AUTHORS if asked.toy and authors else {})
 
 
 if __name__ == "__main__":
     command_line(main, Config, __doc__, **defaults(sys.argv),
-                 out_of_memory="a smaller --image_micro or --video_micro, --image_checkpointing full, --int8 True")
+                 out_of_memory="a smaller --image_micro or --video_micro, --image_checkpointing full, "
+                               "--video_checkpointing full, --vae_tiling True, --int8 True")

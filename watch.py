@@ -94,7 +94,7 @@ def describe(cfg, run, parameters, datasets, size, start, device):
            f" {size[1]}x{size[0]}, {', '.join(f'{len(d)} {t}s' for t, d in datasets.items())}, "
            f"{rank_and_world_size()[1]} rank(s) on {device}" + (f", going on from step {start}" if start else ""))
     if start == cfg.steps:
-        print0("the run is complete: only its end is measured; for a whole curve start another --name")
+        print0("the run is complete: only its end is measured now; for a whole curve start another --name")
 
 
 class Log:
@@ -131,14 +131,14 @@ class Log:
             self.board.add_image(file.stem[:-7], np.asarray(Image.open(file).convert("RGB")), step, dataformats="HWC")
 
     def doing(self, words=""):
-        """Say on the bar what the run does between two steps, so that nobody takes it for stuck."""
+        """Say on the bar what the run does between two steps, so that a pause does not look like a hang."""
         self.bar.set_description_str(words)
 
     def start(self):
         self.started = Moment(self.device)
 
     def step(self, step, task, lr, metrics):
-        """metrics: tensors "image" (2,4), "video" (2,4), "mixed" (2,) (see train.no_losses) and "stop" (1,) over all
+        """metrics: tensors "image" (2,4), "video" (2,4), "mixed" (2,) (see no_losses) and "stop" (1,) over all
         ranks, and "grad_norm" (1,)."""
         metrics = {k: v.to("cpu", non_blocking=True) for k, v in metrics.items()}
         ended = Moment(self.device)  # once this moment is reached, the copies above are complete

@@ -210,7 +210,7 @@ def train_and_score(cfg):
     name, seed = f"{cfg.row}-{cfg.seeds}", cfg.seeds
     run, result = Path(cfg.out) / name, Path(cfg.results) / f"{name}.json"
     with open(Path(cfg.out) / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second suite waits here, and finds the row done
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, then finds the row done
         if result.is_file() and newest_checkpoint(run):
             return
         if before := ROWS[cfg.row].get("init_lora"):  # the run that this one goes on from
@@ -441,8 +441,8 @@ def print_real(whats):
             needed |= {flags["images"], flags["videos"]}
             if flags["steps"] == 4000:
                 del flags["steps"]
-            if flags.get("image_micro") == train.TOY_AUTHORS["image_micro"]:  # the toy's: a real run's are the defaults
-                flags = {k: v for k, v in flags.items() if k not in train.TOY_AUTHORS}
+            if flags.get("image_micro") == train.TOY_AUTHORS["image_micro"]:  # the toy's: a real run's are the authors'
+                flags |= {k: train.AUTHORS[k] for k in ("image_micro", "video_micro", "image_checkpointing")}
             if flags.get("lora_scope") == "reference":
                 flags["view_drop"] = 0
             line = " ".join(f"--{k} {v}" for k, v in flags.items())

@@ -8,15 +8,17 @@ diffusers and peft: nothing is downloaded.
 The arms of an experiment take turns, one micro-batch each (forward, recomputation, backward): stock (LoRA in float32
 under autocast, everything recomputed), stock once more (what differs there is noise), ours with all levers off, with
 each alone, and with all. Then the optimiser step, the VAE, a sample, a checkpoint, one gradcos measurement and one
-PCGrad call. The loader and T5 are not timed. MFU counts the FLOPs without recomputation, HFU those really done, both
-as a share of a matrix product's speed in the same run.
+PCGrad call; --json is written after each part. Hours leave out the loader, T5 and the VAE, as with --cache. MFU counts
+the FLOPs without recomputation, HFU those really done, both as a share of a matrix product's speed in the same run.
 """
 import json
 import sys
 import tempfile
+import time
 import weakref
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -39,11 +41,11 @@ import model
 from base import attention_order, find_device, follow_autocast, tile_vae
 from data import clip_frames
 from model import SubjectTransformer, add_lora, encode_moments, merge_lora, save_lora, v_loss
-from run import command_line, knob, records, save_checkpoint
+from run import command_line, knob, records, save_checkpoint, write
 from watch import Moment
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     layers: int = knob(42, "transformer blocks")
     heads: int = knob(48, "attention heads, of width 64")
@@ -63,7 +65,7 @@ class Config:
     json: str = knob("", "file to write everything to, for a program")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Arm:
     stock: bool = False
     image: str = "full"    # checkpointing
@@ -163,12 +165,14 @@ class Counter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.flops = self.moved = self.alive = self.peak = 0
-        self.known = {}
+        self.known, self.attention = {}, set()  # attention: the names of its operations
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
         inputs, outputs = ([x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
                            for tree in ((args, kwargs), out))
+        if "scaled_dot_product" in op.name() and "backward" not in op.name():
+            self.attention.add(op._overloadpacket.__name__)
         if op._overloadpacket in flop_registry:
             self.flops += flop_registry[op._overloadpacket](*args, **(kwargs or {}), out_val=out)
         read = {x.untyped_storage()._cdata for x in inputs}
@@ -216,7 +220,7 @@ def count_layers(cfg, task, arm, layers):
     samples, frames = shapes(cfg)[0][task]
     counter = Counter()
     with ExitStack() as stack:
-        stack.callback(model._rotary_tables.cache_clear)  # it must not hand fake tables to others
+        stack.callback(model._rotary_tables.cache_clear)  # fake tables must not stay in the cache
         model._rotary_tables.cache_clear()
         ours, stock, parameters = build(cfg, layers, torch.device("cpu"), torch.bfloat16, random=False)
         for parameter in parameters:
@@ -230,29 +234,37 @@ def count_layers(cfg, task, arm, layers):
         with counter:
             with torch.autocast("cpu", torch.bfloat16):
                 loss = v_loss(transformer, scheduler, **inputs).mean()
+            counter.kept = counter.alive  # for backward
             loss.backward()
     return counter
 
 
+@lru_cache
 def count(cfg, task, arm):
-    """{"tflop", "gb_moved", "gb_moved_per_block", "gb_peak"} of one micro-batch: one block and two, drawn out."""
+    """{"tflop", "gb_moved", "gb_moved_per_block", "gb_kept_per_block", "gb_peak"} of one micro-batch, extrapolated from
+    1 and 2 blocks. Kept: from forward to backward."""
+    if arm.order or arm.compile:
+        return count(cfg, task, replace(arm, order=False, compile=False))  # these change no count
     one, two = (count_layers(cfg, task, arm, layers) for layers in (1, 2))
 
     def whole(a, b):
         return a + (cfg.layers - 1) * (b - a)
     return {"tflop": whole(one.flops, two.flops) / 1e12, "gb_moved": whole(one.moved, two.moved) / 1e9,
-            "gb_moved_per_block": (two.moved - one.moved) / 1e9, "gb_peak": whole(one.peak, two.peak) / 1e9}
+            "gb_moved_per_block": (two.moved - one.moved) / 1e9, "gb_kept_per_block": (two.kept - one.kept) / 1e9,
+            "gb_peak": whole(one.peak, two.peak) / 1e9}
 
 
 def count_all(cfg):
     """The micro-batches of stock and of ours side by side, per sample; then what fits which GPU."""
     rows = []
-    print("| per sample | arm | TFLOP | GB moved in a block | activations at the fullest, GB |\n|---|---|---|---|---|")
+    print("| per sample | arm | TFLOP | GB moved in a block | GB kept in a block | activations at the fullest, GB |\n"
+          + "|---" * 6 + "|")
     for task, (samples, _) in shapes(cfg)[0].items():
         for name in COUNTED:
             row = {k: v / samples for k, v in count(cfg, task, ARMS[name]).items()}
             rows.append({"task": task, "arm": name, **row})
-            print(f"| {task} | {name} | {row['tflop']:,.1f} | {row['gb_moved_per_block']:.1f} | {row['gb_peak']:.1f} |")
+            print(f"| {task} | {name} | {row['tflop']:,.1f} | {row['gb_moved_per_block']:.1f} "
+                  f"| {row['gb_kept_per_block']:.2f} | {row['gb_peak']:.1f} |")
     for task in ("image", "video"):
         stock, *_, ours = (row for row in rows if row["task"] == task)
         print(f"{task}: {1 - ours['tflop'] / stock['tflop']:.0%} fewer FLOPs than stock, "
@@ -316,7 +328,7 @@ def print_cost(p=0.2, steps=4000):
     if steps_done := records(Path("out/toy/log.jsonl")):
         times = {t: np.median([r["seconds"] for r in steps_done if r["task"] == t]) for t in ("image", "video")}
         measured = times["video"] / times["image"]
-        print(f"| measured on the toy (out/toy): 32 pairs {times['image']:.2f} s, 8 clips {times['video']:.2f} s "
+        print(f"| measured on the toy (out/toy): an image step {times['image']:.2f} s, 8 clips {times['video']:.2f} s "
               f"| {measured:.2f} | {1 - p + p * measured:.2f} |")
     peak = 312e12 * 3600
     print(f"\n{steps} steps: {total:.2e} FLOP = {total / peak:.0f} A100-hours at peak, so the paper's 288 A100-hours "
@@ -361,7 +373,7 @@ def measure_steps(cfg, device, ours, stock, scheduler, autocast, ceiling):
     for task, (samples, frames) in shapes(cfg)[0].items():
         inputs = random_inputs(cfg, samples, frames, device)
         part = 1 if task == "image" else 4
-        times = {name: [] for name in names}
+        times, kernels = {name: [] for name in names}, {}
         for turn in range(-(cfg.warmup // part), max(1, cfg.repeats // part)):
             for name in names:
                 arm = ARMS[name]
@@ -373,6 +385,10 @@ def measure_steps(cfg, device, ours, stock, scheduler, autocast, ceiling):
                     loss.backward()
                 with attention_order(device) if arm.order else nullcontext():
                     seconds = timed(micro_batch, device)
+                    if name not in kernels and not arm.compile:
+                        with Counter() as counter:  # a compiled block hides its operations
+                            micro_batch()
+                        kernels[name] = ", ".join(sorted(counter.attention))
                 if turn >= 0:
                     times[name].append(seconds)
         useful = count(cfg, task, Arm(image="none", video="none"))["tflop"] * 1e12
@@ -380,7 +396,7 @@ def measure_steps(cfg, device, ours, stock, scheduler, autocast, ceiling):
         for name in names:
             done = count(cfg, task, ARMS[name])["tflop"] * 1e12
             row = summary(times[name])
-            results[task][name] = {**row, "samples": samples, "tflop": done / 1e12,
+            results[task][name] = {**row, "samples": samples, "tflop": done / 1e12, "attention": kernels.get(name, "-"),
                                    "mfu": useful / row["seconds"] / ceiling, "hfu": done / row["seconds"] / ceiling}
     return results
 
@@ -397,7 +413,10 @@ def measure_vae(cfg, device, dtype):
 
     def encode_pictures():
         for eight in pictures.split(8):
-            encode_moments(vae, eight)
+            if vae.use_tiling:  # as stock does; encode_moments takes pictures whole
+                vae.encode(eight.to(dtype).transpose(1, 2))
+            else:
+                encode_moments(vae, eight)
     decode = torch.no_grad()(lambda: vae.decode(latents))
     results = {}
     for way, name in ((None, "whole"), (tile_vae, "tiled")):
@@ -467,23 +486,23 @@ def header(cfg, device, dtype):
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     n = cfg.height // 16 * (cfg.width // 16)
     tokens = {task: 226 + (1 + frames) * n for task, (_, frames) in shapes(cfg)[0].items()}
-    attention = "cuDNN's first" if not isinstance(attention_order(device), nullcontext) else "torch's own order"
-    return {"device": where, "python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda,
-            "diffusers": diffusers.__version__, "peft": peft.__version__, "base": str(dtype), "LoRA": "torch.float32",
-            "attention": attention, "tokens": tokens, **asdict(cfg)}
+    return {**asdict(cfg), "device": where, "python": sys.version.split()[0], "torch": torch.__version__,
+            "cuda": torch.version.cuda, "diffusers": diffusers.__version__, "peft": peft.__version__,
+            "base": str(dtype), "LoRA": "torch.float32", "tokens": tokens}
 
 
 def print_results(results):
-    print("\n| micro-batch | arm | s | p10 to p90 | stock / this | peak GB | TFLOP | MFU | HFU |\n" + "|---" * 9 + "|")
+    print("\n| micro-batch | arm | s | p10 to p90 | stock / this | peak GB | TFLOP | MFU | HFU | attention |\n"
+          + "|---" * 10 + "|")
     for task, arms in results["steps"].items():
         first = next(iter(arms.values()))["seconds"]
         for name, r in arms.items():
             print(f"| {r['samples']} {task} | {name} | {r['seconds']:.3f} | {r['p10']:.3f} to {r['p90']:.3f} "
                   f"| {first / r['seconds']:.2f} | {r['peak_gb']:.1f} | {r['tflop']:,.1f} | {r['mfu']:.0%} "
-                  f"| {r['hfu']:.0%} |")
-    print("\n| what | s | peak GB |\n|---|---|---|")
+                  f"| {r['hfu']:.0%} | {r['attention']} |")
+    print("\n| what | s | p10 to p90 | peak GB |\n|---|---|---|---|")
     for name, r in results["rest"].items():
-        print(f"| {name} | {r['seconds']:.3f} | {r['peak_gb']:.1f} |")
+        print(f"| {name} | {r['seconds']:.3f} | {r['p10']:.3f} to {r['p90']:.3f} | {r['peak_gb']:.1f} |")
     for name, hours in results["hours"].items():
         print(f"{name}: {hours:,.1f} hours of this device for the paper's 4,000 steps (256 pairs or 32 clips, p = 0.2)")
 
@@ -493,7 +512,13 @@ def measure(cfg):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     torch.set_float32_matmul_precision("high")
-    results = {"on": header(cfg, device, dtype)}
+    results, started = {"on": header(cfg, device, dtype), "rest": {}}, time.monotonic()
+
+    def done(part):
+        """What is measured so far stays, whatever happens to the rest."""
+        print(f"{part}: done after {time.monotonic() - started:.0f} s", file=sys.stderr)
+        if cfg.json:
+            write(Path(cfg.json), json.dumps(results, indent=1) + "\n")
     print(", ".join(f"{k} {v}" for k, v in results["on"].items()))
     ceiling = matmul_ceiling(device)
     results["ceiling_tflops"] = ceiling / 1e12
@@ -501,10 +526,13 @@ def measure(cfg):
     ours, stock, parameters = build(cfg, cfg.layers, device, dtype)
     scheduler = scheduler_5b(device)
     results["steps"] = measure_steps(cfg, device, ours, stock, scheduler, autocast, ceiling)
-    results["rest"] = measure_rest(cfg, device, ours, parameters, scheduler, autocast)
+    done("micro-batches")
+    results["rest"] |= measure_rest(cfg, device, ours, parameters, scheduler, autocast)
+    done("the optimiser and the gradients' tools")
     del stock
     vae, times = measure_vae(cfg, device, dtype)
     results["rest"] |= times
+    done("the VAE")
     results["rest"] |= measure_sample(cfg, device, dtype, ours, vae, scheduler_5b("cpu"))
     results["hours"] = {}
     for name in results["steps"]["image"]:
@@ -512,17 +540,18 @@ def measure(cfg):
         seconds = 0.8 * 256 * image["seconds"] / image["samples"] + 0.2 * 32 * video["seconds"] / video["samples"]
         step = results["rest"]["optimiser step" if ARMS[name].stock else "optimiser step, fused"]["seconds"]
         results["hours"][name] = 4000 * (seconds + step) / 3600
+    done("a sample")
     print_results(results)
-    return results
 
 
 def main(cfg):
     diffusers_logging.set_verbosity_error()  # it warns of a cast that changes nothing here
-    results = count_all(cfg) if cfg.count else measure(cfg)
-    if cfg.count:
-        print_cost()
+    if not cfg.count:
+        return measure(cfg)
+    results = count_all(cfg)
+    print_cost()
     if cfg.json:
-        Path(cfg.json).write_text(json.dumps(results, indent=1) + "\n")
+        write(Path(cfg.json), json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def i3d(layers, x):
         weight, bias = layers[name]
         return F.relu(F.conv3d(_pad_same(x, weight.shape[2:], (stride,) * 3), weight, bias, stride), inplace=True)
 
-    def pool(x, kernel, stride):  # padding with zeros is padding with nothing: a ReLU came before
+    def pool(x, kernel, stride):  # after a ReLU zeros never win: padding with them is safe
         return F.max_pool3d(_pad_same(x, kernel, stride), kernel, stride)
     x = pool(conv(x, "Conv3d_1a_7x7", 2), (1, 3, 3), (1, 2, 2))
     x = pool(conv(conv(x, "Conv3d_2b_1x1"), "Conv3d_2c_3x3"), (1, 3, 3), (1, 2, 2))

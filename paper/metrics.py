@@ -56,7 +56,7 @@ def preprocess(pictures, resize, crop, mean, std):
 
 
 class Clip:
-    """CLIP (ViT-B/32 by custom): unit features of pictures (B,D) and of a prompt (D,), in float32. <cls> is no word of
+    """CLIP (usually ViT-B/32): unit features of pictures (B,D) and of a prompt (D,), in float32. <cls> is no word of
     the prompt and is left out; a prompt is cut at CLIP's 77 tokens."""
 
     def __init__(self, path, device):
@@ -82,8 +82,8 @@ class Clip:
 
 
 class Dino:
-    """DINO (ViT-S/16): unit class tokens of pictures, (B,D). Its hub page's preprocessor has other numbers, wrong ones;
-    these are the original's: short side 256 for a crop of 224, and ImageNet's mean and deviation."""
+    """DINO (ViT-S/16): unit class tokens of pictures, (B,D). The preprocessor on its hub page is wrong;
+    these numbers are the original's: short side 256 for a crop of 224, and ImageNet's mean and deviation."""
 
     def __init__(self, path, device):
         from transformers import ViTModel
@@ -373,7 +373,7 @@ def print_tables(cfg, results):
 def score(cfg):
     """Score folders of videos made from a benchmark: the paper's table, results.json and report.html in each."""
     if not cfg.dirs or not cfg.bench:
-        raise ValueError("what is to be scored? Pass a folder of videos and --bench FILE")
+        raise ValueError("nothing to score: pass a folder of videos and --bench FILE")
     for folder in cfg.dirs:
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"no folder of videos at {folder}")

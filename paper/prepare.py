@@ -69,7 +69,7 @@ def parquet_files(source, folder):
             try:
                 return get(*args, repo_type="dataset", **kwargs)
             except Exception as e:  # no network: its HTTP library has errors of its own
-                raise FileNotFoundError(f"no folder {source}, and the hub did not give it ({str(e)[:200]}). "
+                raise FileNotFoundError(f"no folder {source}, and the download from the hub failed ({str(e)[:200]}). "
                                         "Without network: download it elsewhere, then --source FOLDER")
         names = sorted(f for f in from_hub(HfApi().list_repo_files, source) if f.endswith(".parquet"))
         if not names:
@@ -275,11 +275,11 @@ def seconds(duration):
 
 
 class Dead(Exception):
-    """The link leads nowhere and will not come back."""
+    """A permanent failure (404, 410, a bad URL): not tried again."""
 
 
 class Refused(OSError):
-    """The server has had enough of us, or says when to come back."""
+    """The server says to slow down (403, 429), or when to come back (Retry-After)."""
 
 
 STOP = threading.Event()  # Ctrl-C: downloads that are under way end too
@@ -287,7 +287,7 @@ STOP = threading.Event()  # Ctrl-C: downloads that are under way end too
 
 class Pace:
     """How fast all threads together may ask. After a refusal all wait, as long as the server says, and from then on ask
-    one after the other, at an interval that each refusal doubles and each clip that comes shortens."""
+    one after the other, at an interval that each refusal doubles and each success shortens."""
 
     def __init__(self):
         self.lock, self.until, self.next, self.interval = threading.Lock(), 0.0, 0.0, 0.0
@@ -453,7 +453,11 @@ def prepare_pexels(cfg):
         folder.mkdir(parents=True, exist_ok=True)
         for part in folder.glob("*.part"):
             part.unlink()
-        queue = sorted(candidates[side], key=lambda row: share(f"{cfg.seed} {row['video']}"))
+        # With other --ids a clip can change sides: it stays where an earlier run put it.
+        other = manifest.done.get("train" if side == "val" else "val", {})
+        taken = {url for status, _, url in other.values() if status == "kept"}
+        queue = sorted((row for row in candidates[side] if row["video"] not in taken),
+                       key=lambda row: share(f"{cfg.seed} {row['video']}"))
         done = manifest.done.setdefault(side, {})
         counts = fetch_all(queue, wanted, folder, done, manifest, cfg)
         print(f"{folder}: {counts['kept']} of {wanted} clips kept; {counts['filtered']} filtered, "
@@ -519,7 +523,7 @@ class Latents:
     crop_jitter: float = knob(0.1, "as in train.py")
     fit: str = knob("cover", "as in train.py", "cover", "pad")
     prompts: bool = knob(False, "also cache the prompts' embeddings (1.9 MB each for T5-XXL)")
-    cls: str = knob("front", "as in train.py")
+    cls: str = knob("front", "as in train.py", "front", "item", "off")
     cls_video: bool = knob(True, "as in train.py")
     height: int = knob(0, "as in train.py")
     width: int = knob(0, "as in train.py")
@@ -528,6 +532,9 @@ class Latents:
     vae_tiling: bool = knob(True, "as in train.py")
     seed: int = knob(0, "seed of the random crops")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
+
+    def __post_init__(self):
+        check(self, positive="crops frames fps")
 
 
 def prepare_cache(cfg, rank=0, world_size=1):
@@ -643,6 +650,6 @@ if __name__ == "__main__":
             sys.exit()
         sys.exit(usage)
     config, action = commands[sys.argv[1]]
-    command_line(action, config, action.__doc__, sys.argv[2:])
+    command_line(action, config, action.__doc__, sys.argv[2:], out_of_memory="--vae_tiling True")
     if dist.is_initialized():
         dist.destroy_process_group()

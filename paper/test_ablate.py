@@ -111,7 +111,9 @@ def test_real_commands_are_valid_flags(capsys):
         assert names.setdefault(line.split("--name ")[1].split()[0], line) == line
     parser = HfArgumentParser(train.Config)
     for line in lines:
-        train.Config(**vars(parser.parse_args(line.split("train.py ")[1].split())))
+        cfg = train.Config(**vars(parser.parse_args(line.split("train.py ")[1].split())))
+        if cfg.task_schedule == "mixed":  # 32 coins a step, as the authors' 32 ranks
+            assert train.divide_batches(cfg, 8)[1]["mixed"] * 8 == 32
 
 
 def test_results_with_other_settings_are_refused(tmp_path):

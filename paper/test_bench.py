@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from base import frame_size
 from model import add_lora
@@ -17,14 +18,29 @@ SMALL = dict(layers=1, heads=4, height=32, width=48, frames=9, rank=4, device="c
 def test_bench_runs(tmp_path, capsys):
     bench.main(bench.Config(**SMALL, warmup=0, repeats=2, pictures=2, steps=2, json=str(tmp_path / "bench.json")))
     said, written = capsys.readouterr().out, json.loads((tmp_path / "bench.json").read_text())
-    assert "hours of this device" in said and written["on"]["device"] == "cpu"
+    assert "hours of this device" in said and written["on"]["device"] == "CPU"
     assert written["on"]["tokens"] == {"image": 226 + 2 * 6, "video": 226 + 4 * 6}
     for arms in written["steps"].values():
         assert list(arms) == ["stock", "stock again", "no lever", "checkpointing", "LoRA inputs"]
         assert all(0 < r["p10"] <= r["seconds"] <= r["p90"] and 0 < r["mfu"] <= r["hfu"] for r in arms.values())
         # Stock also projects the reference frame out, 2e-4 of these tiny frames' products.
         assert arms["checkpointing"]["tflop"] < arms["no lever"]["tflop"] == pytest.approx(arms["stock"]["tflop"], 1e-3)
-    assert {"optimiser step", "a checkpoint", "PCGrad, a call", "a sample of 2 steps"} <= set(written["rest"])
+        assert all("flash_attention_for_cpu" in r["attention"] for r in arms.values())
+    vae = [f"VAE: {what}, {way}" for what in ("2 pictures", "a clip", "decoding a clip") for way in ("whole", "tiled")]
+    assert set(written["rest"]) == {"optimiser step", "optimiser step, fused", "PCGrad, a call", "a checkpoint",
+                                    "gradcos, a pair and a clip", "a sample of 2 steps", *vae}
+
+
+def test_tiled_pictures_are_tiled(monkeypatch):
+    """The benchmark's two ways of encoding pictures are two: the tiles' edges are encoded twice."""
+    flops = []
+    monkeypatch.setattr(bench, "timed", lambda work, device: (work(), flops.append(counter.flops), (1.0, 0.0))[2])
+    monkeypatch.setattr(bench.AutoencoderKLCogVideoX, "to", lambda vae, *_: vae)  # fake weights cannot be moved
+    cfg = bench.Config(**SMALL | dict(height=480, width=720, frames=1), pictures=1)
+    with FakeTensorMode(), bench.Counter() as counter:
+        bench.measure_vae(cfg, torch.device("cpu"), torch.float32)
+    whole, tiled = flops[2] - flops[1], flops[11] - flops[10]  # a repetition of the pictures, each way
+    assert tiled > 1.05 * whole > 0
 
 
 @pytest.fixture(scope="module", name="counted")

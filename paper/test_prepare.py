@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -218,13 +219,18 @@ def test_a_longer_list_never_moves_a_held_out_clip_into_training(server, tmp_pat
     prepare.prepare_pexels(cfg)
     listing(tmp_path, url, [f"good{i}.mp4" for i in range(120)])
     prepare.prepare_pexels(cfg)
-    stems = [{f.stem for f in (tmp_path / folder).glob("*.mp4")} for folder in ("p", "p_val")]
-    assert len(stems[1]) == 5 and len(stems[0]) > 40 and not stems[0] & stems[1]
+    def stems():
+        return [{f.stem for f in (tmp_path / folder).glob("*.mp4")} for folder in ("p", "p_val")]
+    before = stems()
+    assert len(before[1]) == 5 and len(before[0]) > 40 and not before[0] & before[1]
+    (tmp_path / "ids.txt").write_text(" ".join(f"good{i}" for i in range(120)))  # the held-out ones too
+    prepare.prepare_pexels(dataclasses.replace(cfg, ids=str(tmp_path / "ids.txt")))
+    assert stems()[1] == before[1] and not stems()[0] & before[1]
 
 
 def test_without_network_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="no folder nobody/nothing, and the hub did not give it"):
+    with pytest.raises(FileNotFoundError, match="no folder nobody/nothing, and the download from the hub failed"):
         prepare.prepare_pexels(prepare.Pexels(out=str(tmp_path / "p"), source="nobody/nothing"))
 
 
@@ -333,6 +339,31 @@ def test_pexels_end_to_end(shaped_server, tmp_path, capsys):
                                       ("https://x/a/99-hd_1.mp4?x=1", {"99", "99-hd_1"})])
 def test_video_ids(url, ids):
     assert prepare.video_ids(url) == ids
+
+
+def test_pace_doubles_at_a_refusal_and_recovers(monkeypatch):
+    """0.1, 0.2, 0.4, ... 30 s between two requests; all wait ten times that, or as long as the server says."""
+    now = [0.0]
+    monkeypatch.setattr(prepare.time, "monotonic", lambda: now[0])
+    pace, refusal = prepare.Pace(), SimpleNamespace(status_code=429, headers={})
+    intervals = []
+    for _ in range(11):
+        assert pace.refused(refusal) == "HTTP 429" and pace.until == pytest.approx(now[0] + 10 * pace.interval)
+        pace.refused(refusal)  # another thread's, of the same moment
+        intervals.append(pace.interval)
+        now[0] = pace.until
+    assert intervals == pytest.approx([min(0.1 * 2**k, 30) for k in range(11)])
+    pace.refused(SimpleNamespace(status_code=503, headers={"Retry-After": "77"}))
+    assert pace.until == now[0] + 77 and pace.interval == 30
+    for _ in range(200):
+        pace.came()
+    assert pace.interval == 0
+
+
+def test_clips_are_stored_at_training_size(tmp_path):
+    save_video(tmp_path / "a.mp4", [Image.new("RGB", (1920, 1080), (20 * k, 0, 0)) for k in range(9)], 4.0)
+    prepare.check_clip(tmp_path / "a.mp4", prepare.Pexels(frames=9, fps=4.0, store="training"))
+    assert prepare.shape_of(tmp_path / "a.mp4") == (480, 854) and len(load_clip(tmp_path / "a.mp4", 9, 4.0)) == 9
 
 
 def test_retry_after():

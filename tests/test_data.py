@@ -61,6 +61,16 @@ def test_resize_center_crop():
     assert a.shape == b.shape == (32, 32, 3) and not np.array_equal(a, b)
 
 
+def test_only_the_wanted_frame_becomes_a_picture(tmp_path, monkeypatch):
+    """As with cached latents: the reference frame alone is converted and resized."""
+    grey = [Image.new("RGB", (64, 64), (20 * k,) * 3) for k in range(9)]
+    data.save_video(tmp_path / "a.mp4", grey, 8.0)
+    calls, crop = [], data.resize_center_crop
+    monkeypatch.setattr(data, "resize_center_crop", lambda *args: calls.append(1) or crop(*args))
+    (frame,) = data.load_clip(tmp_path / "a.mp4", 9, 8, (16, 16), first=8)
+    assert len(calls) == 1 and abs(np.asarray(frame).mean() - 160) < 6
+
+
 def test_load_clip_picks_frames_by_time(tmp_path):
     write_clip(tmp_path / "a.mp4", range(0, 240, 8), 24)  # 30 frames at 24 fps; brightness 8n
     at8 = [np.asarray(f).mean() for f in data.load_clip(tmp_path / "a.mp4", 9, 8)]

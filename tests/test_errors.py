@@ -101,18 +101,18 @@ cache_huge = huge_base(lambda knobs: prepare.prepare_cache(prepare.Latents(base=
 @pytest.mark.parametrize("act, message", [
     (truncated_parquet, "cannot read pairs/pairs.parquet: .* Is it a whole parquet file"),
     (truncated_source, "cannot read source/pairs.parquet: .* Is it a whole parquet file"),
-    (bad_line('{"image_0": "a.p'), "pairs/pairs.jsonl, line 3 is no JSON of a pair"),
-    (bad_line("7"), "pairs/pairs.jsonl, line 3 is no JSON of a pair"),
+    (bad_line('{"image_0": "a.p'), "pairs/pairs.jsonl, line 3 is not the JSON of a pair"),
+    (bad_line("7"), "pairs/pairs.jsonl, line 3 is not the JSON of a pair"),
     (bad_line('{"image_0": "a.png"}'), "pairs.jsonl, line 3 lacks description_0, description_1, image_1"),
-    (prompts_that_are_no_text, "prompts.txt is no text"),
-    (caption_that_is_no_text, "0000.txt is no text"),
+    (prompts_that_are_no_text, "prompts.txt is not a UTF-8 text file"),
+    (caption_that_is_no_text, "0000.txt is not a UTF-8 text file"),
     (gradcos_of(""), "out/x/gradcos.jsonl holds no whole measurement"),
     (gradcos_of('{"step": 0, "cos'), "out/x/gradcos.jsonl holds no whole measurement"),
     (lambda knobs: train.Config(seed=2**64), "--seed must be below 2.63, got 1844"),
     (lambda knobs: sample.Config(seed=2**63), "--seed must be below 2.63, got 922"),
     (lambda knobs: sample.Config(guidance=float("nan")), "--guidance must be a number, got nan"),
     (lambda knobs: sample.Config(guidance=float("inf")), "--guidance must be a number, got inf"),
-    (lambda knobs: train.train(train.Config(**{**knobs, "frames": 1})), "--frames 1 is a picture: video steps need"),
+    (lambda knobs: train.train(train.Config(**{**knobs, "frames": 1})), "--frames 1: video steps need"),
     (lora_without_lora, "other.safetensors holds no LoRA weights"),
     (init_without_lora, "other.safetensors holds no LoRA weights"),
     (train_huge, r"huge has \d\.\d billion parameters, and torch .* sees no GPU .*--device cpu runs it all the same"),
@@ -122,6 +122,19 @@ def test_a_mistake_is_one_line(knobs, tmp_path, monkeypatch, act, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         act(knobs)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("cuda, devices, why", [
+    (None, "0", "this torch is built for CPUs"), ("12.8", "", "CUDA_VISIBLE_DEVICES is ''"),
+    ("12.8", None, "does nvidia-smi show the driver")])
+def test_why_torch_sees_no_gpu(tmp_path, monkeypatch, cuda, devices, why):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if devices is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    with pytest.raises(ValueError, match=why):
+        huge_base(lambda knobs: base.refuse_cpu("huge", ""))({})
 
 
 def test_device_cpu_runs_a_large_base_all_the_same(tmp_path, monkeypatch):

@@ -16,7 +16,8 @@ import model
 import sample
 from model import add_lora, v_loss
 from paper.bench import Counter
-from train import Config, make_optimizer
+from run import records
+from train import Config, make_optimizer, train
 
 MODES = ["none", "attention", "full"]
 KEEPS = [("image", None), ("image", torch.arange(0)), ("video", None), ("video", torch.arange(5))]
@@ -48,11 +49,16 @@ def both(mode):
     return {"image": mode, "video": mode}
 
 
-def test_checkpointing_changes_no_bit(step):
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_checkpointing_changes_no_bit(step, dropout):
     ours, _, step = step
+    for module in ours.modules():
+        if isinstance(module, model.LoraLayer) and dropout:
+            module.lora_dropout["default"] = torch.nn.Dropout(dropout)
     for task, keep in KEEPS:
         results = []
         for ours.checkpointing in map(both, MODES):
+            torch.manual_seed(4)
             results.append(step(task, keep))
         assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
@@ -89,16 +95,20 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+def without_code_generation():
+    """All of the compiler but its last part, which takes minutes on a CPU."""
+    return patch.object(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
+
+
 def test_compiled_blocks_have_the_same_losses_and_one_graph_per_shape(step):
-    """All of the compiler but its code generation, which takes minutes on a CPU."""
     ours, _, step = step
     graphs = torch._dynamo.utils.counters["stats"]
-    for mode, (task, keep) in [("none", KEEPS[0]), ("full", KEEPS[3])]:  # "attention": below
+    for mode, (task, keep) in [("none", KEEPS[0]), ("attention", KEEPS[1]), ("none", KEEPS[2]), ("full", KEEPS[3])]:
         ours.checkpointing = both(mode)
         ours.__dict__.pop("run_block", None)
         loss, gradient = step(task, keep)
         before = graphs["unique_graphs"]
-        with patch.object(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition")):
+        with without_code_generation():
             ours.compile_blocks()
         compiled_loss, compiled_gradient = step(task, keep)
         assert abs(compiled_loss - loss) < 1e-5 * loss
@@ -115,7 +125,7 @@ def test_compiled_blocks_under_ddp_and_no_sync(step, tmp_path):
                                          world_size=1)
     try:
         ddp = torch.nn.parallel.DistributedDataParallel(ours, gradient_as_bucket_view=True, init_sync=False)
-        with patch.object(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition")):
+        with without_code_generation():
             ours.compile_blocks()
         with ddp.no_sync():
             step.loss_of(ddp, "image").backward()
@@ -126,6 +136,34 @@ def test_compiled_blocks_under_ddp_and_no_sync(step, tmp_path):
     assert (gradient - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def test_compiled_blocks_under_autocast(tiny, inputs):
+    """As on a GPU: bfloat16, with LoRA's inputs rounded once."""
+    ours, _ = tiny
+    latents, text, timestep, reference = inputs
+    add_lora(ours.to(torch.bfloat16).train(), 4, 2)
+    randomise_lora(ours)
+    losses = []
+    for compiled in (False, True):
+        if compiled:
+            with without_code_generation():
+                ours.compile_blocks()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = ours(latents, text, timestep, reference=reference).sample.float().square().mean()
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_compile_on_the_command_line(knobs, tmp_path, monkeypatch):
+    """Training with LoRA dropout, then a sample."""
+    monkeypatch.chdir(tmp_path)
+    with without_code_generation():
+        train(Config(**{**knobs, "steps": 2, "out": str(tmp_path), "compile": True, "lora_dropout": 0.1}))
+        sample.main(sample.Config(ref=str(ROOT / "toy/refs/creature-0.png"), lora=str(tmp_path / knobs["name"]),
+                                  steps=1, compile=True, out=str(tmp_path / "a.mp4")))
+    assert len(records(tmp_path / knobs["name"] / "log.jsonl")) == 2 and (tmp_path / "a.mp4").is_file()
+
+
 def test_compile_refuses_scope_reference(tiny):
     add_lora(tiny[0], 4, 2, scope="reference")
     with pytest.raises(ValueError, match="--compile needs --lora_scope all"):
@@ -133,8 +171,9 @@ def test_compile_refuses_scope_reference(tiny):
 
 
 def test_lora_inputs_are_rounded_once(tiny, inputs):
-    """Under autocast without dropout: the same loss, bit for bit, with fewer bytes moved. Gradients are added up in
-    bfloat16 where peft adds them in float32: equal to that rounding."""
+    """Under autocast without dropout: the same loss, bit for bit, with fewer bytes moved. Without peft's cast the
+    gradients are the same too. With the norms' outputs rounded once they are added up in bfloat16 where peft adds them
+    in float32: equal to that rounding."""
     ours, _ = tiny
     latents, text, timestep, reference = inputs
     ours.to(torch.bfloat16)
@@ -145,22 +184,22 @@ def test_lora_inputs_are_rounded_once(tiny, inputs):
     def full_norm(x, shape, weight=None, bias=None, eps=1e-5):  # as autocast does on CUDA
         weight, bias = (w if w is None else w.float() for w in (weight, bias))
         return norm(x.float(), shape, weight, bias, eps)
-    for rounded in (True, False):
-        if not rounded:
-            for module in ours.modules():
-                if isinstance(module, model.LoraLayer):
-                    module.cast_input_dtype_enabled = True
-                elif isinstance(module, model.CogVideoXLayerNormZero):
-                    module._forward_hooks.clear()
+    for rounded, cast in ((True, False), (False, False), (False, True)):  # ours, without the norms' rounding, peft's
+        for module in ours.modules():
+            if isinstance(module, model.LoraLayer):
+                module.cast_input_dtype_enabled = cast
+            elif isinstance(module, model.CogVideoXLayerNormZero) and not rounded:
+                module._forward_hooks.clear()
         with patch.object(torch.nn.functional, "layer_norm", full_norm), Counter() as counter:
             with torch.autocast("cpu", torch.bfloat16):
                 loss = ours(latents, text, timestep, reference=reference).sample.float().square().mean()
             gradients = torch.autograd.grad(loss, parameters)
         results.append([loss.detach(), torch.cat([g.flatten() for g in gradients])])
         moved.append(counter.moved)
-    (loss, gradient), (plain_loss, plain_gradient) = results
+    (loss, gradient), (uncast_loss, uncast_gradient), (plain_loss, plain_gradient) = results
+    assert torch.equal(uncast_loss, plain_loss) and torch.equal(uncast_gradient, plain_gradient)
     assert torch.equal(loss, plain_loss) and (gradient - plain_gradient).norm() < 0.01 * plain_gradient.norm()
-    assert moved[0] < 0.95 * moved[1]
+    assert moved[0] < 0.95 * moved[2]
 
 
 def test_gradients_stay_in_ddps_buckets(knobs, tmp_path):
@@ -194,6 +233,19 @@ def test_adamw_is_fused_on_a_gpu_only(monkeypatch):
         assert made["fused"] is (True if is_cuda else None)
 
 
+def test_fused_adamw_takes_the_same_steps():
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(50))
+        optimizer = torch.optim.AdamW([parameter], lr=1e-2, weight_decay=1e-2, fused=fused)
+        for _ in range(3):
+            parameter.grad = torch.randn(50)
+            optimizer.step()
+        results.append(parameter.detach())
+    assert torch.allclose(*results, rtol=1e-5)
+
+
 def test_attention_order_is_for_hopper(monkeypatch):
     for kind, capability, sets in (("cpu", None, False), ("cuda", (8, 0), False), ("cuda", (9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -220,6 +272,41 @@ def test_merged_lora_gives_the_same_output_with_fewer_products(tiny, inputs):
     assert products[1] < products[0] and not any("lora_" in name for name, _ in ours.named_parameters())
 
 
+def test_lora_is_merged_in_float32_and_then_rounded(tiny):
+    """Into bfloat16 weights. A LoRA of scope "reference" acts on some tokens only, so it stays beside them."""
+    ours, _ = tiny
+    add_lora(ours.to(torch.bfloat16), 4, 2)
+    randomise_lora(ours)
+    layer = ours.transformer_blocks[0].attn1.to_q
+    update = 0.5 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight  # alpha / rank = 0.5, float32
+    expected = (layer.base_layer.weight.float() + update).bfloat16()
+    model.merge_lora(ours)
+    assert torch.equal(ours.transformer_blocks[0].attn1.to_q.weight, expected)
+
+
+def test_lora_of_scope_reference_is_not_merged(tmp_path):
+    for scope in ("all", "reference"):
+        transformer = base.load_pipeline(BASE).transformer
+        add_lora(transformer, 4, 2, scope=scope)
+        (tmp_path / scope).mkdir()
+        model.save_lora(transformer, tmp_path / scope, base=BASE)
+        loaded = sample.load(lora=str(tmp_path / scope))[0].transformer
+        assert any("lora_" in name for name, _ in loaded.named_parameters()) == (scope == "reference")
+
+
+def test_fit_is_the_flags_or_the_loras(tmp_path, monkeypatch):
+    fits, encode = [], sample.encode_references
+    monkeypatch.setattr(sample, "encode_references",
+                        lambda pipe, pictures, h, w, fit: fits.append(fit) or encode(pipe, pictures, h, w, fit))
+    transformer = base.load_pipeline(BASE).transformer
+    add_lora(transformer, 4, 2)
+    model.save_lora(transformer, tmp_path, base=BASE, fit="pad")
+    for fit in ("", "cover"):
+        sample.main(sample.Config(ref=str(ROOT / "toy/refs/creature-0.png"), lora=str(tmp_path), steps=1, fit=fit,
+                                  out=str(tmp_path / "a.mp4")))
+    assert fits == ["pad", "cover"]
+
+
 def test_cache_skips_blocks_and_batches_are_the_single_samples():
     """FirstBlockCache with our forward: a high threshold runs the later blocks in the first step only. A batch of two
     prompts is what each is alone, to the rounding of a batch."""
@@ -243,22 +330,27 @@ def test_cache_skips_blocks_and_batches_are_the_single_samples():
         assert len(runs) == 1
 
 
-def test_prompts_are_encoded_once(tmp_path, monkeypatch):
-    """T5 sees each of three prompts and the negative one once, whatever --batch is."""
+def test_prompts_and_the_reference_are_encoded_once(tmp_path, monkeypatch):
+    """T5 sees each of three prompts and the negative one once, the VAE the picture, whatever --batch is. Videos are
+    decoded one by one."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a creature walks up\na creature stands\na creature walks left\n")
-    calls, load = [], sample.load
+    calls, pictures, decoded, load = [], [], [], sample.load
 
     def load_and_count(*args, **kwargs):
         pipe, header = load(*args, **kwargs)
         pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+        pipe.vae.encoder.register_forward_hook(lambda *_: pictures.append(1))
+        pipe.vae.decoder.register_forward_hook(lambda module, inputs, output: decoded.append(len(output[0])))
         return pipe, header
     monkeypatch.setattr(sample, "load", load_and_count)
     for batch in (1, 2):
-        calls.clear()
+        for seen in (calls, pictures, decoded):
+            seen.clear()
         sample.main(sample.Config(ref=str(ROOT / "toy/refs/creature-0.png"), lora=str(ROOT / "toy/lora"), steps=1,
                                   prompts=str(prompts), batch=batch, out=str(tmp_path / f"{batch}.mp4")))
-        assert len(calls) == 4 and len(list(tmp_path.glob(f"{batch}-*.mp4"))) == 3
+        assert len(calls) == 4 and len(pictures) == 1 and set(decoded) == {1}
+        assert len(list(tmp_path.glob(f"{batch}-*.mp4"))) == 3
 
 
 def test_prompts_are_encoded_with_offloaded_weights():

@@ -6,6 +6,7 @@ from tests.common import (BASE, ROOT, TORCHRUN, C, H, L, N, T, W, command, go_ba
 
 import dataclasses
 import io
+import json
 import shutil
 import sys
 from collections import Counter
@@ -169,6 +170,7 @@ def test_the_authors_recipe_resumes_and_two_ranks_follow_it(knobs, tmp_path):
 
 def test_a_flag_by_hand_wins_over_recipe_and_toy():
     assert train.defaults(["train.py"]) == {} and train.defaults(["--toy"]) == train.TOY
+    assert train.defaults(["--toy", "False", "--steps", "3"]) == {} and train.defaults(["--toy=true"]) == train.TOY
     authors = train.defaults(["--recipe=authors", "--toy"])
     assert authors["drop"] == "reference" and authors["image_micro"] == 2 and authors["base"] == "toy/base"
     assert train.defaults(["--recipe", "authors", "--view_drop", "0.3"]) == train.AUTHORS
@@ -405,6 +407,25 @@ def test_a_base_without_rope_trains_and_samples_in_its_dtype(without_rope, input
     ours.eval().to(dtype)
     velocity = ours(x.to(dtype), text.to(dtype), t, reference=ref).sample
     assert velocity.dtype == dtype and torch.isfinite(velocity).all()
+
+
+def test_a_base_without_rope_samples_with_the_stock_pipeline():
+    pipe = base.load_pipeline(BASE)
+    config = {**pipe.transformer.config, "use_rotary_positional_embeddings": False}
+    torch.manual_seed(0)
+    pipe.transformer = model.SubjectTransformer.from_config(config).eval()
+    (video,) = sample.generate(pipe, torch.zeros(1, 1, 4, 16, 16), ["a creature walks up"], [0], steps=2)
+    assert len(video) == 9
+
+
+def test_dtypes_of_sampling(tmp_path):
+    """float16 for a base without RoPE, as CogVideoX-2b was trained; else bfloat16; on a CPU float32."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    (tmp_path / "transformer").mkdir()
+    config = json.loads(Path(BASE, "transformer/config.json").read_text())
+    (tmp_path / "transformer/config.json").write_text(json.dumps({**config, "use_rotary_positional_embeddings": False}))
+    assert base.sampling_dtype(BASE, cuda) == torch.bfloat16 and base.sampling_dtype(tmp_path, cuda) == torch.float16
+    assert base.sampling_dtype(BASE, cpu) == base.sampling_dtype(tmp_path, cpu) == torch.float32
 
 
 def test_cogvideox_2b_at_its_size():

@@ -250,7 +250,7 @@ def ensure_data(cfg):
     usual = ("base", "frames", "fps", "height", "width", "crop_jitter", "vae_tiling")
     same = {k: getattr(cfg, k) for k in usual}
     ours = all(Path(folder).parent == Path("toy/data") for folder in (cfg.images, cfg.videos))
-    if not ours or any(same[k] != TOY.get(k, 0) for k in usual):
+    if not ours or cfg.fit != "cover" or any(same[k] != TOY.get(k, 0) for k in usual):
         return dataclasses.replace(cfg, cache="")
     cache = Path(cfg.cache) / f"{Path(cfg.images).name}+{Path(cfg.videos).name}"
     with one_process():
