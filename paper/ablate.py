@@ -167,9 +167,10 @@ a toy prompt names one thing only), that more clips help (Table 8: 100 clips hol
 that p = 0.2 moves more than p = 0.6 or two-stage more than dual-task (Tables 3, 9: the clips' own share of motion is
 the ceiling of all three), that PCGrad lowers motion (Table 5, for the same reason), FVD (Table 11). A cosine near
 zero does not show why dual-task training works: image-only training has one, too."""
-RULE = """A finding is "reproduced" when all of Student's t interval (5 % on either side) of its differences over the seeds
-agrees with it, "not reproduced" when all of it disagrees, else "not decidable"; so is a difference of fewer than two
-videos, and one between two rows at the ceiling. With no true difference one finding in ten would still get a verdict."""
+RULE = """A finding is "reproduced" when all of Student's t interval (5 % on either side) of its differences over the
+seeds agrees with it, "not reproduced" when all of it disagrees, else "not decidable"; so is a difference of fewer than
+two videos, and one between two rows at the ceiling. With no true difference one finding in ten would still get a
+verdict."""
 STUDENT_T = {2: 6.31, 3: 2.92, 4: 2.35, 5: 2.13, 6: 2.02, 7: 1.94, 8: 1.89, 9: 1.86, 10: 1.83}  # 5 % above, by seeds
 GRADIENT_COLUMNS = ("cosine", "norm_img", "norm_vid")  # means over the second half of a run that gradcos watched
 COMMANDS = [*dict.fromkeys([*TABLES, *FIGURES])]
