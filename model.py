@@ -386,6 +386,7 @@ def v_loss(transformer, scheduler, latents, text, timestep, noise, reference=Non
 def with_reference_token(prompt, cls="front", item=""):
     """Put <cls> into a prompt that holds none: in front (the authors' scripts), or with cls "item" before the subject's
     name, "An <cls> armchair" (3.3), where the prompt holds it as a word. "off" is Table 6's row without it."""
+    prompt = prompt.replace(REFERENCE_TOKEN.upper(), REFERENCE_TOKEN)  # the paper writes <CLS>
     if cls == "off" or REFERENCE_TOKEN in prompt:
         return prompt
     word = rf"(?<!\w){re.escape(item)}(?:e?s)?(?!\w)" if item and cls == "item" else ""  # "" matches at the front

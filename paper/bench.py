@@ -325,7 +325,8 @@ def print_cost(p=0.2, steps=4000):
     print(f"| the paper: 13 latent frames, attention among video tokens only, 13^2 | 169 | {1 - p + p * 169:.1f} |")
     print(f"| counted per sample: {image:.1f} and {video:.1f} TFLOP | {ratio:.2f} | {1 - p + p * ratio:.2f} |")
     print(f"| counted per step: 256 pairs, 32 clips | {per_step:.2f} | {1 - p + p * per_step:.2f} |")
-    if steps_done := records(Path("out/toy/log.jsonl")):
+    steps_done = records(Path("out/toy/log.jsonl"))
+    if {"image", "video"} <= {r["task"] for r in steps_done}:
         times = {t: np.median([r["seconds"] for r in steps_done if r["task"] == t]) for t in ("image", "video")}
         measured = times["video"] / times["image"]
         print(f"| measured on the toy (out/toy): an image step {times['image']:.2f} s, 8 clips {times['video']:.2f} s "

@@ -384,6 +384,8 @@ def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
     knobs = {**train.TOY, "base": BASE, "cache": "", "images": "pairs", "videos": "clips", "image_batch": 4,
              "image_micro": 2, "video_batch": 4, "video_micro": 2, "p": 0.5, "steps": 6, "val_every": 0,
              "sample_every": 0}
+    with pytest.raises(ValueError, match="--cls must be one of front, item, off, got 'itme'"):
+        prepare.Latents(cls="itme")
     cache = prepare.Latents(out="cache", base=BASE, videos="clips", images="pairs", crop_jitter=0.0, prompts=True,
                             frames=9, fps=4.0, vae_tiling=False)
     prepare.prepare_cache(cache)
@@ -410,7 +412,9 @@ def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
     again = {f: f.stat().st_mtime_ns for f in Path("cache").glob("**/*.safetensors")}
     assert made.keys() == again.keys() and sum(made[f] != again[f] for f in made) == 1
     for change, message in [(dict(width=24), "width was 32, now 24"), (dict(fps=8.0), "fps was 4.0, now 8.0"),
-                            (dict(cls="off"), "cls was 'front', now 'off'"), (dict(cache="no"), "no cache at no")]:
+                            (dict(cls="off"), "cls was 'front', now 'off'"),
+                            (dict(vae_tiling=True), "tiling was False, now True"),
+                            (dict(cache="no"), "no cache at no")]:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             train.train(train.Config(**{**knobs, "name": "x", "cache": "cache", **change}))
     with pytest.raises(ValueError, match="choose another --out"):

@@ -59,6 +59,7 @@ def test_where_cls_stands(caption, item, front, item_mode):
     assert model.with_reference_token(caption, "front", item) == front
     assert model.with_reference_token(caption, "item", item) == item_mode
     assert model.with_reference_token(caption, "off", item) == caption
+    assert model.with_reference_token("A <CLS> dog runs", "front") == "A <cls> dog runs"  # as the paper writes it
 
 
 def prompts_of_a_run(monkeypatch, knobs, **more):
