@@ -311,7 +311,7 @@ def main(cfg):
         raise ValueError(f"--height and --width must be multiples of {multiple}, got {cfg.height} x {cfg.width}")
     if cfg.frames and cfg.frames != (frames := clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)):
         print(f"--frames {cfg.frames} cut to {frames}, a length that the VAE can make")
-    if cls_of(header) == "item" and not all(REFERENCE_TOKEN in job.prompt for job in jobs):
+    if cls_of(header) == "item" and not all(REFERENCE_TOKEN in job.prompt.lower() for job in jobs):
         print(f"this LoRA learned {REFERENCE_TOKEN} before the subject's name ('An {REFERENCE_TOKEN} armchair ...'): "
               "without one in the prompt it goes in front")
     # References before any offloading: after it vae.device is not where the VAE runs.

@@ -9,12 +9,8 @@
 A row is `train.py --toy` with other flags (ROWS), on one thread. It is scored on --n unseen creatures; each (row, seed)
 leaves one file in --results, which is reused. --jobs rows run side by side. Delete a file, and it is made again.
 
-A finding of the paper (FINDINGS) says that one row is higher than another in one column, or as high within a margin.
-With d the difference of the two rows in each seed, Student's t gives an interval for its mean (5 % on either side; for
-three seeds mean +- 1.69 standard deviations). The finding is "reproduced" when all of the interval agrees with it, "not
-reproduced" when all of it disagrees, and otherwise "not decidable". So is a difference of fewer than two videos, and
-one between two rows that are both at the ceiling (98 per cent). With no true difference one finding in ten would still
-get a verdict.
+A finding of the paper (FINDINGS) says that one row is higher than another in one column, or as high within a margin;
+RULE says when it is reproduced.
 """
 import fcntl
 import json
@@ -167,10 +163,12 @@ a toy prompt names one thing only), that more clips help (Table 8: 100 clips hol
 that p = 0.2 moves more than p = 0.6 or two-stage more than dual-task (Tables 3, 9: the clips' own share of motion is
 the ceiling of all three), that PCGrad lowers motion (Table 5, for the same reason), FVD (Table 11). A cosine near
 zero does not show why dual-task training works: image-only training has one, too."""
-RULE = """A finding is "reproduced" when all of Student's t interval (5 % on either side) of its differences over the
-seeds agrees with it, "not reproduced" when all of it disagrees, else "not decidable"; so is a difference of fewer than
-two videos, and one between two rows at the ceiling. With no true difference one finding in ten would still get a
-verdict. Where three seeds come close to a verdict, rows have two more."""
+RULE = """With d the difference of the two rows in each seed, Student's t gives an interval for its mean (5 % on either
+side; for three seeds mean ± 1.69 standard deviations). A finding is "reproduced" when all of the interval agrees with
+it, "not reproduced" when all of it disagrees, else "not decidable". So is a difference of fewer than two videos (of as
+many points in other columns), and one between two rows that are both at the ceiling (98 per cent). With no true
+difference one finding in ten would still get a verdict. A row of more than three seeds was continued because three
+left a finding open."""
 STUDENT_T = {2: 6.31, 3: 2.92, 4: 2.35, 5: 2.13, 6: 2.02, 7: 1.94, 8: 1.89, 9: 1.86, 10: 1.83}  # 5 % above, by seeds
 GRADIENT_COLUMNS = ("cosine", "norm_img", "norm_vid")  # means over the second half of a run that gradcos watched
 COMMANDS = [*dict.fromkeys([*TABLES, *FIGURES])]
@@ -364,7 +362,7 @@ def control_lines(cfg, file, first):
 
 
 def verdict(differences, margin=None, smallest=0.0):
-    """The rule of this file's first lines. margin: the finding is that the difference is within it."""
+    """RULE, but for its ceiling. margin: the finding is that the difference is within it."""
     d = np.array(differences)
     if len(d) < 2:
         return "not decidable"
@@ -386,6 +384,7 @@ def finding_lines(rows, results, cfg):
     for where, claim, column, high, low, *margin in FINDINGS:
         if not {name for name in (high, low) if isinstance(name, str)} <= rows:
             continue
+        # A number stands for every seed there can be: their files have one digit.
         a, b = ({seed: record["scores"][column] for seed, record in results.get(name, {}).items()}
                 if isinstance(name, str) else dict.fromkeys(range(10), name) for name in (high, low))
         seeds = sorted(seed for seed in a.keys() & b.keys() if not np.isnan(a[seed] - b[seed]))

@@ -164,7 +164,7 @@ class Counter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.flops = self.moved = self.alive = self.peak = 0
+        self.flops = self.moved = self.alive = self.kept = self.peak = 0  # kept: set between forward and backward
         self.known, self.attention = {}, set()  # attention: the names of its operations
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -234,7 +234,7 @@ def count_layers(cfg, task, arm, layers):
         with counter:
             with torch.autocast("cpu", torch.bfloat16):
                 loss = v_loss(transformer, scheduler, **inputs).mean()
-            counter.kept = counter.alive  # for backward
+            counter.kept = counter.alive
             loss.backward()
     return counter
 

@@ -75,7 +75,7 @@ class Clip:
 
     @torch.no_grad()
     def prompt(self, prompt):
-        prompt = re.sub(rf"\s*{REFERENCE_TOKEN}\s*", " ", prompt).strip()
+        prompt = re.sub(rf"\s*{REFERENCE_TOKEN}\s*", " ", prompt, flags=re.IGNORECASE).strip()
         words = self.tokenizer([prompt], truncation=True, max_length=self.tokens, return_tensors="pt")
         pooled = self.model.text_model(**words.to(self.device)).pooler_output
         return F.normalize(self.model.text_projection(pooled), dim=1)[0]

@@ -97,6 +97,7 @@ def test_clip_scores_are_those_of_transformers(clip):
     assert metrics.clip_t(seen, ours.prompt("a cat surfs")) == pytest.approx(100 * cosines[:-1].mean().item(), abs=1e-4)
     assert torch.equal(ours.prompt("a <cls> cat surfs"), ours.prompt("a cat surfs"))
     assert torch.equal(ours.prompt("<cls> a cat"), ours.prompt("a cat"))
+    assert torch.equal(ours.prompt("A <CLS> cat"), ours.prompt("A cat"))
     expected = torch.nn.functional.cosine_similarity(out.image_embeds[:-1], out.image_embeds[-1:]).mean().item()
     assert metrics.clip_i(seen, ours.pictures([reference])[0]) == pytest.approx(100 * expected, abs=1e-4)
     assert metrics.clip_i(seen[:1], seen[0]) == pytest.approx(100)

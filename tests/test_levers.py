@@ -154,7 +154,7 @@ def test_compiled_blocks_under_autocast(tiny, inputs):
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
-def test_compile_on_the_command_line(knobs, tmp_path, monkeypatch):
+def test_compiled_training_and_sampling(knobs, tmp_path, monkeypatch):
     """Training with LoRA dropout, then a sample."""
     monkeypatch.chdir(tmp_path)
     with without_code_generation():

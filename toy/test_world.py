@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import data
+import train
 from toy import world
 
 
@@ -153,6 +154,12 @@ def test_only_the_toys_own_folders_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(world, "drawing_code", lambda: "another")
     with pytest.raises(ValueError, match="clips-2 was drawn by another version of toy/world.py: delete toy/data"):
         world.write_missing("toy/data/clips-2")
+
+
+@pytest.mark.parametrize("change", [{"fit": "pad"}, {"crop_jitter": 0.1}, {"height": 16}, {"base": "elsewhere"}])
+def test_other_pictures_are_not_cached(monkeypatch, change):
+    monkeypatch.setattr(world, "write_missing", lambda *folders: None)
+    assert world.ensure_data(train.Config(**{**train.TOY, **change})).cache == ""
 
 
 def test_test_creatures_are_not_training_creatures():

@@ -247,10 +247,11 @@ def ensure_data(cfg):
     write_missing(cfg.images, cfg.videos, cfg.val_images, cfg.val_videos)
     if cfg.cache != TOY["cache"]:
         return cfg
-    usual = ("base", "frames", "fps", "height", "width", "crop_jitter", "vae_tiling")
+    toy = {f.name: f.default for f in dataclasses.fields(cfg)} | TOY
+    usual = ("base", "frames", "fps", "height", "width", "crop_jitter", "fit", "vae_tiling")
     same = {k: getattr(cfg, k) for k in usual}
     ours = all(Path(folder).parent == Path("toy/data") for folder in (cfg.images, cfg.videos))
-    if not ours or cfg.fit != "cover" or any(same[k] != TOY.get(k, 0) for k in usual):
+    if not ours or any(same[k] != toy[k] for k in usual):
         return dataclasses.replace(cfg, cache="")
     cache = Path(cfg.cache) / f"{Path(cfg.images).name}+{Path(cfg.videos).name}"
     with one_process():
