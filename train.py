@@ -138,7 +138,7 @@ TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", ca
            view_drop=0.0, steps=500, image_batch=16, image_micro=16, video_batch=8, video_micro=8,
            lr=3e-3, warmup=30, save_every=100, video_checkpointing="none", vae_tiling=False, workers=0, guidance=2.0,
            val_images="toy/data/val_pairs", val_videos="toy/data/val_clips", val_refs="toy/refs", val_every=100,
-           sample_every=250)
+           sample_every=500)
 AUTHORS = dict(drop="reference", task_schedule="mixed", view_drop=0.0, crop_jitter=0.0, lora_dropout=0.0, cls="front",
                cls_video=False, vae_tiling=False, image_micro=8, video_micro=1, image_checkpointing="attention")
 TOY_AUTHORS = dict(image_micro=2, video_micro=1)  # 8 micro-batches a step: as many pairs and clips as the toy's coin
