@@ -73,17 +73,19 @@ def test_cells_count_wrong_cells():
     assert scores["cells"] == 75 and scores["moves"] == 100
 
 
-def test_clips_walk_from_edge_to_edge_and_some_stand_anywhere():
-    fields, directions, tiles = world.draw_clips(np.random.default_rng(0), 20000, standing=0.2)
-    stands = directions == world.STANDS
-    way = world.STEP[directions[~stands]]
-    walk = ((tiles[~stands, -1] - tiles[~stands, 0]) * way).sum(1)
+def test_clips_walk_from_edge_to_edge_and_some_stand_or_jump_anywhere():
+    fields, directions, tiles = world.draw_clips(np.random.default_rng(0), 20000, 0.2, hardly=0.3, jumping=0.1)
+    stands, jumps, walks = directions == world.STANDS, directions == world.JUMPS, directions < world.STANDS
+    way = world.STEP[directions[walks]]
+    walk = ((tiles[walks, -1] - tiles[walks, 0]) * way).sum(1)
     assert abs(stands.mean() - 0.2) < 0.02 and (tiles[stands] == tiles[stands, :1]).all()
-    assert np.allclose(np.bincount(walk) / len(walk), [0.1 / 0.8, 0, 0.7 / 0.8], atol=0.02)
-    end, up = (tiles[~stands, -1] * way).sum(1)[walk > 0], way.sum(1)[walk > 0]
+    assert abs(jumps.mean() - 0.1) < 0.02 and len(np.unique(tiles[jumps].reshape(-1, 2), axis=0)) == world.GRID**2
+    assert abs((tiles[jumps, 1:] == tiles[jumps, :-1]).all(2).mean() - 1 / world.GRID**2) < 0.02
+    assert np.allclose(np.bincount(walk) / len(walk), [0.3, 0, 0.7], atol=0.02)
+    end, up = (tiles[walks, -1] * way).sum(1)[walk > 0], way.sum(1)[walk > 0]
     assert set(end[up > 0]) == {world.GRID - 1} and set(end[up < 0]) == {0}
     assert tiles.min() == 0 and tiles.max() == world.GRID - 1
-    assert len(np.unique(tiles[~stands, 0][walk == 0], axis=0)) == world.GRID**2
+    assert len(np.unique(tiles[walks, 0][walk == 0], axis=0)) == world.GRID**2
     assert not world.held_out(fields, directions).any()
     _, directions, tiles = world.draw_clips(np.random.default_rng(0), 1000)  # the default: all walk two tiles
     assert world.STANDS not in directions and (abs(tiles[:, -1] - tiles[:, 0]).sum(1) == 2).all()

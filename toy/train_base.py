@@ -39,7 +39,10 @@ class Config:
     steps: int = knob(9000, "steps of transformer training")
     batch: int = knob(48, "clips per transformer step; three times as many stills")
     lr: float = knob(1.5e-3, "peak learning rate of the transformer")
-    standing: float = knob(0.0, "share of clips that stand and say so; half as many again stand and say \"walks\"")
+    standing: float = knob(0.0, "share of clips that stand and say so")
+    hardly: float = knob(0.0, "share of the other clips, which say \"walks\", that stand all the same")
+    jumping: float = knob(0.0, "share of clips that jump from anywhere to anywhere and say so")
+    gaps: float = knob(0.0, "share of steps with random distances in time between the frames")
     stills: float = knob(0.25, "share of steps on still pictures")
     pool: int = knob(12_000, "clips, and as many stills, that are drawn and encoded once")
     vae_minutes: float = knob(1e9, "stop the VAE after this time (the schedule adapts)")
@@ -52,7 +55,7 @@ class Config:
 
 def build_tokenizer(folder):
     """A sentencepiece model for T5 in CogVideoX-5b's layout: the toy's words, and single characters for any other."""
-    words = {w for f in range(8) for d in (None, 0, 1, 2, 3) for c in range(8)
+    words = {w for f in range(8) for d in range(5) for c in range(8)
              for w in world.caption(f, d, (c, (c + 1) % 8)).split()}
     model = sentencepiece_model_pb2.ModelProto()
     model.trainer_spec.model_type, model.trainer_spec.unk_id = model.trainer_spec.UNIGRAM, 2
@@ -95,10 +98,10 @@ def build(seed):
     return CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
 
 
-def draw(rng, n, still, device, standing=0.0):
+def draw(rng, n, still, device, **shares):
     """n scenes: pixels (n, 9 or 1, 3, 32, 32) in [-1,1], and what is in them: field, direction, colours."""
     creatures = world.draw_creatures(rng, n)
-    fields, directions, tiles = world.draw_clips(rng, n, standing)
+    fields, directions, tiles = world.draw_clips(rng, n, **shares)
     if still:
         directions, tiles = np.full(n, world.STANDS), rng.integers(0, world.GRID, (n, 1, 2))
     cells = torch.from_numpy(world.render_cells(creatures, fields, tiles)).to(device)  # small: enlarged on the device
@@ -111,18 +114,18 @@ def draw(rng, n, still, device, standing=0.0):
 def all_captions():
     """Every caption the base can see, and the row (field, direction, colour pair or 64 for none)."""
     table = [world.caption(f, d, None if c == 64 else divmod(c, 8))
-             for f in range(8) for d in range(5) for c in range(65)]
-    return table, lambda f, d, c: (f * 5 + d) * 65 + c
+             for f in range(8) for d in range(6) for c in range(65)]
+    return table, lambda f, d, c: (f * 6 + d) * 65 + c
 
 
-def encode_pool(pipe, rng, n, still, device, autocast, standing):
+def encode_pool(pipe, rng, n, still, device, cfg):
     """n scenes as latents (n, 5 or 1, 4, 16, 16), with their caption rows (n, 2): without and with colours named."""
     _, row = all_captions()
     latents, rows = [], []
-    for _ in range(0, n, 50):
-        pixels, (fields, directions, colours) = draw(rng, 50, still, device, standing)
-        with autocast():
-            latents.append(encode_video(pipe.vae, pixels).half())
+    for _ in range(0, n, 250):
+        pixels, (fields, directions, colours) = draw(rng, 250, still, device, standing=cfg.standing, hardly=cfg.hardly,
+                                                     jumping=cfg.jumping)
+        latents.append(encode_video(pipe.vae, pixels).half())
         rows.append(np.stack([row(fields, directions, 64),
                               row(fields, directions, colours[:, 0] * 8 + colours[:, 1])], 1))
     return torch.cat(latents), torch.from_numpy(np.concatenate(rows)).to(device)
@@ -166,18 +169,21 @@ def train_vae(vae, cfg, device, autocast):
 def train_transformer(pipe, cfg, device, autocast):
     transformer = pipe.transformer.train()
     ema = copy.deepcopy(transformer).requires_grad_(False)
-    optimizer = torch.optim.AdamW(transformer.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01,
+                                  fused=device == "cuda")
     pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)
     rng = np.random.default_rng([cfg.seed, 2])
-    pools = {still: encode_pool(pipe, rng, cfg.pool, still, device, autocast, cfg.standing) for still in (True, False)}
+    pools = {still: encode_pool(pipe, rng, cfg.pool, still, device, cfg) for still in (True, False)}
     captions = all_captions()[0] + [""]
-    texts = torch.cat([encode_prompt(pipe, captions[i:i + 256]) for i in range(0, len(captions), 256)])  # (2601,16,64)
-    forward = torch.compile(transformer) if cfg.compile else transformer
+    texts = torch.cat([encode_prompt(pipe, captions[i:i + 256]) for i in range(0, len(captions), 256)])  # (3121,16,64)
+    forward = torch.compile(transformer, dynamic=False) if cfg.compile else transformer
     side = transformer.config.sample_height
-    rope = {f: SubjectTransformer.rotary_tables(transformer, f, side, side, device) for f in (1, len(world.BEATS))}
+    beats, patches = len(world.BEATS), (side // transformer.config.patch_size) ** 2
+    tables = SubjectTransformer.rotary_tables(transformer, 2 * beats, side, side, device)
 
-    def call(noisy, *args, reference, keep, **kwargs):  # the stock model: no reference, frames 0..T-1
-        return forward(noisy, *args, image_rotary_emb=rope[noisy.shape[1]], **kwargs)
+    def call(noisy, *args, reference, keep, **kwargs):  # the stock model: no reference
+        rows = (times[:noisy.shape[1], None] * patches + torch.arange(patches)).flatten().to(device)
+        return forward(noisy, *args, image_rotary_emb=tuple(table[rows] for table in tables), **kwargs)
     torch.manual_seed(cfg.seed + 1)
     start, losses = time.time(), []
     for step in (bar := tqdm(range(cfg.steps), desc="transformer", mininterval=10)):
@@ -188,6 +194,9 @@ def train_transformer(pipe, cfg, device, autocast):
             group["lr"] = learning_rate(progress, cfg.lr)
         still = rng.random() < cfg.stills
         latents, rows = pools[still]
+        times = torch.arange(beats)  # of the frames, for RoPE
+        if rng.random() < cfg.gaps:
+            times = torch.from_numpy(np.sort(rng.permutation(2 * beats)[:beats]))
         n = cfg.batch * (3 if still else 1)  # about the same number of tokens
         pick = torch.randint(len(latents), (n,), device=device)
         u = torch.rand(n, device=device)
@@ -206,7 +215,7 @@ def train_transformer(pipe, cfg, device, autocast):
         if step % 100 == 99:  # new creatures all the time: the pool turns over slowly
             for still, (latents, rows) in pools.items():
                 new = torch.randperm(len(latents), device=device)[:250]
-                latents[new], rows[new] = encode_pool(pipe, rng, 250, still, device, autocast, cfg.standing)
+                latents[new], rows[new] = encode_pool(pipe, rng, 250, still, device, cfg)
         if step % 1000 == 999:
             save(pipe, ema, cfg.out)
         if step % 250 == 249:

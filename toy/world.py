@@ -13,8 +13,8 @@ has 9 frames of 32x32, which the VAE turns into 5 latent frames (1, 2, 2, 2, 2).
 one tile in one direction, each at the start of a latent frame, and stays inside the field.
 
 Both views of a pair show the creature in the same place, as the centred subjects of Subjects200K (5.4): with another
-place in each view an image-only model tears creatures apart. Real footage also has many shots in which nothing moves;
-the committed base has not seen such clips yet (train_base's --standing).
+place in each view an image-only model tears creatures apart. The base has seen more than the LoRA's clips show, as a
+real one has: shots in which nothing moves, other actions, other frame rates (toy/train_base.py).
 
 Because the truth is known the scores are exact: no learned metric decides whether the right creature walked the
 right way. `score` also prints the control rows that show what each score can be fooled by.
@@ -54,7 +54,8 @@ COLOURS = {"red": (230, 40, 40), "orange": (250, 140, 20), "yellow": (250, 225, 
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (row, column) tiles per step
 FIELD_RGB, COLOUR_RGB = np.array(list(FIELDS.values())), np.array(list(COLOURS.values()))
 STEP = np.array(list(DIRECTIONS.values()))
-STANDS = len(DIRECTIONS)                          # the direction of those that stand
+STANDS, JUMPS = len(DIRECTIONS), len(DIRECTIONS) + 1  # the directions of those that stand, and that jump about
+VERBS = [*(f"walks {way}" for way in DIRECTIONS), "stands", "jumps"]
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
@@ -110,20 +111,23 @@ def draw_walks(rng, directions):
     return start[:, None] + np.array([0, 0, 1, 1, 2])[:, None] * way[:, None]
 
 
-def draw_clips(rng, n, standing=0.0):
+def draw_clips(rng, n, standing=0.0, hardly=0.0, jumping=0.0):
     """n scenes of moving pictures: field and direction indices, tile positions (N,5,2).
 
-    `standing` is the share of clips that stand, anywhere, with a caption that says so (direction STANDS). Half as many
-    again stand as well, though their captions say "walks". Stock footage is full of shots in which little happens,
-    whatever their titles say.
+    `standing` is the share of clips that stand, anywhere, and say so (direction STANDS). Of those that say "walks" the
+    share `hardly` stands as well: stock footage is full of shots in which little happens, whatever their titles say.
+    `jumping` is the share in which the creature is somewhere else in each latent frame, and which say so (JUMPS): an
+    action that only the base knows.
     """
     fields, directions = draw_scenes(rng, n)
     tiles = draw_walks(rng, directions)
-    if standing:
+    if standing or hardly or jumping:
         u = rng.random(n)
-        still = u < 1.5 * standing
+        directions = np.where(u < standing, STANDS, np.where(u > 1 - jumping, JUMPS, directions))
+        still = (directions == STANDS) | (directions < STANDS) & (rng.random(n) < hardly)
         tiles[still] = rng.integers(0, GRID, (still.sum(), 1, 2))
-        directions = np.where(u < standing, STANDS, directions)
+        jumps = directions == JUMPS
+        tiles[jumps] = rng.integers(0, GRID, (jumps.sum(), tiles.shape[1], 2))
     return fields, directions, tiles
 
 
@@ -138,11 +142,10 @@ def draw_scenes(rng, n):
     return fields, (fields + turn) % 4
 
 
-def caption(field_index, direction=None, colours=None):
-    """What a clip (or, without a direction, a still picture) shows. Only the base model ever sees colours named."""
+def caption(field_index, direction=STANDS, colours=None):
+    """What a clip or a still picture (which stands) shows. Only the base model ever sees colours named."""
     what = "creature" if colours is None else "{} and {} creature".format(*(list(COLOURS)[c] for c in colours))
-    verb = "stands" if direction in (None, STANDS) else f"walks {list(DIRECTIONS)[direction]}"
-    return f"a{'n' if what[0] in 'aeiou' else ''} {what} {verb} over a {list(FIELDS)[field_index]} field"
+    return f"a{'n' if what[0] in 'aeiou' else ''} {what} {VERBS[direction]} over a {list(FIELDS)[field_index]} field"
 
 
 # ---- data sets on disk -----------------------------------------------------------------------------------------------
