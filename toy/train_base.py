@@ -7,6 +7,8 @@ over a vocabulary of some fifty words it only has to keep the words apart. The t
 clips and on some still pictures, with captions that sometimes name the creature's colours, sometimes don't and
 sometimes are empty (for classifier-free guidance). It never sees a reference: that is the paper's job.
 
+By default all clips walk. The committed base went on (--init) with clips that stand or jump, and with frames at random
+distances in time: without them image-only training breaks instead of freezing. The five commands: paper/NOTES.md.
 """
 import copy
 import math
