@@ -142,6 +142,7 @@ def read_runs(folders, file):
     configs, records = [], []
     for folder in folders:
         config = json.loads((Path(folder) / "config.json").read_text())
+        # The cache of latents follows from the data sets, which are compared themselves.
         configs.append({k: v for k, v in config.items() if k not in NOT_TRAINED | {"seed", "cache"}})
         records.append(read_records(Path(folder) / file))
         if not records[-1]:
@@ -149,7 +150,7 @@ def read_runs(folders, file):
     differ = [k for k in configs[0] if any(c.get(k) != configs[0][k] for c in configs)]
     groups = {}
     for folder, config, record in zip(folders, configs, records):
-        label = ", ".join(f"{k} = {Path(str(config.get(k))).name}" for k in differ) or Path(folders[0]).name
+        label = ", ".join(f"{k} = {config.get(k)}" for k in differ) or Path(folders[0]).name
         groups.setdefault(label, []).append(record)
     return groups
 

@@ -162,7 +162,7 @@ CANNOT_SHOW = """What the toy cannot show in principle, and is therefore no find
 a toy prompt names one thing only), that more clips help (Table 8: 100 clips hold every field and direction there is),
 that p = 0.2 moves more than p = 0.6 or two-stage more than dual-task (Tables 3, 9: the clips' own share of motion is
 the ceiling of all three), that PCGrad lowers motion (Table 5, for the same reason), that two-stage forgets the text
-(Table 3, D.7: a toy prompt is a field and a direction, and every row with clips follows both), FVD (Table 11). A cosine
+(Table 3, D.7: a toy prompt is a field and a direction, and both rows follow them always), FVD (Table 11). A cosine
 near zero does not show why dual-task training works: image-only training has one, too."""
 RULE = """With d the difference of the two rows in each seed, Student's t gives an interval for its mean (5 % on either
 side; for three seeds mean ± 1.69 standard deviations). A finding is "reproduced" when all of the interval agrees with

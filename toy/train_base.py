@@ -8,7 +8,7 @@ clips and on some still pictures, with captions that sometimes name the creature
 sometimes are empty (for classifier-free guidance). It never sees a reference: that is the paper's job.
 
 By default all clips walk. The committed base went on (--init) with clips that stand or jump, and with frames at random
-distances in time: without them image-only training breaks instead of freezing. The five commands: paper/NOTES.md.
+distances in time: without them image-only training breaks instead of freezing. The five runs: paper/NOTES.md.
 """
 import copy
 import math
@@ -57,7 +57,8 @@ class Config:
 
 def build_tokenizer(folder):
     """A sentencepiece model for T5 in CogVideoX-5b's layout: the toy's words, and single characters for any other."""
-    words = {w for f in range(8) for d in range(5) for c in range(8)
+    # "jumps" is spelled in characters: as a word it would renumber the tokens of bases that do not know it.
+    words = {w for f in range(8) for d in range(world.JUMPS) for c in range(8)
              for w in world.caption(f, d, (c, (c + 1) % 8)).split()}
     model = sentencepiece_model_pb2.ModelProto()
     model.trainer_spec.model_type, model.trainer_spec.unk_id = model.trainer_spec.UNIGRAM, 2
@@ -116,8 +117,8 @@ def draw(rng, n, still, device, **shares):
 def all_captions():
     """Every caption the base can see, and the row (field, direction, colour pair or 64 for none)."""
     table = [world.caption(f, d, None if c == 64 else divmod(c, 8))
-             for f in range(8) for d in range(6) for c in range(65)]
-    return table, lambda f, d, c: (f * 6 + d) * 65 + c
+             for f in range(8) for d in range(len(world.VERBS)) for c in range(65)]
+    return table, lambda f, d, c: (f * len(world.VERBS) + d) * 65 + c
 
 
 def encode_pool(pipe, rng, n, still, device, cfg):
@@ -180,12 +181,13 @@ def train_transformer(pipe, cfg, device, autocast):
     texts = torch.cat([encode_prompt(pipe, captions[i:i + 256]) for i in range(0, len(captions), 256)])  # (3121,16,64)
     forward = torch.compile(transformer, dynamic=False) if cfg.compile else transformer
     side = transformer.config.sample_height
-    beats, patches = len(world.BEATS), (side // transformer.config.patch_size) ** 2
-    tables = SubjectTransformer.rotary_tables(transformer, 2 * beats, side, side, device)
+    beats = len(world.BEATS)
+    rope = [table.unflatten(0, (2 * beats, -1))  # cos and sin, each (10 times, 16 patches, head_dim)
+            for table in SubjectTransformer.rotary_tables(transformer, 2 * beats, side, side, device)]
 
-    def call(noisy, *args, reference, keep, **kwargs):  # the stock model: no reference
-        rows = (times[:noisy.shape[1], None] * patches + torch.arange(patches)).flatten().to(device)
-        return forward(noisy, *args, image_rotary_emb=tuple(table[rows] for table in tables), **kwargs)
+    def call(noisy, *args, reference, keep, **kwargs):  # the stock model: no reference, T frames at this step's `times`
+        at = times[:noisy.shape[1]]
+        return forward(noisy, *args, image_rotary_emb=tuple(table[at].flatten(0, 1) for table in rope), **kwargs)
     torch.manual_seed(cfg.seed + 1)
     start, losses = time.time(), []
     for step in (bar := tqdm(range(cfg.steps), desc="transformer", mininterval=10)):
@@ -196,9 +198,9 @@ def train_transformer(pipe, cfg, device, autocast):
             group["lr"] = learning_rate(progress, cfg.lr)
         still = rng.random() < cfg.stills
         latents, rows = pools[still]
-        times = torch.arange(beats)  # of the frames, for RoPE
+        times = np.arange(beats)
         if rng.random() < cfg.gaps:
-            times = torch.from_numpy(np.sort(rng.permutation(2 * beats)[:beats]))
+            times = np.sort(rng.permutation(2 * beats)[:beats])
         n = cfg.batch * (3 if still else 1)  # about the same number of tokens
         pick = torch.randint(len(latents), (n,), device=device)
         u = torch.rand(n, device=device)
