@@ -135,13 +135,13 @@ class Config:
 
 TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", cache="toy/data/cache",
            name="toy", lora_rank=32, lora_alpha=16.0, lora_dropout=0.0, frames=9, fps=4.0, crop_jitter=0.0,
-           view_drop=0.0, steps=500, image_batch=16, image_micro=16, video_batch=8, video_micro=8,
-           lr=5e-3, warmup=30, save_every=100, video_checkpointing="none", vae_tiling=False, workers=0, guidance=2.0,
+           view_drop=0.0, steps=450, image_batch=16, image_micro=16, video_batch=16, video_micro=16,
+           lr=6e-3, warmup=30, save_every=100, video_checkpointing="none", vae_tiling=False, workers=0, guidance=2.0,
            val_images="toy/data/val_pairs", val_videos="toy/data/val_clips", val_refs="toy/refs", val_every=100,
-           sample_every=500)
+           sample_every=450)
 AUTHORS = dict(drop="reference", task_schedule="mixed", view_drop=0.0, crop_jitter=0.0, lora_dropout=0.0, cls="front",
                cls_video=False, vae_tiling=False, image_micro=8, video_micro=1, image_checkpointing="attention")
-TOY_AUTHORS = dict(image_micro=2, video_micro=1)  # 8 micro-batches a step: as many pairs and clips as the toy's coin
+TOY_AUTHORS = dict(image_micro=2, video_micro=2)  # 8 micro-batches a step: as many pairs and clips as the toy's coin
 
 # ---- what a step is --------------------------------------------------------------------------------------------------
 # Every random draw is made from (seed, stream, step, micro-batch), so there is no random state to save. A resumed run
@@ -433,7 +433,7 @@ def held_out_batches(cfg, pipe, size, frames, n_ref):
 def make_optimizer(cfg, parameters):
     """AdamW and its learning rate: warm-up, then cosine with restarts (A.2)."""
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
-                                  fused=parameters[0].is_cuda or None)  # one kernel for all parameters
+                                  fused=True)  # one kernel for all parameters
 
     def decay_over(steps):
         return get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, cfg.warmup, steps, cfg.cycles)

@@ -52,7 +52,7 @@ ROWS = {  # name: flags of train.py. Sizes of data sets are shares of the toy's 
     "elsewhere-image-only": {"images": "toy/data/pairs_elsewhere", "p": 0.0},
     "walking": {"images": "toy/data/pairs_walking"},
     "walking-image-only": {"images": "toy/data/pairs_walking", "p": 0.0},
-    "low-lr-image-only": {"lr": 1.7e-3, "p": 0.0},
+    "low-lr-image-only": {"lr": 2e-3, "p": 0.0},
     "view-drop": {"view_drop": 0.5},
     "scope-reference": {"lora_scope": "reference"},
     "scope-reference-image-only": {"lora_scope": "reference", "p": 0.0},
@@ -60,7 +60,7 @@ ROWS = {  # name: flags of train.py. Sizes of data sets are shares of the toy's 
     "clips-50pct": {"videos": "toy/data/clips-200"},
     "clips-75pct": {"videos": "toy/data/clips-300"},
     "drop-reference": {"drop": "reference"},
-    "mixed": {"task_schedule": "mixed", "image_micro": 2, "video_micro": 1},
+    "mixed": {"task_schedule": "mixed", "image_micro": 2, "video_micro": 2},
     "cls-item": {"cls": "item"},
     "authors": {"recipe": "authors", **train.AUTHORS, **train.TOY_AUTHORS},
 }
@@ -496,7 +496,8 @@ def draw_headline(plt, results, controls):
     for axis, column, title in zip(axes, ("moves", "cells"), ("videos that move", "cells that are right")):
         for row, label, colour in zip(CURVES, ("dual-task, p = 0.2", "image-only, p = 0", "image-only, then clips"),
                                       gradcos.COLOURS):
-            curves = [[{**r, "step": r["step"] + (500 if row == "thaw" else 0)} for r in record["curve"]]
+            before = train.TOY["steps"] if row == "thaw" else 0
+            curves = [[{**r, "step": r["step"] + before} for r in record["curve"]]
                       for record in results[row].values()]
             gradcos.band(axis, curves, lambda r: r[column], color=colour, label=f"{label} ({len(curves)} seeds)")
         lines_of_controls(axis, controls, column)

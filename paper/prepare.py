@@ -599,7 +599,8 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
     if rank == 0 and counts[0]:
         write(index, json.dumps(key | {"complete": False}, indent=1))
     cached = torch.tensor(0)
-    together = max(1, 4 // cfg.crops) if task == "image" else 1  # 8 pictures a call keep the VAE busy
+    item_pictures = 2 * cfg.crops if task == "image" else frames
+    together = min(8, max(1, 8 * 480 * 720 // (item_pictures * size[0] * size[1])))  # this keeps the VAE busy
     for i in tqdm(range(0, len(todo), together), desc=f"caching {task}s", disable=rank > 0):
         files, pixels, prompts = [], [], []
         for item, file, stamp in todo[i:i + together]:
