@@ -170,8 +170,9 @@ def draw_figure_5(plt, groups):
     for (label, seeds), colour in zip(groups.items(), COLOURS * 9):
         n = f" ({len(seeds)} seeds)" if len(seeds) > 1 else ""
         band(left, seeds, lambda r: r["cosine"], color=colour, label=label + n)
-        band(right, seeds, lambda r: r["norm_img"], color=colour, label=r"$\|g_{img}\|$, " + label)
-        band(right, seeds, lambda r: r["norm_vid"], color=colour, linestyle="--", label=r"$\|g_{vid}\|$, " + label)
+        image, video = (r"$\|g_{img}\|$", r"$\|g_{vid}\|$") if colour == COLOURS[0] else (None, None)  # named once
+        band(right, seeds, lambda r: r["norm_img"], color=colour, label=image)
+        band(right, seeds, lambda r: r["norm_vid"], color=colour, linestyle="--", label=video)
     largest = max(abs(r["cosine"]) for seeds in groups.values() for records in seeds for r in records)
     left.set(xlabel="step", ylabel=r"cosine of $g_{img}$ and $g_{vid}$", ylim=(-1.1 * largest, 1.1 * largest))
     right.set(xlabel="step", ylabel="gradient norm", yscale="log")
