@@ -39,6 +39,7 @@ PAPER_BASE = "THUDM/CogVideoX-5b"
 REFERENCE_TOKEN = "<cls>"  # Sec. 3.3: "An <CLS> armchair in the living room"
 # Sec. A.1. Names match by suffix: "proj" is both ff.net.0.proj and the convolution patch_embed.proj.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj", "text_proj", "norm1.linear", "norm2.linear", "ff.net.2"]
+VAE_PIXELS = 8 * 480 * 720  # in a call: they keep the VAE busy, and above them a convolution of diffusers 0.42.1 fails
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers' own loader looks for
 
 
@@ -409,13 +410,13 @@ def encode_moments(vae, pixels):
     """Pixels (B,F,3,height,width) in [-1,1] -> the VAE posterior's mean and log-variance (B,T,2C,H,W), as in a cache.
 
     F = 1 for pictures, 8k+1 for clips. Pictures go whole, at most 8 of 480x720 a call: so they get the same latents in
-    training, in a cache and in sampling. (Above 8 a convolution of diffusers 0.42.1 fails.) Clips follow tile_vae."""
+    training, in a cache and in sampling. Clips follow tile_vae."""
     pixels = pixels.to(vae.device, vae.dtype).transpose(1, 2)  # the VAE takes (B,3,F,H,W)
     if pixels.shape[2] > 1:
         return vae.encode(pixels).latent_dist.parameters.transpose(1, 2)
     tiling, slicing = vae.use_tiling, vae.use_slicing
     vae.use_tiling = vae.use_slicing = False
-    together = max(1, 8 * 480 * 720 // pixels[0, 0].numel())
+    together = max(1, VAE_PIXELS // pixels[0, 0].numel())
     moments = [vae.encode(few).latent_dist.parameters for few in pixels.split(together)]
     vae.use_tiling, vae.use_slicing = tiling, slicing
     return torch.cat(moments).transpose(1, 2)

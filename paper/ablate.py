@@ -62,7 +62,7 @@ ROWS = {  # name: flags of train.py. Sizes of data sets are shares of the toy's 
     "clips-50pct": {"videos": "toy/data/clips-200"},
     "clips-75pct": {"videos": "toy/data/clips-300"},
     "drop-reference": {"drop": "reference"},
-    "mixed": {"task_schedule": "mixed", "image_micro": 2, "video_micro": 2},
+    "mixed": {"task_schedule": "mixed", **train.TOY_AUTHORS},
     "cls-item": {"cls": "item"},
     "authors": {"recipe": "authors", **train.AUTHORS, **train.TOY_AUTHORS},
 }
@@ -500,8 +500,7 @@ def draw_headline(plt, results, controls):
     for axis, column, title in zip(axes, ("moves", "cells"), ("videos that move", "cells that are right")):
         for row, label, colour in zip(CURVES, ("dual-task, p = 0.2", "image-only, p = 0", "image-only, then clips"),
                                       gradcos.COLOURS):
-            before = train.TOY["steps"] if row == "thaw" else 0
-            curves = [[{**r, "step": r["step"] + before} for r in record["curve"]]
+            curves = [[{**r, "step": r["step"] + (record["steps"] if row == "thaw" else 0)} for r in record["curve"]]
                       for record in results[row].values()]
             gradcos.band(axis, curves, lambda r: r[column], color=colour, label=f"{label} ({len(curves)} seeds)")
         lines_of_controls(axis, controls, column)

@@ -44,7 +44,7 @@ from urllib3.exceptions import HTTPError
 from base import find_device, frame_size, load_pipeline, tile_vae
 from data import (CLIP_SUFFIXES, Clips, ImagePairs, cache_key, clip_frames, cls_for, fit_reference, load_clip,
                   load_image, normalise, open_parquet, read_text, save_video, split_views, to_pixels)
-from model import PAPER_BASE, encode_moments, encode_prompt, with_reference_token
+from model import PAPER_BASE, VAE_PIXELS, encode_moments, encode_prompt, with_reference_token
 from run import changed, check, command_line, join_ranks, knob, rank_and_world_size, rng, write
 
 
@@ -599,8 +599,8 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
     if rank == 0 and counts[0]:
         write(index, json.dumps(key | {"complete": False}, indent=1))
     cached = torch.tensor(0)
-    item_pictures = 2 * cfg.crops if task == "image" else frames
-    together = min(8, max(1, 8 * 480 * 720 // (item_pictures * size[0] * size[1])))  # this keeps the VAE busy
+    pictures = 2 * cfg.crops if task == "image" else frames  # in an item
+    together = min(8, max(1, VAE_PIXELS // (pictures * size[0] * size[1])))
     for i in tqdm(range(0, len(todo), together), desc=f"caching {task}s", disable=rank > 0):
         files, pixels, prompts = [], [], []
         for item, file, stamp in todo[i:i + together]:
