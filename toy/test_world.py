@@ -63,6 +63,17 @@ def test_one_bad_frame_is_broken(damage):
     assert world.score_videos(videos, test)["broken"] == 100
 
 
+def test_a_field_that_changes_colour_does_not_break_the_creature():
+    test = world.draw_test_set(16)
+    videos = world.true_clips(test)
+    other = world.FIELD_RGB[(test.fields + 1) % len(world.FIELDS)]
+    for video, was, now in zip(videos, world.FIELD_RGB[test.fields], other):
+        last = video[-1]  # a view
+        last[(last == was).all(2)] = now
+    scores = world.score_videos(videos, test)
+    assert scores["field"] == 0 and scores["moves"] == scores["cells"] == 100
+
+
 def test_cells_count_wrong_cells():
     """A quarter of the creature in another colour: that many cells are wrong, wherever it stands."""
     test = world.draw_test_set(16)

@@ -240,11 +240,11 @@ def one_process():
         yield
 
 
-def ensure_data(cfg):
+def ensure_data(cfg, latents=""):
     """The data of `train.py --toy`, and their latents, encoded once by paper.prepare as for a real run. Returns cfg.
 
-    --cache toy/data/cache keeps a folder for each choice of --images and --videos. With other data, another base or
-    random crops nothing is cached, and each step encodes its own.
+    --cache toy/data/cache, or `latents`, keeps a folder for each choice of --images and --videos. With other data,
+    another base or random crops nothing is cached, and each step encodes its own.
     """
     from train import TOY
     write_missing(cfg.images, cfg.videos, cfg.val_images, cfg.val_videos)
@@ -256,7 +256,7 @@ def ensure_data(cfg):
     ours = all(Path(folder).parent == Path("toy/data") for folder in (cfg.images, cfg.videos))
     if not ours or any(same[k] != toy[k] for k in usual):
         return dataclasses.replace(cfg, cache="")
-    cache = Path(cfg.cache) / f"{Path(cfg.images).name}+{Path(cfg.videos).name}"
+    cache = Path(latents or cfg.cache) / f"{Path(cfg.images).name}+{Path(cfg.videos).name}"
     with one_process():
         made = [cache / task / "index.json" for task in ("image", "video")]
         if not all(index.is_file() and json.loads(index.read_text())["complete"] for index in made):
@@ -299,12 +299,13 @@ def true_clips(test, seed=2024):
 def best_cells(video, bitmaps, colours, field_rgb):
     """How many of the 64 cells are right, per frame and creature, (F,K) in 0..1, at the best placement in each frame.
 
-    video float (F,3,H,W) in 0..255; bitmaps (K,8,8) with colours (K,2). A cell is right when the nearest of the eight
-    creature colours and the video's own field colour is what the creature has there.
+    video float (F,3,H,W) in 0..255; bitmaps (K,8,8) with colours (K,2); field_rgb (F,3). A cell is right when the
+    nearest of the eight creature colours and the frame's own field colour is what the creature has there.
     """
-    palette = torch.from_numpy(np.concatenate([COLOUR_RGB, field_rgb[None]])).float()       # (9,3): the field is 8
+    palette = np.broadcast_to(COLOUR_RGB, (len(video), *COLOUR_RGB.shape))
+    palette = torch.from_numpy(np.concatenate([palette, field_rgb[:, None]], 1)).float()     # (F,9,3): the field is 8
     cells = torch.nn.functional.avg_pool2d(video, CELL, stride=1)                            # (F,3,31,31)
-    nearest = (cells[:, None] - palette[None, :, :, None, None]).square().sum(2).argmin(1)   # (F,31,31)
+    nearest = (cells[:, None] - palette[..., None, None]).square().sum(2).argmin(1)          # (F,31,31)
     has = torch.nn.functional.one_hot(nearest, 9).permute(0, 3, 1, 2).float()                # (F,9,31,31)
     look = np.concatenate([np.full((len(bitmaps), 1), 8), colours], 1)                       # cell value -> colour
     wanted = torch.from_numpy(look[np.arange(len(bitmaps))[:, None, None], bitmaps])         # (K,8,8)
@@ -340,7 +341,7 @@ def score_videos(videos, test, seed=2024):
     identity_16  more cells are those of its own reference than of 15 other creatures
     cells        share of the 64 cells that are right, mean over frames (best_cells)
     direction    of those that move: mostly along the named direction
-    field        the field has the named colour
+    field        the field has the named colour in every frame
 
     What fools them: a still picture is whole, smooth and has all its cells; an empty field is still and broken, and its
     cells are right where the creature has none (a quarter); a wrong creature can move well.
@@ -356,7 +357,7 @@ def score_each(videos, test, seed=2024):
                             "field")}
     for i, video in enumerate(videos):
         video = video.astype(np.float32)
-        field_rgb = np.median(video.reshape(-1, 3), 0)  # a creature covers a quarter of a frame at most
+        field_rgb = np.median(video.reshape(len(video), -1, 3), 1)  # (F,3): a creature covers a quarter of a frame
         others = test.creatures[rng.permutation(np.delete(np.arange(len(test.creatures)), i))[:15]]
         cells = best_cells(torch.from_numpy(video).permute(0, 3, 1, 2),
                            np.concatenate([test.creatures.bitmap[i:i + 1], others.bitmap]),
@@ -364,7 +365,7 @@ def score_each(videos, test, seed=2024):
         hits["cells"].append(cells[0].item())
         hits["identity_16"].append((cells[0] > cells[1:]).all().item())
 
-        corner, whole = find_creature(np.abs(video - field_rgb).max(3) > 48)
+        corner, whole = find_creature(np.abs(video - field_rgb[:, None, None]).max(3) > 48)
         move = (corner[-1] - corner[0])
         moved = np.abs(move).max() >= TILE
         hits["broken"].append(not whole.all())
@@ -372,7 +373,8 @@ def score_each(videos, test, seed=2024):
         hits["frozen"].append(whole.all() and not moved)
         hits["still"].append(np.abs(np.diff(video, axis=0)).mean((1, 2, 3)).max(initial=0) < 3)
         hits["smoothness"].append((np.abs(np.diff(corner, axis=0)).max(1) <= TILE + 1).mean() if len(video) > 1 else 1)
-        hits["field"].append(np.abs(FIELD_RGB - field_rgb).sum(1).argmin() == test.fields[i])
+        nearest = np.abs(FIELD_RGB - field_rgb[:, None]).sum(2).argmin(1)  # (F,)
+        hits["field"].append((nearest == test.fields[i]).all())
         turned = (STEP @ move).argmax() == test.directions[i]
         hits["direction"].append(float(turned) if moved and whole.all() else np.nan)
     return hits
@@ -498,23 +500,25 @@ class Picture:
 
 
 def picture(cfg, scale=4):
-    """Reference pictures in the first column; beside them each LoRA's videos, moving or as a row of frames."""
+    """Reference pictures in the first column; beside them each LoRA's videos, moving or as a row of frames. Above each
+    row its prompt."""
     test = draw_test_set(cfg.n)
     videos = [score_lora(lora, cfg.n, steps=cfg.steps)[1] for lora in cfg.lora]
-    side, gap, top = SIZE * scale, 12, 28
+    side, gap, top, words = SIZE * scale, 12, 28, 20
     moving = Path(cfg.out).suffix != ".png"
     shown = [[frame] for frame in range(FRAMES)] if moving else [np.cumsum(BEATS) - 1]  # columns of each sheet
     block = len(shown[0]) * (side + 2)
 
     def sheet(columns):
         width = side + gap + len(videos) * (block + gap)
-        paper = Image.new("RGB", (max(width, 3 * side), top + cfg.n * (side + 2)), "white")
+        paper = Image.new("RGB", (max(width, 3 * side), top + cfg.n * (words + side)), "white")
         write = ImageDraw.Draw(paper)
         write.text((4, 6), "reference", "black", font_size=14)
         for k, title in enumerate(cfg.titles):
             write.text((side + gap + k * (block + gap) + 4, 6), title, "black", font_size=14)
         for i in range(cfg.n):
-            y = top + i * (side + 2)
+            y = top + words + i * (words + side)
+            write.text((4, y - words + 3), test.prompts[i], "black", font_size=11)
             paper.paste(Image.fromarray(test.references[i]).resize((side, side), Image.NEAREST), (0, y))
             for k, v in enumerate(videos):
                 for j, frame in enumerate(columns):
