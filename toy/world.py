@@ -243,8 +243,9 @@ def one_process():
 def ensure_data(cfg, latents=""):
     """The data of `train.py --toy`, and their latents, encoded once by paper.prepare as for a real run. Returns cfg.
 
-    --cache toy/data/cache, or `latents`, keeps a folder for each choice of --images and --videos. With other data,
-    another base or random crops nothing is cached, and each step encodes its own.
+    --cache toy/data/cache keeps a folder for each choice of --images and --videos. With other data, another base or
+    random crops nothing is cached, and each step encodes its own. latents: another folder than toy/data/cache, for runs
+    that repeat bit for bit (the number of threads changes the last bits of a latent).
     """
     from train import TOY
     write_missing(cfg.images, cfg.videos, cfg.val_images, cfg.val_videos)
@@ -344,7 +345,8 @@ def score_videos(videos, test, seed=2024):
     field        the field has the named colour in every frame
 
     What fools them: a still picture is whole, smooth and has all its cells; an empty field is still and broken, and its
-    cells are right where the creature has none (a quarter); a wrong creature can move well.
+    cells are right where the creature has none (a quarter); a wrong creature can move well, and so can a creature on a
+    field that changes colour.
     """
     means = {k: np.array(v, float) for k, v in score_each(videos, test, seed).items()}
     return {k: 100 * float(v[~np.isnan(v)].mean()) if not np.isnan(v).all() else float("nan") for k, v in means.items()}
@@ -357,7 +359,7 @@ def score_each(videos, test, seed=2024):
                             "field")}
     for i, video in enumerate(videos):
         video = video.astype(np.float32)
-        field_rgb = np.median(video.reshape(len(video), -1, 3), 1)  # (F,3): a creature covers a quarter of a frame
+        field_rgb = np.median(video.reshape(len(video), -1, 3), 1)  # (F,3): a creature is a quarter of it at most
         others = test.creatures[rng.permutation(np.delete(np.arange(len(test.creatures)), i))[:15]]
         cells = best_cells(torch.from_numpy(video).permute(0, 3, 1, 2),
                            np.concatenate([test.creatures.bitmap[i:i + 1], others.bitmap]),
