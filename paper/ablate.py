@@ -242,9 +242,10 @@ def train_row(cfg, name, seed):
     if cfg.row in CURVES:
         curve = {"save_every": max(1, flags["steps"] // 5), "keep_checkpoints": 99}
     watched = {"gradcos_every": max(1, cfg.steps // 20)} if cfg.row in WATCHED else {}
-    config = train.Config(**{**train.TOY, "toy": True, "seed": seed, "name": name, "out": cfg.out, "val_every": 0,
-                             "sample_every": 0, **curve, **watched, **flags})
-    train.train(world.ensure_data(config, latents="toy/data/cache_one_thread"))
+    cache = "toy/data/cache_one_thread"  # not train.py's: more threads would change the last bits of its latents
+    config = train.Config(**{**train.TOY, "toy": True, "seed": seed, "name": name, "out": cfg.out, "cache": cache,
+                             "val_every": 0, "sample_every": 0, **curve, **watched, **flags})
+    train.train(world.ensure_data(config))
     return config
 
 
@@ -540,7 +541,7 @@ def make_controls(cfg):
 
 
 def main(cfg):
-    torch.set_num_threads(1)  # more threads would change the last bits of a result, and with them its videos
+    torch.set_num_threads(1)  # as many as made the results: others would change their last bits
     if cfg.row:
         return train_and_score(cfg)
     if cfg.write:

@@ -240,16 +240,15 @@ def one_process():
         yield
 
 
-def ensure_data(cfg, latents=""):
+def ensure_data(cfg):
     """The data of `train.py --toy`, and their latents, encoded once by paper.prepare as for a real run. Returns cfg.
 
-    --cache toy/data/cache keeps a folder for each choice of --images and --videos. With other data, another base or
-    random crops nothing is cached, and each step encodes its own. latents: another folder than toy/data/cache, for runs
-    that repeat bit for bit (the number of threads changes the last bits of a latent).
+    A --cache in toy/data keeps a folder for each choice of --images and --videos; any other is left as it is. With
+    other data, another base or random crops nothing is cached, and each step encodes its own.
     """
     from train import TOY
     write_missing(cfg.images, cfg.videos, cfg.val_images, cfg.val_videos)
-    if cfg.cache != TOY["cache"]:
+    if Path(cfg.cache).parent != Path("toy/data"):
         return cfg
     toy = {f.name: f.default for f in dataclasses.fields(cfg)} | TOY
     usual = ("base", "frames", "fps", "height", "width", "crop_jitter", "fit", "vae_tiling")
@@ -257,7 +256,7 @@ def ensure_data(cfg, latents=""):
     ours = all(Path(folder).parent == Path("toy/data") for folder in (cfg.images, cfg.videos))
     if not ours or any(same[k] != toy[k] for k in usual):
         return dataclasses.replace(cfg, cache="")
-    cache = Path(latents or cfg.cache) / f"{Path(cfg.images).name}+{Path(cfg.videos).name}"
+    cache = Path(cfg.cache) / f"{Path(cfg.images).name}+{Path(cfg.videos).name}"
     with one_process():
         made = [cache / task / "index.json" for task in ("image", "video")]
         if not all(index.is_file() and json.loads(index.read_text())["complete"] for index in made):
@@ -303,8 +302,7 @@ def best_cells(video, bitmaps, colours, field_rgb):
     video float (F,3,H,W) in 0..255; bitmaps (K,8,8) with colours (K,2); field_rgb (F,3). A cell is right when the
     nearest of the eight creature colours and the frame's own field colour is what the creature has there.
     """
-    palette = np.broadcast_to(COLOUR_RGB, (len(video), *COLOUR_RGB.shape))
-    palette = torch.from_numpy(np.concatenate([palette, field_rgb[:, None]], 1)).float()     # (F,9,3): the field is 8
+    palette = torch.from_numpy(np.array([[*COLOUR_RGB, field] for field in field_rgb])).float()  # (F,9,3): field is 8
     cells = torch.nn.functional.avg_pool2d(video, CELL, stride=1)                            # (F,3,31,31)
     nearest = (cells[:, None] - palette[..., None, None]).square().sum(2).argmin(1)          # (F,31,31)
     has = torch.nn.functional.one_hot(nearest, 9).permute(0, 3, 1, 2).float()                # (F,9,31,31)
