@@ -1,6 +1,7 @@
 """Loads a CogVideoX base: device, dtype, 8-bit weights, VAE tiles, attention kernels. Nothing here is the paper's."""
 import os
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5Config, T5EncoderModel
 
 from model import PAPER_BASE, REFERENCE_TOKEN, SubjectTransformer
+
+warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks`")  # of diffusers' own call
 
 
 def find_device(name=""):
@@ -25,6 +28,19 @@ def find_device(name=""):
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here")
     return device
+
+
+def compute_dtype(device):
+    """The dtype that a device computes in: bfloat16 on a GPU, float32 on a CPU. Every script asks here."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def autocast(device):
+    """A context in which the float32 LoRA computes in the device's dtype, as the frozen base does."""
+    dtype = compute_dtype(device)
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype)
 
 
 def attention_order(device):
@@ -74,14 +90,43 @@ def refuse_cpu(base, asked):
 
 
 def sampling_dtype(base, device):
-    """float32 on a CPU; on a GPU bfloat16, or float16 for CogVideoX-2b (no RoPE), which was trained in it."""
-    if device.type != "cuda":
-        return torch.float32
+    """compute_dtype, but float16 for CogVideoX-2b (no RoPE) on a GPU, because it was trained in float16."""
+    dtype = compute_dtype(device)
+    if dtype == torch.bfloat16 and not read_config(base).get("use_rotary_positional_embeddings"):
+        return torch.float16
+    return dtype
+
+
+def read_config(base):
+    """The config of a base's transformer, without its weights.
+
+    One line of FileNotFoundError when there is no such base, of ValueError when the method cannot use it."""
+    base, local = str(base), (Path(base) / "model_index.json").is_file()
+    if not local and (base.count("/") != 1 or Path(base).exists() or base.startswith((".", "/"))):
+        raise FileNotFoundError(f"no base at {base}: expected a diffusers CogVideoX folder (with model_index.json) "
+                                f"or a hub id such as {PAPER_BASE}")
     try:
         config = SubjectTransformer.load_config(base, subfolder="transformer")
-    except OSError:  # load_pipeline says it better
-        return torch.bfloat16
-    return torch.bfloat16 if config.get("use_rotary_positional_embeddings") else torch.float16
+    except OSError as e:
+        if local:
+            raise
+        raise download_failed(base, e)
+    kind = config.get("_class_name")
+    if kind not in ("CogVideoXTransformer3DModel", "SubjectTransformer"):
+        raise ValueError(f"{base} is no CogVideoX (its transformer is a {kind}): use a base such as {PAPER_BASE}")
+    reads, writes = config.get("in_channels", 16), config.get("out_channels", 16)  # diffusers' own defaults
+    if reads != writes:
+        raise ValueError(f"{base} is an image-to-video base (its transformer reads {reads} channels and writes "
+                         f"{writes}): the method needs a text-to-video base such as {PAPER_BASE}")
+    if config.get("patch_size_t") is not None:
+        raise ValueError(f"{base} is a CogVideoX 1.5, whose tokens span two frames, so a reference cannot be frame 0: "
+                         f"use a 1.0 base such as {PAPER_BASE}")
+    return config
+
+
+def download_failed(base, error):
+    return FileNotFoundError(f"no folder {base}, and the download from the hub failed: {str(error).splitlines()[0]} "
+                             f"Without network: hf download {base} --local-dir FOLDER elsewhere, then --base FOLDER")
 
 
 def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False, without=(), asked="cpu"):
@@ -91,10 +136,7 @@ def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False, without=(
     int8 (torchao, weight-only): the frozen transformer takes half its memory in bf16, 5.6 GB for CogVideoX-5B.
     without: parts, "transformer" or "text_encoder", whose weights are not read (11 and 9.5 GB): they stay on the meta
     device. asked: the user's --device, for refuse_cpu."""
-    local = (Path(base) / "model_index.json").is_file()
-    if not local and (str(base).count("/") != 1 or Path(base).exists() or str(base).startswith((".", "/"))):
-        raise FileNotFoundError(f"no base at {base}: expected a diffusers CogVideoX folder (with model_index.json) "
-                                f"or a hub id such as {PAPER_BASE}")
+    read_config(base)  # a base that cannot be used is refused before gigabytes are loaded
     quantization = {}
     if int8:
         if not is_torchao_available():  # not in requirements.txt: its mere presence makes diffusers slow and noisy
@@ -109,10 +151,9 @@ def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False, without=(
                                                                       **quantization)
         pipe = CogVideoXPipeline.from_pretrained(base, **parts, dtype=dtype)
     except OSError as e:
-        if local:
+        if Path(base).is_dir():
             raise
-        raise FileNotFoundError(f"no folder {base}, and the download from the hub failed: {str(e).splitlines()[0]} "
-                                f"Without network: hf download {base} --local-dir FOLDER elsewhere, then --base FOLDER")
+        raise download_failed(base, e)
     if int8:
         follow_autocast(pipe.transformer)
     pipe.tokenizer.add_tokens([REFERENCE_TOKEN], special_tokens=True)
@@ -132,6 +173,14 @@ def follow_autocast(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(cast)
+
+
+def warn_of_another_size(pipe, height, width, frames):
+    """One line when videos get another size or length than the base was made for: they often fall apart."""
+    made_for = (*frame_size(pipe), pipe.transformer.config.sample_frames)
+    if (height, width, frames) != made_for and frames > 1:
+        print(f"warning: {width}x{height} and {frames} frames, but the base was made for {made_for[1]}x{made_for[0]} "
+              f"and {made_for[2]} frames: videos may fall apart", file=sys.stderr)
 
 
 def frame_size(pipe):

@@ -9,6 +9,7 @@ Every sample is a function of (seed, step, index): no state to save, any rank ca
 sees the data that an uninterrupted one would have seen. Nothing is dropped here: the reference tokens that a step
 leaves out are chosen in train.py, where the loop can see and log it.
 """
+import atexit
 import io
 import json
 import os
@@ -427,18 +428,34 @@ def _collate(samples):
     return batch
 
 
-def _ignore_sigterm(worker):
-    """A SIGTERM to the whole job ends it through the loop, which still needs its data for a step or two."""
+def _ignore_signals(worker):
+    """A SIGTERM or Ctrl-C to the whole job reaches the main process, which then ends this one. Until then the loop may
+    still need data for a step or two."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def batches(datasets, keys, workers=0):
-    """An iterator over the micro-batches of a run, made ahead of time by `workers` processes.
+    """The micro-batches of a run, one after the other, made ahead of time by `workers` processes.
 
     datasets: {"image": ImagePairs, "video": Clips}. keys: for each micro-batch the list of (task, step, index) it
     holds, in the order in which the loop will ask. Yields {"reference" (B,1,3,H,W), "pixels" (B,F,3,H,W) uint8, or the
     moments of a cache, "prompt", "item", "keys", "skipped"}.
     """
-    return iter(DataLoader(_Tasks(datasets), batch_sampler=keys, num_workers=workers, collate_fn=_collate,
-                           prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available(),
-                           worker_init_fn=_ignore_sigterm))
+    loader = iter(DataLoader(_Tasks(datasets), batch_sampler=keys, num_workers=workers, collate_fn=_collate,
+                             prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available(),
+                             worker_init_fn=_ignore_signals))
+
+    def end_workers():
+        loader._shutdown_workers()
+        for process in loader._workers:
+            process.kill()  # one that still reads
+    if not workers:
+        yield from loader
+        return
+    atexit.register(end_workers)  # an error leaves the loop here: Python's own exit would wait for them for ever
+    try:
+        yield from loader
+    finally:
+        end_workers()
+        atexit.unregister(end_workers)

@@ -12,8 +12,10 @@ Contents: SubjectTransformer (the forward) - LoRA (attach, save, load) - the v l
 """
 import hashlib
 import json
+import logging
 import os
 import re
+import sys
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +31,7 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from diffusers.utils import apply_lora_scale
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -41,6 +44,9 @@ REFERENCE_TOKEN = "<cls>"  # Sec. 3.3: "An <CLS> armchair in the living room"
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj", "text_proj", "norm1.linear", "norm2.linear", "ff.net.2"]
 VAE_PIXELS = 8 * 480 * 720  # in a call: they keep the VAE busy, and above them a convolution of diffusers 0.42.1 fails
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers' own loader looks for
+AUTHORS_LORA_FILE = "pytorch_lora_weights_transformer.safetensors"  # the name of the authors' release
+logging.getLogger("diffusers.pipelines.cogvideo.pipeline_cogvideox").setLevel("ERROR")  # encode_prompt says it once
+TOO_LONG = set()  # prompts of which the text encoder reads only the beginning
 
 
 # ---- the transformer -------------------------------------------------------------------------------------------------
@@ -236,14 +242,23 @@ def save_lora(transformer, path, **extra):
 
 
 def lora_path(path):
-    """The safetensors file behind `path`: a file, a folder with one, or a run. FileNotFoundError names `path`."""
-    path = newest_checkpoint(path) or Path(path)
-    if path.is_file():
-        return path
-    for name in (LORA_FILE, "pytorch_lora_weights_transformer.safetensors"):  # the second is the authors' release
-        if (path / name).is_file():
-            return path / name
-    raise FileNotFoundError(f"no LoRA at {path}: expected a .safetensors file, a folder with {LORA_FILE}, or a run")
+    """The safetensors file behind `path`: a file, a folder with one, a run, or user/name or user/name/FILE.safetensors
+    on the hub. FileNotFoundError names `path`."""
+    folder = newest_checkpoint(path) or Path(path)
+    for file in (folder, folder / LORA_FILE, folder / AUTHORS_LORA_FILE):
+        if file.is_file():
+            return file
+    user, *rest = str(path).split("/")
+    if not user.strip(".~") or Path(user).exists() or not (len(rest) == 1 or rest and rest[-1].endswith(".safetensors")):
+        raise FileNotFoundError(f"no LoRA at {path}: expected a .safetensors file, a folder with {LORA_FILE}, a run, or "
+                                "a hub id")
+    names = ["/".join(rest[1:])] if rest[1:] else [LORA_FILE, AUTHORS_LORA_FILE]
+    for name in names:
+        try:
+            return Path(hf_hub_download(f"{user}/{rest[0]}", name))
+        except Exception as e:  # no network, no such repository or file: each is an error of its own kind
+            why = str(e).strip().splitlines()[0]
+    raise FileNotFoundError(f"no LoRA at {path}, and the download of {names[-1]} from the hub failed: {why}")
 
 
 def lora_header(path):
@@ -264,6 +279,9 @@ def load_lora(transformer, path, dropout=0.0):
 
     A file without alpha (the authors' release) gets the paper's alpha/rank = 64/128 = 0.5, and says so.
     ValueError when it was trained on another base or does not fit.
+
+    The adapters are float32. On a bfloat16 base the forward then needs torch.autocast, as in training; or cast them to
+    the base's dtype, as sample.load does.
     """
     file, header = lora_path(path), lora_header(path)
     with safe_open(file, "pt") as f:
@@ -387,7 +405,7 @@ def v_loss(transformer, scheduler, latents, text, timestep, noise, reference=Non
 def with_reference_token(prompt, cls="front", item=""):
     """Put <cls> into a prompt that holds none: in front (the authors' scripts), or with cls "item" before the subject's
     name, "An <cls> armchair" (3.3), where the prompt holds it as a word. "off" is Table 6's row without it."""
-    prompt = prompt.replace(REFERENCE_TOKEN.upper(), REFERENCE_TOKEN)  # the paper writes <CLS>
+    prompt = re.sub(REFERENCE_TOKEN, REFERENCE_TOKEN, prompt, flags=re.IGNORECASE)  # the paper writes <CLS>
     if cls == "off" or REFERENCE_TOKEN in prompt:
         return prompt
     word = rf"(?<!\w){re.escape(item)}(?:e?s)?(?!\w)" if item and cls == "item" else ""  # "" matches at the front
@@ -400,9 +418,17 @@ def with_reference_token(prompt, cls="front", item=""):
 def encode_prompt(pipe, prompts, device=None):
     """T5 embeddings (B, L, D_text) of a list of prompts, padded to the base's text length as the stock sampler does.
 
-    device: where T5 computes, when its weights are offloaded and so lie elsewhere."""
+    device: where T5 computes, when its weights are offloaded and so lie elsewhere. Of a longer prompt T5 reads the
+    beginning: it goes into TOO_LONG, and the first one is said."""
+    length = pipe.transformer.config.max_text_seq_length
+    ids = pipe.tokenizer(prompts, verbose=False).input_ids
+    too_long = {prompt for prompt, tokens in zip(prompts, ids) if len(tokens) > length}
+    if too_long and not TOO_LONG and os.environ.get("RANK", "0") == "0":
+        print(f"a prompt has more than {length} tokens, and the rest of it is not read: {min(too_long)[:60]!r}... "
+              "(said once)", file=sys.stderr)
+    TOO_LONG.update(too_long)
     return pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=device or pipe.text_encoder.device,
-                              max_sequence_length=pipe.transformer.config.max_text_seq_length)[0]
+                              max_sequence_length=length)[0]
 
 
 @torch.no_grad()

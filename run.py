@@ -2,13 +2,16 @@
 
 Nothing here knows the method. train.py, sample.py and the scripts in paper/ and toy/ share it.
 """
+import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
 import zlib
+from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
 
@@ -59,8 +62,10 @@ def command_line(main, Config, description, argv=None, positional=None, out_of_m
 
     `defaults` replace the dataclass's own; `positional` names the list knob that leading words without -- fill;
     `out_of_memory` says which flags save memory. A user's mistake (bad flag, value or file) is one line and exit status
-    1 or 2; with TRACEBACK=1 in the environment it is a traceback.
+    1 or 2, Ctrl-C is one line and 130; with TRACEBACK=1 in the environment each is a traceback.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may hold what the terminal cannot show
     words = f"[{positional} ...] " if positional else ""
     parser = HfArgumentParser(Config, description=description.split("\n\n")[0], allow_abbrev=False,
                               usage=f"%(prog)s {words}[--knob value ...]      (--help explains the knobs)")
@@ -70,12 +75,21 @@ def command_line(main, Config, description, argv=None, positional=None, out_of_m
         argv = [f"--{positional}", *argv]
     try:
         main(Config(**vars(parser.parse_args(argv))))
-    except (ValueError, OSError, torch.OutOfMemoryError) as e:  # OSError: a missing file, a full disk
+    except BrokenPipeError:  # "| head" has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as e:  # OSError: a missing file, a full disk
         if os.environ.get("TRACEBACK"):
             raise
+        if isinstance(e, KeyboardInterrupt):
+            print(f"{parser.prog}: interrupted", file=sys.stderr)
+            sys.exit(130)
         if isinstance(e, torch.OutOfMemoryError):
             e = f"the GPU's memory is full ({str(e).split('. ')[0]}). Try {out_of_memory}"
-        sys.exit(f"{parser.prog}: error: {e}")
+        lines = str(e).strip().splitlines()
+        if "Original Traceback" in str(e):  # it comes from a process that reads data: its last line says what is wrong
+            lines = lines[-1:]
+        sys.exit(f"{parser.prog}: error: {' '.join(lines)}")
 
 
 # ---- random streams --------------------------------------------------------------------------------------------------
@@ -120,34 +134,65 @@ def print0(*words):
 NOT_TRAINED = {"toy", "recipe", "tensorboard", "name", "out", "workers", "save_every", "keep_checkpoints", "guidance",
                "grad_device", "gradcos_every", "val_every", "sample_every", "val_images", "val_videos", "val_pairs",
                "val_clips", "val_refs", "image_checkpointing", "video_checkpointing"}
+LOCKS = {}  # the open lock file of each run that this process holds
 SIGTERM = threading.Event()  # the job is asked to end: it saves first
 
 
-def listen_for_sigterm():
-    signal.signal(signal.SIGTERM, lambda *_: SIGTERM.set())
+@contextmanager
+def sigterm_asks():
+    """Inside, a SIGTERM asks the loop to stop; outside, it ends the process at once, as it always does."""
+    SIGTERM.clear()
+    before = signal.signal(signal.SIGTERM, lambda *_: SIGTERM.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def write(path, text):
     """Write a small file, all or nothing."""
     part = path.with_name(path.name + ".tmp")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
+def read_json(path):
+    """The dict in a .json file. ValueError names a file that holds something else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except ValueError as e:  # no JSON, or no text
+        raise ValueError(f"{path} is damaged: {e}")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return content
+
+
 def records(log):
-    """The records of a .jsonl file that are whole: a kill can cut the last line."""
+    """The records of a .jsonl file, each with its step. A line that is none is left out: a kill can cut the last."""
     whole = []
-    for line in log.read_text().splitlines() if log.is_file() else []:
+    if not log.is_file():
+        return whole
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            whole.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
-            break
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            whole.append(record)
     return whole
 
 
+def checkpoints(run):
+    """The complete checkpoints of a run (out/NAME), oldest first: its folders step-000400 and so on. A half-written one
+    still has its .tmp name."""
+    complete = [d for d in Path(run).glob("step-*") if d.is_dir() and re.fullmatch(r"step-\d+", d.name)]
+    return sorted(complete, key=lambda d: int(d.name[5:]))
+
+
 def newest_checkpoint(run):
-    """The newest complete step-* folder of a run (out/NAME), or None. A half-written one still has its .tmp name."""
-    return max((d for d in Path(run).glob("step-*") if d.suffix != ".tmp"), default=None)
+    """The newest complete checkpoint of a run (out/NAME), or None."""
+    found = checkpoints(run)
+    return found[-1] if found else None
 
 
 def remove_half_saved(run):
@@ -175,7 +220,7 @@ def save_checkpoint(run, step, keep, save_weights, state):
         remove_half_saved(run)
         sys.exit(f"cannot save {final}: {e}. Free some space and run the same command: it goes on from "
                  f"{newest_checkpoint(run) or 'the start'}")
-    for old in sorted(d for d in run.glob("step-*") if d.suffix != ".tmp")[:-keep]:
+    for old in checkpoints(run)[:-keep]:
         os.replace(old, f"{old}.tmp")  # a kill while deleting leaves no half checkpoint under its name
         shutil.rmtree(f"{old}.tmp")
 
@@ -197,18 +242,38 @@ def resume(run, settings, load_weights, state):
 
 
 def restore(run, checkpoint, settings, load_weights, state):
-    before = json.loads((run / "config.json").read_text())
+    before = read_json(run / "config.json")
     if unknown := before.keys() - settings.keys():
         raise ValueError(f"{run} was started by another version of this code (it has --{min(unknown)}): choose another "
                          "--name")
     if differ := changed(before, {k: v for k, v in settings.items() if k not in NOT_TRAINED}):
-        raise ValueError(f"{run} was started with other settings ({differ}): choose another --name")
-    load_weights(checkpoint)
-    saved = torch.load(checkpoint / "training_state.pt", weights_only=True, map_location="cpu",
-                       mmap=True)  # ranks share the pages: PCGrad's buffers can be 16 GB
-    for name, part in state.items():
-        part.load_state_dict(saved[name])
-    return saved["step"]
+        raise ValueError(f"{run} was started with other settings ({differ}): choose another --name (with --init_lora "
+                         f"{run} it starts from this run's weights)")
+    try:
+        load_weights(checkpoint)
+        saved = torch.load(checkpoint / "training_state.pt", weights_only=True, map_location="cpu",
+                           mmap=True)  # ranks share the pages: PCGrad's buffers can be 16 GB
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+        return saved["step"]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # a file that is cut, empty or missing: each library reports it in its own way
+        good = [d.name for d in checkpoints(run) if d != checkpoint]
+        raise ValueError(f"{checkpoint} is damaged ({str(e).splitlines()[0]}): delete it, and the same command goes on "
+                         f"from {good[-1] if good else 'the start'}")
+
+
+def claim(run):
+    """Hold a run's folder until this process ends. ValueError when another process trains there."""
+    run.mkdir(parents=True, exist_ok=True)
+    LOCKS[run] = open(run / ".lock", "w")
+    try:
+        fcntl.lockf(LOCKS[run], fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the processes that read data
+    except BlockingIOError:
+        raise ValueError(f"another process trains in {run}: wait for its end or choose another --name")
+    except OSError:  # a network disk without locks
+        print0(f"no locks on the disk of {run}: do not start two runs there")
 
 
 def start_log(run, settings, start):

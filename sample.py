@@ -19,11 +19,12 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 from tqdm import tqdm
 
-from base import attention_order, find_device, frame_size, load_pipeline, sampling_dtype, tile_vae
+from base import (attention_order, find_device, frame_size, load_pipeline, sampling_dtype, tile_vae,
+                  warn_of_another_size)
 from data import clip_frames, fit_reference, load_image, normalise, read_text, resize_center_crop, save_video, to_pixels
 from model import (LORA_FILE, PAPER_BASE, REFERENCE_TOKEN, encode_prompt, encode_video, load_lora, lora_header,
                    lora_path, merge_lora, with_reference_token)
-from run import check, command_line, join_ranks, knob, rank_and_world_size
+from run import check, command_line, join_ranks, knob, newest_checkpoint, rank_and_world_size
 
 HERE = Path(__file__).parent
 
@@ -63,10 +64,18 @@ class Config:
         suffixes = (".png", ".mp4") if self.frames == 1 else (".mp4", ".mov", ".mkv")
         if self.bench and (self.ref or self.prompt or self.prompts or self.frames == 1):
             raise ValueError("--bench names the pictures and prompts: leave out --ref, --prompt, --prompts, --frames 1")
+        if self.bench and Path(self.bench).resolve() == (Path(self.out) / "sampling.json").resolve():
+            raise ValueError(f"--out {self.out} would be written over --bench {self.bench}: choose another --out")
         if self.bench and Path(self.out).suffix in suffixes:
             raise ValueError(f"--bench writes many videos: --out must be a folder, got {self.out!r}")
         if not self.bench and Path(self.out).suffix not in suffixes:
             raise ValueError(f"--out must end in {' or '.join(suffixes)}, got {self.out!r}")
+        if self.prompt and self.prompts:
+            raise ValueError("--prompt and --prompts exclude each other: put every prompt into the file")
+        if self.prompt and not self.prompt.strip():
+            raise ValueError("--prompt is blank")
+        if self.fps and not 0.1 <= self.fps <= 1000:
+            raise ValueError(f"--fps must be between 0.1 and 1000, got {self.fps:g}")
         if self.compile and (self.cache_threshold or self.offload != "none"):
             raise ValueError("--compile True goes with neither --cache_threshold nor --offload")
 
@@ -75,7 +84,8 @@ def find_lora(path=""):
     """The LoRA file of a file, folder or run; with no path the newest checkpoint under out/, else toy/lora."""
     if path:
         return lora_path(path)
-    files = [f for f in Path("out").glob(f"*/step-*/{LORA_FILE}") if f.parent.suffix != ".tmp"]
+    newest = [newest_checkpoint(run) for run in Path("out").glob("*")]
+    files = [step / LORA_FILE for step in newest if step is not None and (step / LORA_FILE).is_file()]
     return lora_path(max(files, key=lambda f: f.stat().st_mtime, default=HERE / "toy/lora"))
 
 
@@ -231,6 +241,23 @@ def jobs_of_flags(cfg):
     return [Job(file, [cfg.ref] if cfg.ref else [], prompt, cfg.seed) for file, prompt in zip(files, prompts)]
 
 
+def refuse_outputs(cfg, jobs):
+    """An error, before the minutes of sampling, for an output that is also an input or that cannot be written."""
+    inputs = [Path(path) for path in (cfg.bench, cfg.prompts, *(p for job in jobs for p in job.pictures)) if path]
+    inputs = [path for path in inputs if path.is_file()]
+    for job in jobs:
+        for file in {job.file, job.file.with_suffix(".png")}:  # the video and its contact sheet
+            there = file.exists()
+            for path in inputs:
+                if there and file.samefile(path):
+                    raise ValueError(f"--out: {file} is written, but {path} is read: choose another --out")
+            if not cfg.bench:  # there a file means a finished video
+                with open(file, "ab"):  # OSError for a read-only folder, a name that is too long, a folder's name
+                    pass
+                if not there:
+                    file.unlink()
+
+
 def share_out(cfg, jobs):
     """(this rank's batches that are not done, {path: reference picture}, {id: why it cannot be sampled}).
 
@@ -300,6 +327,7 @@ def main(cfg):
         from paper.benchmarks import jobs_of_bench, report
         join_ranks("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
     every = jobs_of_bench(cfg) if cfg.bench else jobs_of_flags(cfg)
+    refuse_outputs(cfg, every)
     batches, pictures, skipped = share_out(cfg, every)
     jobs = [job for batch in batches for job in batch]
     if not jobs:  # all is done, or there are more ranks than batches
@@ -309,14 +337,18 @@ def main(cfg):
     multiple = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
     if cfg.height % multiple or cfg.width % multiple:
         raise ValueError(f"--height and --width must be multiples of {multiple}, got {cfg.height} x {cfg.width}")
-    if cfg.frames and cfg.frames != (frames := clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)):
+    if cfg.steps > (most := pipe.scheduler.config.num_train_timesteps):
+        raise ValueError(f"--steps must be at most {most}, the timesteps of training, got {cfg.steps}")
+    height, width = cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1]
+    frames = clip_frames(cfg.frames or pipe.transformer.config.sample_frames, pipe.vae_scale_factor_temporal)
+    if cfg.frames not in (0, frames):
         print(f"--frames {cfg.frames} cut to {frames}, a length that the VAE can make")
+    warn_of_another_size(pipe, height, width, frames)
     if cls_of(header) == "item" and not all(REFERENCE_TOKEN in job.prompt.lower() for job in jobs):
         print(f"this LoRA learned {REFERENCE_TOKEN} before the subject's name ('An {REFERENCE_TOKEN} armchair ...'): "
               "without one in the prompt it goes in front")
     # References before any offloading: after it vae.device is not where the VAE runs.
     pipe.vae.to(device)
-    height, width = cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1]
     latents = {path: encode_references(pipe, [picture], height, width, cfg.fit or header.get("fit", "cover")).to(device)
                for path, picture in pictures.items()}
     if cfg.offload == "none":

@@ -12,16 +12,16 @@ follows the caption. The same LoRA learns both.
 
 A run writes out/NAME/: config.json, log.jsonl (one line per step), step-000400/ (LoRA weights and training state); and
 what --gradcos_every, --val_every and --sample_every ask for: gradcos.jsonl, val.jsonl, samples/.
-Run the same command to continue from the newest checkpoint, bit for bit. On SIGTERM a run
-finishes its step, saves a checkpoint and stops.
+Run the same command to continue from the newest checkpoint: on a CPU bit for bit, on a GPU
+to its rounding. On SIGTERM a run finishes its step, saves a checkpoint and stops.
 """
 import argparse
 import importlib.util
 import json
-import math
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -30,14 +30,15 @@ from transformers.hf_argparser import string_to_bool
 
 import gradcos
 from data import ImagePairs, Clips, batches, clip_frames, cls_for, normalise, open_caches
-from run import (SIGTERM, check, command_line, join_ranks, knob, listen_for_sigterm, newest_checkpoint, print0,
-                 rank_and_world_size, resume, rng, save_checkpoint, start_log, torch_rng)
+from run import (SIGTERM, check, claim, command_line, join_ranks, knob, newest_checkpoint, print0, rank_and_world_size,
+                 resume, rng, save_checkpoint, sigterm_asks, start_log, torch_rng)
 
 if not {"-h", "--help"} & set(sys.argv):  # diffusers takes seconds to import: --help is fast
     from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup
     from diffusers.utils import logging as diffusers_logging
 
-    from base import attention_order, find_device, frame_size, load_pipeline, tile_vae
+    from base import (attention_order, autocast, compute_dtype, find_device, frame_size, load_pipeline, tile_vae,
+                      warn_of_another_size)
     from model import (add_lora, encode_moments, encode_prompt, load_lora, lora_header, read_lora, sample_latents,
                        save_lora, to_device, v_loss, with_reference_token)
     from watch import Log, Validation, add_losses, already_measured, describe, no_losses, sum_over_ranks
@@ -119,7 +120,12 @@ class Config:
     grad_device: str = knob("", "where flat gradients live (cosine: two, PCGrad: one per buffered step; 2 GB each); "
                                 "'cpu' keeps them off the GPU")
 
-    def __post_init__(self):
+    def __init__(self, **given):
+        """A knob that is not given has the default of --toy or --recipe, where those set one, else the one above."""
+        defaults = {f.name: f.default for f in fields(self)}
+        if unknown := given.keys() - defaults.keys():
+            raise TypeError(f"there is no knob {min(unknown)!r}")
+        self.__dict__ |= defaults | presets(given.get("toy", False), given.get("recipe", "paper")) | given
         check(self, shares="p token_drop view_drop lora_dropout crop_jitter beta1 beta2",
               positive="lora_rank lora_alpha frames fps steps image_batch video_batch image_micro video_micro lr "
                        "cycles grad_clip save_every keep_checkpoints val_pairs val_clips")
@@ -136,12 +142,24 @@ class Config:
 TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", cache="toy/data/cache",
            name="toy", lora_rank=32, lora_alpha=16.0, lora_dropout=0.0, frames=9, fps=4.0, crop_jitter=0.0,
            view_drop=0.0, steps=450, image_batch=16, image_micro=16, video_batch=16, video_micro=16,
-           lr=6e-3, warmup=30, save_every=100, video_checkpointing="none", vae_tiling=False, workers=0, guidance=2.0,
+           lr=6e-3, warmup=30, save_every=100, video_checkpointing="none", vae_tiling=False, guidance=2.0,
+           workers=4 if torch.cuda.is_available() else 0,  # on a CPU they would take the cores that train
            val_images="toy/data/val_pairs", val_videos="toy/data/val_clips", val_refs="toy/refs", val_every=100,
            sample_every=450)
 AUTHORS = dict(drop="reference", task_schedule="mixed", view_drop=0.0, crop_jitter=0.0, lora_dropout=0.0, cls="front",
                cls_video=False, vae_tiling=False, image_micro=8, video_micro=1, image_checkpointing="attention")
 TOY_AUTHORS = dict(image_micro=2, video_micro=2)  # 8 micro-batches a step: as many pairs and clips as the toy's coin
+
+
+def presets(toy=False, recipe="paper"):
+    """What --toy and --recipe put in the place of Config's defaults, on the command line and from Python."""
+    changed = dict(TOY) if toy else {}
+    if recipe == "authors":
+        changed |= AUTHORS
+        if toy:
+            changed |= TOY_AUTHORS
+    return changed
+
 
 # ---- what a step is --------------------------------------------------------------------------------------------------
 # Every random draw is made from (seed, stream, step, micro-batch), so there is no random state to save. A resumed run
@@ -226,7 +244,8 @@ def train(cfg):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 (A.2)
-    join_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    # Ranks wait for those that measure and sample: two hours are 40 samples of three minutes on the slowest one.
+    join_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     run = Path(cfg.out) / cfg.name
     cfg, grad_accum_steps = divide_batches(cfg, world_size)
     micro_batch_size = {"image": cfg.image_micro, "video": cfg.video_micro}
@@ -241,6 +260,8 @@ def train(cfg):
     state = {"optimizer": optimizer, "lr_schedule": lr_schedule}
     if cfg.pcgrad:
         state["pcgrad"] = gradcos.PCGrad(cfg.pcgrad, cfg.grad_device or device)
+    if rank == 0:
+        claim(run)
     start = resume(run, asdict(cfg), lambda checkpoint: read_lora(transformer, checkpoint), state)
     if start == cfg.steps and already_measured(cfg, run, start):
         return print0(f"{run} is complete ({start} steps); choose another --name for a new run")
@@ -252,12 +273,11 @@ def train(cfg):
     if world_size > 1:
         # Every rank builds the same weights, so DDP need not broadcast them (it cannot broadcast 8-bit ones).
         model = torch.nn.parallel.DistributedDataParallel(transformer, gradient_as_bucket_view=True, init_sync=False)
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     log = Log(run if rank == 0 else None, start, tasks_in_order(cfg), device, cfg.tensorboard)
     held_out = held_out_batches(cfg, pipe, size, frames, n_ref)
-    validation = Validation(cfg, pipe, run, size, frames, held_out, autocast, log)
+    validation = Validation(cfg, pipe, run, size, frames, held_out, log)
     if all(dataset.cache and dataset.cache.prompts for dataset in datasets.values()):
-        pipe.text_encoder.to("cpu")  # training prompts are in the cache; Validation has encoded its own
+        pipe.text_encoder = None  # frees its memory: training prompts are cached, and Validation has encoded its own
     # The loader flips the same coins, so that it can read ahead. The loop checks that they agree.
     loader = batches(datasets, keys_in_order(cfg, start, grad_accum_steps, micro_batch_size), cfg.workers)
 
@@ -295,7 +315,7 @@ def train(cfg):
             torch.manual_seed(torch_rng(cfg.seed, "dropout", step, micro_index).initial_seed())  # for LoRA dropout
             sync = micro == grad_accum_steps[step_task] - 1          # ranks average gradients in the last backward
             with nullcontext() if sync or world_size == 1 else model.no_sync():
-                with autocast:                                       # bfloat16 on a GPU
+                with autocast(device):                               # bfloat16 on a GPU
                     loss = v_loss(model, pipe.scheduler, x, text, t, noise, ref, keep)  # (B,): L_vid or L_img
                 (loss.mean() / grad_accum_steps[step_task]).backward()          # g_vid or g_img
             add_losses(losses, task, loss, t, num_timesteps)
@@ -367,8 +387,7 @@ def load_model(cfg, device):
     """(cfg, pipeline, LoRA parameters): a frozen base in bfloat16, LoRA in float32; on a CPU everything is float32."""
     if cfg.init_lora:
         lora_header(cfg.init_lora)  # a bad file fails here, before the base is loaded
-    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32, int8=cfg.int8,
-                         asked=cfg.device)
+    pipe = load_pipeline(cfg.base, compute_dtype(device), int8=cfg.int8, asked=cfg.device)
     pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # else copied there in every step
     if cfg.vae_tiling:
         tile_vae(pipe.vae)
@@ -396,6 +415,7 @@ def open_data(cfg, pipe):
     frames = clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)
     if frames != cfg.frames:
         print0(f"--frames {cfg.frames} cut to {frames}: the VAE takes no other length")
+    warn_of_another_size(pipe, height, width, frames)
     datasets, caches = {}, open_caches(cfg, pipe, (height, width), frames)
     if cfg.p < 1:
         datasets["image"] = ImagePairs(cfg.images, (height, width), cfg.crop_jitter, cfg.seed, caches["image"], cfg.fit)
@@ -418,11 +438,12 @@ def held_out_batches(cfg, pipe, size, frames, n_ref):
     on --seed: compare held-out losses of runs that share these."""
     cfg = replace(cfg, seed=2**31 - 1)
     rank, world_size = rank_and_world_size()
-    datasets = {"image": ImagePairs(cfg.val_images, size, cfg.crop_jitter, cfg.seed, fit=cfg.fit),
-                "video": Clips(cfg.val_videos, size, frames, cfg.fps, cfg.random_frame, cfg.seed)}
+    datasets = {"image": ImagePairs(cfg.val_images, size, cfg.crop_jitter, cfg.seed, fit=cfg.fit, in_order=True),
+                "video": Clips(cfg.val_videos, size, frames, cfg.fps, cfg.random_frame, cfg.seed, in_order=True)}
     for task, micro, n in (("image", cfg.image_micro, cfg.val_pairs), ("video", cfg.video_micro, cfg.val_clips)):
-        for micro_index in range(rank, math.ceil(n / micro), world_size):
-            keys = [(task, 0, i) for i in range(micro_index * micro, min(n, (micro_index + 1) * micro))]
+        n = min(n, len(datasets[task]))  # each pair or clip once
+        for first in range(rank * micro, n, world_size * micro):
+            micro_index, keys = first // micro, [(task, 0, i) for i in range(first, min(n, first + micro))]
             noise_rng = torch_rng(cfg.seed, "noise", 0, micro_index)
             keep = token_drop(cfg, 0, micro_index, n_ref) if task == "video" else None
             x, ref, text = encode_batch(cfg, pipe, next(batches(datasets, [keys])), keep, noise_rng)
@@ -452,28 +473,27 @@ def save(transformer, folder, cfg):
 
 
 def main(cfg):
-    listen_for_sigterm()
     if cfg.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise ValueError("--tensorboard needs tensorboard: pip install tensorboard")
     diffusers_logging.disable_progress_bar()
-    if cfg.toy:
-        from toy import world
-        cfg = world.ensure_data(cfg)
-    with attention_order(find_device(cfg.device)):
-        train(cfg)
+    with sigterm_asks():
+        if cfg.toy:
+            from toy import world
+            cfg = world.ensure_data(cfg)
+        with attention_order(find_device(cfg.device)):
+            train(cfg)
     if dist.is_initialized():  # train() must return first: its DDP model uses the group
         dist.barrier()
         dist.destroy_process_group()
 
 
 def defaults(argv):
-    """What --toy and --recipe put in the place of Config's defaults. A flag given by hand wins over both."""
+    """The presets that a command line asks for, so that --help shows them. A flag given by hand wins over them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--toy", type=string_to_bool, nargs="?", const=True, default=False)
     parser.add_argument("--recipe", default="paper")
     asked, _ = parser.parse_known_args(argv)
-    authors = asked.recipe == "authors"
-    return (TOY if asked.toy else {}) | (AUTHORS if authors else {}) | (TOY_AUTHORS if asked.toy and authors else {})
+    return presets(asked.toy, asked.recipe)
 
 
 if __name__ == "__main__":

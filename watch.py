@@ -13,7 +13,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import gradcos
-from model import v_loss
+from base import autocast
+from model import TOO_LONG, v_loss
 from run import print0, rank_and_world_size, records
 from sample import sample_texts, write_sample_sheets
 
@@ -192,6 +193,8 @@ class Log:
             self.board.close()
         if self.unusable:
             print(f"{len(self.unusable)} unusable file(s) were skipped")
+        if TOO_LONG:
+            print(f"{len(TOO_LONG)} caption(s) were longer than the text encoder reads")
 
 
 # ---- held-out measurements -------------------------------------------------------------------------------------------
@@ -202,14 +205,14 @@ class Validation:
     batches: this rank's (task, inputs of v_loss), see train.held_out_batches. They are encoded once and kept in RAM
     (6 MB a clip at full size)."""
 
-    def __init__(self, cfg, pipe, run, size, frames, batches, autocast, log):
-        self.cfg, self.pipe, self.run, self.size, self.frames = cfg, pipe, run, size, frames
-        self.autocast, self.log = autocast, log
-        self.count = {"image": cfg.val_pairs, "video": cfg.val_clips}  # samples of all ranks together
+    def __init__(self, cfg, pipe, run, size, frames, batches, log):
+        self.cfg, self.pipe, self.run, self.size, self.frames, self.log = cfg, pipe, run, size, frames, log
         self.batches = {"image": [], "video": []}
         if cfg.gradcos_every or cfg.val_every:
             for task, inputs in batches:
                 self.batches[task].append({k: None if v is None else v.cpu() for k, v in inputs.items()})
+        mine = {task: sum(len(inputs["timestep"]) for inputs in batches) for task, batches in self.batches.items()}
+        self.count = sum_over_ranks({task: torch.tensor([n]) for task, n in mine.items()})  # samples of all ranks
         self.texts = sample_texts(pipe, cfg.val_refs, cfg.cls) if cfg.sample_every else {}
 
     def measure(self, step):
@@ -230,7 +233,7 @@ class Validation:
             self.log.write("val.jsonl", {"step": step, **self.mean_losses()})
         if due(cfg.sample_every) and step > 0:
             self.log.doing("samples")
-            with self.autocast:
+            with autocast(transformer.device):
                 write_sample_sheets(self.pipe, self.texts, self.run / "samples", step, self.size, self.frames,
                                     cfg.guidance, cfg.fit)
             if cfg.tensorboard:
@@ -243,13 +246,13 @@ class Validation:
         device = self.pipe.transformer.device
         for inputs in self.batches[task]:
             inputs = {k: None if v is None else v.to(device) for k, v in inputs.items()}
-            with self.autocast:
+            with autocast(device):
                 loss = v_loss(self.pipe.transformer, self.pipe.scheduler, **inputs)
             yield loss, inputs["timestep"]
 
     def scalars(self, task):
         """Losses for the gradient: their sum over micro-batches and ranks is the mean loss of the batch."""
-        return (loss.sum() / self.count[task] for loss, _ in self.losses(task))
+        return (loss.sum() / self.count[task].item() for loss, _ in self.losses(task))
 
     @torch.no_grad()
     def mean_losses(self):

@@ -38,7 +38,7 @@ from torch.utils.flop_counter import flop_registry
 
 import gradcos
 import model
-from base import attention_order, find_device, follow_autocast, tile_vae
+from base import attention_order, autocast, compute_dtype, find_device, follow_autocast, tile_vae
 from data import clip_frames
 from model import SubjectTransformer, add_lora, encode_moments, merge_lora, save_lora, v_loss
 from run import command_line, knob, records, save_checkpoint, write
@@ -366,7 +366,7 @@ def matmul_ceiling(device):
     return 2 * n**3 / summary([timed(lambda: a @ b, device) for _ in range(20)][5:])["seconds"]
 
 
-def measure_steps(cfg, device, ours, stock, scheduler, autocast, ceiling):
+def measure_steps(cfg, device, ours, stock, scheduler, ceiling):
     """{task: {arm: its times, memory and shares of the ceiling}}: the arms take turns."""
     results = {}
     names = [name for name, arm in ARMS.items() if not (cfg.int8 and arm.stock)
@@ -381,7 +381,7 @@ def measure_steps(cfg, device, ours, stock, scheduler, autocast, ceiling):
                 transformer = use(arm, ours, stock)
 
                 def micro_batch():
-                    with autocast:
+                    with autocast(device):
                         loss = v_loss(transformer, scheduler, **inputs).mean()
                     loss.backward()
                 with attention_order(device) if arm.order else nullcontext():
@@ -429,7 +429,7 @@ def measure_vae(cfg, device, dtype):
     return vae, results
 
 
-def measure_rest(cfg, device, ours, parameters, scheduler, autocast):
+def measure_rest(cfg, device, ours, parameters, scheduler):
     """The optimiser step, a checkpoint, one gradcos measurement and one PCGrad call."""
     results = {}
     for parameter in parameters:
@@ -453,7 +453,7 @@ def measure_rest(cfg, device, ours, parameters, scheduler, autocast):
 
     def losses_of(task):
         inputs = random_inputs(cfg, 1, shapes(cfg)[0][task][1], device)
-        with autocast:
+        with autocast(device):
             yield v_loss(ours, scheduler, **inputs).sum()
     named = [(n, p) for n, p in ours.named_parameters() if p.requires_grad]
     results["gradcos, a pair and a clip"] = summary([timed(lambda: gradcos.measure(losses_of, named, device), device)])
@@ -510,8 +510,7 @@ def print_results(results):
 
 def measure(cfg):
     device = find_device(cfg.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    dtype = compute_dtype(device)
     torch.set_float32_matmul_precision("high")
     results, started = {"on": header(cfg, device, dtype), "rest": {}}, time.monotonic()
 
@@ -526,9 +525,9 @@ def measure(cfg):
     print(f"matrix product: {ceiling / 1e12:.1f} TFLOP/s")
     ours, stock, parameters = build(cfg, cfg.layers, device, dtype)
     scheduler = scheduler_5b(device)
-    results["steps"] = measure_steps(cfg, device, ours, stock, scheduler, autocast, ceiling)
+    results["steps"] = measure_steps(cfg, device, ours, stock, scheduler, ceiling)
     done("micro-batches")
-    results["rest"] |= measure_rest(cfg, device, ours, parameters, scheduler, autocast)
+    results["rest"] |= measure_rest(cfg, device, ours, parameters, scheduler)
     done("the optimiser and the gradients' tools")
     del stock
     vae, times = measure_vae(cfg, device, dtype)

@@ -21,8 +21,6 @@ right way. `score` also prints the control rows that show what each score can be
 """
 import dataclasses
 import fcntl
-import hashlib
-import inspect
 import io
 import json
 import os
@@ -193,6 +191,7 @@ def write_clips(folder, n=400, seed=0, keep=None):
         (Path(folder) / f"{i:04d}.txt").write_text(caption(fields[i], directions[i]))
 
 
+DATA_VERSION = 2  # of what is drawn, and of how the cache names it: raise it when either changes
 DATA = {  # folder in toy/data: what writes it
     "pairs": partial(write_pairs, n=2000), "clips": partial(write_clips, n=400),
     "val_pairs": partial(write_pairs, n=200, seed=1), "val_clips": partial(write_clips, n=60, seed=1),
@@ -206,30 +205,23 @@ def write_missing(*folders):
 
     Only toy/data/NAME for a NAME in DATA, and toy/data/NAME-N, its first N: anything else that is missing is the user's
     mistake. Each folder is written under another name and renamed, so that a killed run leaves nothing half-written.
-    ValueError for one that another version of this file drew.
+    ValueError for one that was drawn as another version.
     """
     for folder in map(Path, folders):
         name, _, keep = folder.name.partition("-")
         if folder.parent != Path("toy/data") or name not in DATA or not (keep or "1").isdigit():
             continue
         with one_process():
-            note = folder / "drawn_by.txt"
-            if folder.exists() and not (note.is_file() and note.read_text() == drawing_code()):
-                raise ValueError(f"{folder} was drawn by another version of toy/world.py: delete toy/data, run again")
+            note = folder / "version.txt"
+            if folder.exists() and not (note.is_file() and note.read_text() == str(DATA_VERSION)):
+                raise ValueError(f"{folder} holds another version of the toy's data: delete toy/data, run again")
             if not folder.exists():
                 print(f"writing {folder}", flush=True)
                 part = folder.with_name(f"{folder.name}.tmp")
                 shutil.rmtree(part, ignore_errors=True)
                 DATA[name](part, keep=int(keep) if keep else None)
-                (part / "drawn_by.txt").write_text(drawing_code())
+                (part / "version.txt").write_text(str(DATA_VERSION))
                 os.replace(part, folder)
-
-
-def drawing_code():
-    """12 hex digits of the code that draws the data sets."""
-    code = "".join(map(inspect.getsource, (draw_creatures, render_cells, draw_walks, draw_clips, draw_scenes, caption,
-                                           write_pairs, write_clips)))
-    return hashlib.sha256(code.encode()).hexdigest()[:12]
 
 
 @contextmanager
@@ -243,10 +235,14 @@ def one_process():
 def ensure_data(cfg):
     """The data of `train.py --toy`, and their latents, encoded once by paper.prepare as for a real run. Returns cfg.
 
-    A --cache in toy/data keeps a folder for each choice of --images and --videos; any other is left as it is. With
-    other data, another base or random crops nothing is cached, and each step encodes its own.
+    A --cache in toy/data keeps a folder for each choice of --images, --videos and dtype (a GPU's is bfloat16), encoded
+    on the run's own device; any other --cache is left as it is. With other data, another base or random crops nothing
+    is cached, and each step encodes its own.
     """
+    from base import compute_dtype, find_device
     from train import TOY
+    if not Path(cfg.base).exists() and (Path(__file__).parents[1] / cfg.base).exists():
+        raise ValueError(f"no {cfg.base} here: run it from the repository's root, where toy/ lies")
     write_missing(cfg.images, cfg.videos, cfg.val_images, cfg.val_videos)
     if Path(cfg.cache).parent != Path("toy/data"):
         return cfg
@@ -256,13 +252,14 @@ def ensure_data(cfg):
     ours = all(Path(folder).parent == Path("toy/data") for folder in (cfg.images, cfg.videos))
     if not ours or any(same[k] != toy[k] for k in usual):
         return dataclasses.replace(cfg, cache="")
-    cache = Path(cfg.cache) / f"{Path(cfg.images).name}+{Path(cfg.videos).name}"
+    dtype = str(compute_dtype(find_device(cfg.device))).removeprefix("torch.")
+    cache = Path(cfg.cache) / f"{Path(cfg.images).name}+{Path(cfg.videos).name}-{dtype}"
     with one_process():
         made = [cache / task / "index.json" for task in ("image", "video")]
         if not all(index.is_file() and json.loads(index.read_text())["complete"] for index in made):
             from paper import prepare
-            prepare.prepare_cache(prepare.Latents(out=str(cache), images=cfg.images, videos=cfg.videos, device="cpu",
-                                                  **same))
+            prepare.prepare_cache(prepare.Latents(out=str(cache), images=cfg.images, videos=cfg.videos,
+                                                  device=cfg.device, **same))
     return dataclasses.replace(cfg, cache=str(cache))
 
 
