@@ -152,7 +152,7 @@ def use(arm, ours, stock):
 def random_inputs(cfg, samples, frames, device):
     """What v_loss takes, but for the transformer and the scheduler."""
     latents = torch.randn(samples, frames, 16, cfg.height // 8, cfg.width // 8, device=device)
-    text = torch.randn(samples, 226, 4096, device=device, dtype=torch.bfloat16 if device.type == "cuda" else None)
+    text = torch.randn(samples, 226, 4096, device=device, dtype=compute_dtype(device))
     return dict(latents=latents, text=text, timestep=torch.randint(1000, (samples,), device=device),
                 noise=torch.randn_like(latents), reference=torch.randn_like(latents[:, :1]))
 

@@ -41,7 +41,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
-from base import find_device, frame_size, load_pipeline, tile_vae
+from base import compute_dtype, find_device, frame_size, load_pipeline, tile_vae
 from data import (CLIP_SUFFIXES, Clips, ImagePairs, cache_key, clip_frames, cls_for, fit_reference, load_clip,
                   load_image, normalise, open_parquet, read_text, save_video, split_views, to_pixels)
 from model import PAPER_BASE, VAE_PIXELS, encode_moments, encode_prompt, with_reference_token
@@ -542,7 +542,7 @@ def prepare_cache(cfg, rank=0, world_size=1):
     if not cfg.videos and not cfg.images:
         raise ValueError("nothing to cache: pass --videos, --images or both")
     device = find_device(cfg.device)
-    pipe = load_pipeline(cfg.base, torch.bfloat16 if device.type == "cuda" else torch.float32,
+    pipe = load_pipeline(cfg.base, compute_dtype(device),
                          without=("transformer",) if cfg.prompts else ("transformer", "text_encoder"),
                          asked=cfg.device)
     pipe.vae.to(device)

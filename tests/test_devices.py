@@ -1,0 +1,108 @@
+"""What a machine with a GPU does, emulated on a CPU: its dtype, and modules that lie on different devices."""
+from tests.common import knobs_fixture  # noqa: F401
+from tests.common import BASE, ROOT, go_back, log_of, weights_of  # before torch
+
+import gc
+import json
+import shutil
+import weakref
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import base
+import train
+from paper import prepare
+from toy import world
+
+
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """base.compute_dtype says bfloat16, as on a GPU, to everyone who has imported it."""
+    monkeypatch.setattr(base.compute_dtype, "__code__", (lambda device: torch.bfloat16).__code__)
+
+
+@pytest.fixture
+def small_toy(tmp_path, monkeypatch):
+    """The repository as a newcomer has it, in a folder of its own, with a toy world of a few pairs and clips."""
+    monkeypatch.chdir(tmp_path)
+    Path("toy").mkdir()
+    for name in ("base", "lora", "refs"):
+        Path("toy", name).symlink_to(ROOT / "toy" / name)
+    for name, write, n in (("pairs", world.write_pairs, 20), ("clips", world.write_clips, 4),
+                           ("val_pairs", world.write_pairs, 4), ("val_clips", world.write_clips, 3)):
+        monkeypatch.setitem(world.DATA, name, partial(write, n=n, seed=int("val" in name)))
+
+
+SHORT = dict(steps=4, save_every=2, image_batch=4, image_micro=4, video_batch=2, video_micro=2, val_every=2, p=0.5,
+             gradcos_every=2, sample_every=4, lora_rank=4, lora_alpha=2.0, lora_dropout=0.1, view_drop=0.3)
+
+
+def test_the_toys_first_command_in_the_dtype_of_a_gpu(small_toy, bfloat16):
+    """train.py --toy from its data to its samples: latents are cached in the run's own dtype, and a run that was killed
+    goes on as if nothing had happened."""
+    train.main(train.Config(toy=True, **SHORT))
+    cached = Path("toy/data/cache/pairs+clips-bfloat16")
+    for task in ("image", "video"):
+        assert json.loads((cached / task / "index.json").read_text())["dtype"] == "torch.bfloat16"
+    whole = log_of("out/toy")
+    assert [line["step"] for line in whole] == [0, 1, 2, 3] and all(line["loss"] > 0 for line in whole)
+    assert [line["step"] for line in log_of("out/toy", "gradcos.jsonl")] == [0, 2, 4]
+    assert len(list(Path("out/toy/samples").glob("creature-*-000004.png"))) == 6
+    assert {v.dtype for v in load_file("out/toy/step-000004/pytorch_lora_weights.safetensors").values()} == {torch.float32}
+    go_back("out/toy", 2, "out/killed")
+    train.main(train.Config(toy=True, **SHORT, name="killed"))
+    assert log_of("out/killed") == whole
+    assert torch.equal(weights_of("out/killed", 4), weights_of("out/toy", 4))
+
+
+def test_each_dtype_has_its_own_cache(small_toy, request):
+    """Both kinds of machine share one folder of data, on a network disk, say."""
+    small = {**SHORT, "steps": 1, "val_every": 0, "gradcos_every": 0, "sample_every": 0}
+    train.main(train.Config(toy=True, **small, name="cpu"))
+    request.getfixturevalue("bfloat16")
+    train.main(train.Config(toy=True, **small, name="gpu"))
+    assert sorted(folder.name for folder in Path("toy/data/cache").iterdir()) == ["pairs+clips-bfloat16",
+                                                                                  "pairs+clips-float32"]
+
+
+def test_with_cached_prompts_the_text_encoder_is_gone_when_samples_are_made(knobs, tmp_path, monkeypatch):
+    """diffusers takes the pipeline's device from its first module by name, the text encoder: left behind in RAM it would
+    draw the noise of the samples there. Here RAM is the meta device: whatever is moved to it cannot compute."""
+    monkeypatch.chdir(tmp_path)
+    cfg = train.Config(**{**knobs, "cache": "cache", "steps": 2, "sample_every": 2, "val_every": 2,
+                          "val_refs": str(ROOT / "toy/refs")})
+    prepare.prepare_cache(prepare.Latents(out="cache", prompts=True, device="cpu", **{
+        k: getattr(cfg, k) for k in ("base", "images", "videos", "crop_jitter", "frames", "fps", "vae_tiling")}))
+    load, encoders = train.load_pipeline, []
+
+    def load_and_note(*args, **kwargs):
+        pipe = load(*args, **kwargs)
+        move = pipe.text_encoder.to
+        pipe.text_encoder.to = lambda device: move("meta" if device == "cpu" else device)
+        encoders.append(weakref.ref(pipe.text_encoder))
+        return pipe
+    monkeypatch.setattr(train, "load_pipeline", load_and_note)
+    write = train.Validation.measure
+
+    def measure(validation, step):
+        gc.collect()
+        assert encoders[0]() is None, "the text encoder still takes memory"
+        pipe = validation.pipe
+        assert pipe._execution_device == pipe.transformer.device
+        write(validation, step)
+    monkeypatch.setattr(train.Validation, "measure", measure)
+    train.train(cfg)
+    assert len(list(Path("out/toy/samples").glob("*-000002.png"))) == 6
+
+
+def test_the_pipelines_device_is_the_transformers():
+    """Without a text encoder, and with the VAE and the transformer elsewhere: the meta device stands in for a GPU."""
+    pipe = base.load_pipeline(BASE)
+    pipe.text_encoder = None
+    pipe.transformer.to("meta")
+    pipe.vae.to("meta")
+    assert pipe._execution_device.type == "meta"
