@@ -129,6 +129,8 @@ class Config:
         check(self, shares="p token_drop view_drop lora_dropout crop_jitter beta1 beta2",
               positive="lora_rank lora_alpha frames fps steps image_batch video_batch image_micro video_micro lr "
                        "cycles grad_clip save_every keep_checkpoints val_pairs val_clips")
+        if self.base == TOY["base"] and not Path(self.base).is_dir():
+            raise ValueError(f"no {self.base} here: run it from the repository's root")
         if self.sample_every and not Path(self.val_refs or "none").is_dir():
             raise ValueError(f"--sample_every needs a folder of pictures and prompts: no --val_refs {self.val_refs!r}")
         if self.pcgrad == 1 or self.pcgrad and self.task_schedule == "mixed":

@@ -234,8 +234,9 @@ class Validation:
         if due(cfg.sample_every) and step > 0:
             self.log.doing("samples")
             with autocast(transformer.device):
-                write_sample_sheets(self.pipe, self.texts, self.run / "samples", step, self.size, self.frames,
-                                    cfg.guidance, cfg.fit)
+                saturation = write_sample_sheets(self.pipe, self.texts, self.run / "samples", step, self.size,
+                                                 self.frames, cfg.guidance, cfg.fit)
+            self.log.write("samples.jsonl", {"step": step, "saturation": saturation})
             if cfg.tensorboard:
                 self.log.pictures(self.run / "samples", step)
         self.log.doing()

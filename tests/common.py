@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+if os.environ.get("TESTS_ON") != "gpu":  # see conftest.py
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 import torch  # noqa: E402
 from diffusers import CogVideoXTransformer3DModel  # noqa: E402
@@ -24,7 +25,8 @@ import model  # noqa: E402
 import train  # noqa: E402
 from toy import world  # noqa: E402
 
-torch.set_num_threads(1)  # as in the processes that are started below: the order of a sum decides its last bits
+if os.environ.get("TESTS_ON") != "gpu":
+    torch.set_num_threads(1)  # as in the processes that are started below: the order of a sum decides its last bits
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "toy/base")

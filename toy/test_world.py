@@ -3,11 +3,14 @@ import tests.common  # noqa: F401, before torch
 
 import dataclasses
 import functools
+import hashlib
 import io
+import json
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 import data
 import train
@@ -163,10 +166,24 @@ def test_only_the_toys_own_folders_are_written(tmp_path, monkeypatch):
     world.write_missing("toy/data/clips-2", "toy/data/clip", "toy/data/clips-two", "toy/clips", "clips")
     assert [str(d.relative_to(tmp_path)) for d in tmp_path.glob("**/*clip*")] == ["toy/data/clips-2"]
     assert len(list(tmp_path.glob("toy/data/clips-2/*.mp4"))) == 2
-    world.write_missing("toy/data/clips-2")  # it is there, and drawn by this code
-    monkeypatch.setattr(world, "drawing_code", lambda: "another")
-    with pytest.raises(ValueError, match="clips-2 was drawn by another version of toy/world.py: delete toy/data"):
+    world.write_missing("toy/data/clips-2")  # it is there, and of this version
+    monkeypatch.setattr(world, "DATA_VERSION", world.DATA_VERSION + 1)
+    with pytest.raises(ValueError, match="clips-2 holds another version of the toy's data: delete toy/data"):
         world.write_missing("toy/data/clips-2")
+
+
+def test_what_is_drawn_belongs_to_its_version(tmp_path):
+    """When this fails because the toy's data change on purpose, raise DATA_VERSION and take the new digest."""
+    world.write_pairs(tmp_path, n=8)
+    rows = pq.read_table(tmp_path / "pairs.parquet").to_pylist()
+    creatures, (fields, directions, tiles) = world.draw_creatures(np.random.default_rng(0), 8), \
+        world.draw_clips(np.random.default_rng(1), 8)
+    drawn = hashlib.sha256(world.render(creatures, fields, tiles).repeat(world.BEATS, 1).tobytes())
+    for row in rows:
+        drawn.update(np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).tobytes())
+        drawn.update(json.dumps(row["description"], sort_keys=True).encode())
+    drawn.update("".join(map(world.caption, fields, directions)).encode())
+    assert (world.DATA_VERSION, drawn.hexdigest()[:12]) == (2, "a1e7d197edb8")
 
 
 @pytest.mark.parametrize("change", [{"fit": "pad"}, {"crop_jitter": 0.1}, {"height": 16}, {"base": "elsewhere"}])

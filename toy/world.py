@@ -241,8 +241,6 @@ def ensure_data(cfg):
     """
     from base import compute_dtype, find_device
     from train import TOY
-    if not Path(cfg.base).exists() and (Path(__file__).parents[1] / cfg.base).exists():
-        raise ValueError(f"no {cfg.base} here: run it from the repository's root, where toy/ lies")
     write_missing(cfg.images, cfg.videos, cfg.val_images, cfg.val_videos)
     if Path(cfg.cache).parent != Path("toy/data"):
         return cfg

@@ -1,0 +1,9 @@
+"""What pytest itself is told: which device the tests see, and that a SIGTERM ends them."""
+import os
+import signal
+
+
+def pytest_configure(config):
+    # `pytest -m gpu` alone sees a GPU: the other tests compare bits, which only a CPU repeats.
+    os.environ["TESTS_ON"] = "gpu" if config.getoption("markexpr") == "gpu" else "cpu"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: fixtures end the processes they started
