@@ -7,7 +7,6 @@
 Runs that differ only in their seed are drawn as one line, their mean, in a band from the lowest to the highest.
 Also here: PCGrad (Sec. 4.3, B.3), the method that the paper's coin is compared with.
 """
-import json
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from run import NOT_TRAINED, command_line, knob
+from run import NOT_TRAINED, command_line, knob, read_json
 from run import records as read_records
 
 
@@ -141,7 +140,7 @@ def read_runs(folders, file):
     """{label: one list of records per seed}. Runs whose settings differ only in the seed share a label."""
     configs, records = [], []
     for folder in folders:
-        config = json.loads((Path(folder) / "config.json").read_text())
+        config = read_json(Path(folder) / "config.json")
         # The cache of latents follows from the data sets, which are compared themselves.
         configs.append({k: v for k, v in config.items() if k not in NOT_TRAINED | {"seed", "cache"}})
         records.append(read_records(Path(folder) / file))

@@ -119,7 +119,7 @@ class Log:
     def write(self, file, record):
         """Append one line to a .jsonl file of the run."""
         if self.run:
-            with open(self.run / file, "a") as f:
+            with open(self.run / file, "a", encoding="utf-8") as f:
                 f.write(json.dumps(record) + "\n")
         for name, value in numbers_in(record, Path(file).stem) if self.board else []:
             self.board.add_scalar(name, value, record["step"])

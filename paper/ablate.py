@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import gradcos
 import train
-from run import changed, command_line, knob, newest_checkpoint, records, write
+from run import changed, command_line, knob, newest_checkpoint, read_json, records, write
 
 ROWS = {  # name: flags of train.py. Sizes of data sets are shares of the toy's 2,000 pairs and 400 clips.
     "ours": {},
@@ -312,7 +312,7 @@ def load_results(cfg):
     """{row: {seed: record}} of what there is. ValueError for results with another number of steps or creatures."""
     results = {}
     for file in sorted(Path(cfg.results).glob("*-[0-9].json")):
-        record = json.loads(file.read_text())
+        record = read_json(file)
         if differ := changed(record, {**settings(cfg), "flags": ROWS.get(record["row"])}):
             raise ValueError(f"{file} was made with other settings ({differ}): choose another --results")
         scores = record["scores"]
@@ -362,7 +362,7 @@ def control_lines(cfg, file, first):
     if not (Path(cfg.results) / file).is_file():
         yield "Not run yet."
         return
-    rows = json.loads((Path(cfg.results) / file).read_text())["rows"]
+    rows = read_json(Path(cfg.results) / file)["rows"]
     yield f"| {first} | {' | '.join(COLUMNS)} |"
     yield "|---" * (len(COLUMNS) + 1) + "|"
     for name, scores in rows.items():
@@ -480,7 +480,7 @@ def draw_figure(cfg, figure):
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
         draw = draw_headline if figure == "headline" else draw_dose
-        draw(plt, load_results(cfg), json.loads((Path(cfg.results) / "controls.json").read_text())["rows"]).savefig(
+        draw(plt, load_results(cfg), read_json(Path(cfg.results) / "controls.json")["rows"]).savefig(
             out, dpi=130)
         print(f"wrote {out}")
     elif set(rows) <= WATCHED:

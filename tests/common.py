@@ -109,11 +109,23 @@ def command(knobs, **more):
     return [TRAIN, "--toy", *flags]
 
 
-def run(*words, **options):
+STARTED = []  # processes of the tests; when pytest ends, however it ends, so do they (conftest.py)
+
+
+def start(words, cwd, stderr=subprocess.STDOUT, **environment):
+    """Start python with these words, in a process group of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    process = subprocess.Popen([sys.executable, *words], cwd=cwd, stdout=subprocess.PIPE, stderr=stderr, text=True,
+                               start_new_session=True, env=environment)
+    STARTED.append(process)
+    return process
+
+
+def run(*words, cwd=ROOT, timeout=PATIENCE):
     """Run python with these words and wait for its end; in the repository, unless cwd says otherwise."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    options = {"cwd": ROOT, **options}
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env, **options)
+    process = start(words, cwd, stderr=subprocess.PIPE)
+    out, err = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 def start_and_wait(words, folder, steps, cwd, hold):
@@ -125,9 +137,7 @@ def start_and_wait(words, folder, steps, cwd, hold):
     log = folder / "log.jsonl"
     before = log_number()  # a run that goes on replaces the log: then it is another file
     words = [str(ROOT / "tests/hold.py") if word == TRAIN else word for word in words]
-    process = subprocess.Popen([sys.executable, *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, start_new_session=True,
-                               env={**os.environ, "PYTHONPATH": str(ROOT), "HOLD": hold})
+    process = start(words, cwd, HOLD=hold)
     until = time.time() + PATIENCE
     while time.time() < until and process.poll() is None:
         if log_number() not in (None, before) and len(log_lines(folder)) >= steps:

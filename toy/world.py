@@ -38,7 +38,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from data import save_video
-from run import command_line, knob
+from run import command_line, knob, read_json
 
 SIZE, TILE, CELL, CELLS = 32, 8, 2, 8  # px per frame side, per tile, per cell; cells per creature side
 FRAMES, FPS, BEATS = 9, 4, (1, 2, 2, 2, 2)       # frames of a clip, and how many the VAE puts into each latent frame
@@ -254,7 +254,7 @@ def ensure_data(cfg):
     cache = Path(cfg.cache) / f"{Path(cfg.images).name}+{Path(cfg.videos).name}-{dtype}"
     with one_process():
         made = [cache / task / "index.json" for task in ("image", "video")]
-        if not all(index.is_file() and json.loads(index.read_text())["complete"] for index in made):
+        if not all(index.is_file() and read_json(index).get("complete") for index in made):
             from paper import prepare
             prepare.prepare_cache(prepare.Latents(out=str(cache), images=cfg.images, videos=cfg.videos,
                                                   device=cfg.device, **same))
