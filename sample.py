@@ -25,7 +25,7 @@ from base import (attention_order, find_device, frame_size, load_pipeline, sampl
 from data import clip_frames, fit_reference, load_image, normalise, read_text, resize_center_crop, save_video, to_pixels
 from model import (LORA_FILE, PAPER_BASE, REFERENCE_TOKEN, encode_prompt, encode_video, load_lora, lora_header,
                    lora_path, merge_lora, with_reference_token)
-from run import check, command_line, join_ranks, knob, newest_checkpoint, rank_and_world_size
+from run import check, command_line, join_ranks, knob, newest_checkpoint, rank_and_world_size, refuse_overwriting
 
 HERE = Path(__file__).parent
 
@@ -65,8 +65,8 @@ class Config:
         suffixes = (".png", ".mp4") if self.frames == 1 else (".mp4", ".mov", ".mkv")
         if self.bench and (self.ref or self.prompt or self.prompts or self.frames == 1):
             raise ValueError("--bench names the pictures and prompts: leave out --ref, --prompt, --prompts, --frames 1")
-        if self.bench and Path(self.bench).resolve() == (Path(self.out) / "sampling.json").resolve():
-            raise ValueError(f"--out {self.out} would be written over --bench {self.bench}: choose another --out")
+        if self.bench:
+            refuse_overwriting([self.bench], [Path(self.out) / "sampling.json"])
         if self.bench and Path(self.out).suffix in suffixes:
             raise ValueError(f"--bench writes many videos: --out must be a folder, got {self.out!r}")
         if not self.bench and Path(self.out).suffix not in suffixes:
@@ -250,19 +250,16 @@ def jobs_of_flags(cfg):
 
 def refuse_outputs(cfg, jobs):
     """An error, before the minutes of sampling, for an output that is also an input or that cannot be written."""
-    inputs = [Path(path) for path in (cfg.bench, cfg.prompts, *(p for job in jobs for p in job.pictures)) if path]
-    inputs = [path for path in inputs if path.is_file()]
-    for job in jobs:
-        for file in {job.file, job.file.with_suffix(".png")}:  # the video and its contact sheet
-            there = file.exists()
-            for path in inputs:
-                if there and file.samefile(path):
-                    raise ValueError(f"--out: {file} is written, but {path} is read: choose another --out")
-            if not cfg.bench:  # there a file means a finished video
-                with open(file, "ab"):  # OSError for a read-only folder, a name that is too long, a folder's name
-                    pass
-                if not there:
-                    file.unlink()
+    outputs = {file for job in jobs for file in (job.file, job.file.with_suffix(".png"))}  # video and contact sheet
+    refuse_overwriting([cfg.bench, cfg.prompts, *(path for job in jobs for path in job.pictures)], outputs)
+    if cfg.bench:  # there a file means a finished video
+        return
+    for file in outputs:
+        new = not file.exists()
+        with open(file, "ab"):  # OSError for a read-only folder, a name that is too long, a folder's name
+            pass
+        if new:
+            file.unlink()
 
 
 def share_out(cfg, jobs):

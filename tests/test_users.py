@@ -45,7 +45,7 @@ def linked(ref):
 def test_a_reference_is_never_overwritten(ref, monkeypatch, flags):
     before = ref.read_bytes()
     monkeypatch.setattr(sample, "load", None)  # it is known before anything is loaded
-    with pytest.raises(ValueError, match="cat.png is read: choose another --out"):
+    with pytest.raises(ValueError, match="written over .*cat.png, which is read: choose another --out"):
         sample.main(sample.Config(prompt="x", lora=str(LORA), **flags(ref)))
     assert ref.read_bytes() == before
 
@@ -53,13 +53,14 @@ def test_a_reference_is_never_overwritten(ref, monkeypatch, flags):
 def test_a_reference_is_not_overwritten_by_one_of_many_prompts(ref, monkeypatch):
     ref.rename("x-1.png")
     Path("prompts.txt").write_text("a creature stands\na creature walks up\n")
-    with pytest.raises(ValueError, match="x-1.png is read"):
+    with pytest.raises(ValueError, match="written over x-1.png, which is read"):
         sample.main(sample.Config(ref="x-1.png", prompts="prompts.txt", lora=str(LORA), out="x.mp4"))
 
 
 def test_a_benchmark_is_not_overwritten_by_its_own_record(ref):
     Path("out").mkdir()
-    with pytest.raises(ValueError, match="would be written over --bench out/sampling.json"):
+    Path("out/sampling.json").write_text("{}")
+    with pytest.raises(ValueError, match="out/sampling.json would be written over out/sampling.json"):
         sample.Config(bench="out/sampling.json", out="out")
 
 
