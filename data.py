@@ -15,7 +15,7 @@ import json
 import os
 import signal
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -458,21 +458,25 @@ def save_video(path, pictures, fps, enlarge=1, format=None):
     if not 0.01 <= fps <= 1000:
         raise ValueError(f"fps must be from 0.01 to 1000, got {fps:g}")
     path, content = Path(path), io.BytesIO()
+    part = path.with_name(f"{path.name}.part")
     width, height = pictures[0].width * enlarge, pictures[0].height * enlarge
     format = format or {".mkv": "matroska", ".m4v": "mp4"}.get(path.suffix.lower(), path.suffix.lower()[1:])
+    if format not in av.formats_available:
+        raise ValueError(f"{path} has no ending of a video: name it .mp4")
+    with av.open(content, "w", format=format) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": "12", "preset": "veryfast", "threads": "1"}
+        for picture in pictures:
+            picture = picture.resize((width, height), Image.NEAREST)
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
     try:
-        with av.open(content, "w", format=format) as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.options = {"crf": "12", "preset": "veryfast", "threads": "1"}
-            for picture in pictures:
-                picture = picture.resize((width, height), Image.NEAREST)
-                container.mux(stream.encode(av.VideoFrame.from_image(picture)))
-            container.mux(stream.encode())
-        part = path.with_name(f"{path.name}.part")
         part.write_bytes(content.getbuffer())
         os.replace(part, path)
     except OSError as e:
+        with suppress(OSError):
+            part.unlink()
         raise OSError(e.errno, f"cannot write {path}: {e.strerror}")
 
 

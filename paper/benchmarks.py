@@ -9,7 +9,7 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from data import read_text, save_video
+from data import read_json, read_text, save_video
 from model import lora_header, with_reference_token
 from run import changed, knob, rank_and_world_size, write
 
@@ -42,7 +42,9 @@ def jobs_of_bench(cfg):
         made["videos"][name] = {"prompt": prompt, "seed": cfg.seed + i, "img_paths": entry["img_paths"]}
     out.mkdir(parents=True, exist_ok=True)
     record = out / "sampling.json"
-    for part, before in json.loads(record.read_text()).items() if record.is_file() else ():
+    for part, before in read_json(record).items() if record.is_file() else ():
+        if not isinstance(before, dict) or part not in made:
+            raise ValueError(f"{record} is damaged: delete it, or choose another --out")
         if differ := changed(before, {k: v for k, v in made[part].items() if k in before}):
             raise ValueError(f"{out} was sampled with other {part} ({differ[:200]}): choose another --out")
     if rank_and_world_size()[0] == 0:
