@@ -253,7 +253,7 @@ def test_the_cut_is_that_of_the_whole_picture_resized(box, jitter):
     w, h = max(72, round(noise.width * scale)), max(48, round(noise.height * scale))
     left, top = (int(min(max((n - m) / 2 + d * n, 0), n - m)) for n, m, d in ((w, 72, dx), (h, 48, dy)))
     whole = noise.resize((w, h), Image.LANCZOS).crop((left, top, left + 72, top + 48))
-    assert np.abs(cut - np.asarray(whole, int)).max() <= 1
+    assert np.abs(cut - np.asarray(whole, int)).max() <= 2  # roundings between the two directions
 
 
 def test_clip_frames():
