@@ -401,7 +401,7 @@ def fps_of(cfg):
         for file in sorted(Path(folder).glob("*.mp4")):
             try:
                 return read_video(file)[1]
-            except ValueError:
+            except (ValueError, OSError):
                 continue
     raise ValueError(f"no video in {', '.join(cfg.dirs)} can be read")
 
