@@ -123,6 +123,8 @@ def load_image(source):
 def to_srgb(image, profile):
     """A picture's colours as its profile means them: most phones write Display P3. A profile that is damaged or meant
     for another kind of picture is left aside."""
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")
     try:
         source = ImageCms.createProfile("LAB")  # needs no profile: LAB is what profiles are defined by
         if image.mode != "LAB":

@@ -62,7 +62,17 @@ def test_profiles_of_pictures_with_alpha_a_palette_or_greys(tmp_path, mode, want
     if mode == "RGBA":
         image.putalpha(128)  # half of it over white
     image.save(tmp_path / "a.png", icc_profile=exchanged())
-    assert np.abs(np.asarray(data.load_image(tmp_path / "a.png"), int) - wanted).max() < 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = data.load_image(tmp_path / "a.png")
+    assert np.abs(np.asarray(image, int) - wanted).max() < 3
+
+
+def test_a_palette_with_shades_of_transparency_and_a_profile(tmp_path):
+    RED.convert("P").save(tmp_path / "a.png", icc_profile=exchanged(), transparency=bytes([0] * 256))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert data.load_image(tmp_path / "a.png").getcolors() == [(64 * 32, (255, 255, 255))]
 
 
 @pytest.mark.parametrize("profile", [b"no profile", exchanged()[:200], None])
