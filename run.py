@@ -166,13 +166,13 @@ def refuse_overwriting(inputs, outputs):
 
 
 def read_json(path):
-    """The dict in a .json file. ValueError names a file that holds something else."""
+    """The dict in a json file. ValueError names a file that holds something else."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except ValueError as e:  # no JSON, or no text
-        raise ValueError(f"{path} is damaged: {e}")
+    except (ValueError, RecursionError) as e:  # no JSON, or no text
+        raise ValueError(f"{path} is damaged, it is not JSON ({e}): delete it or mend it")
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
+        raise ValueError(f"{path} is damaged, it holds no JSON object: delete it or mend it")
     return content
 
 

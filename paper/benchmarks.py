@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from data import read_text, save_video
 from model import lora_header, with_reference_token
-from run import changed, knob, rank_and_world_size, write
+from run import changed, knob, rank_and_world_size, read_json, refuse_overwriting, write
 
 
 def read_bench(path):
@@ -42,7 +42,9 @@ def jobs_of_bench(cfg):
         made["videos"][name] = {"prompt": prompt, "seed": cfg.seed + i, "img_paths": entry["img_paths"]}
     out.mkdir(parents=True, exist_ok=True)
     record = out / "sampling.json"
-    for part, before in json.loads(record.read_text()).items() if record.is_file() else ():
+    for part, before in read_json(record).items() if record.is_file() else ():
+        if not isinstance(before, dict) or part not in made:
+            raise ValueError(f"{record} is damaged: delete it, or choose another --out")
         if differ := changed(before, {k: v for k, v in made[part].items() if k in before}):
             raise ValueError(f"{out} was sampled with other {part} ({differ[:200]}): choose another --out")
     if rank_and_world_size()[0] == 0:
@@ -91,6 +93,7 @@ def make_bench(cfg):
         for i, prompt in enumerate(prompts[stem]):
             bench[f"{stem}-{i}"] = {"img_paths": [file.name], "prompt": prompt.replace("{}", subject),
                                     "class_label": subject}
+    refuse_overwriting([cfg.prompts, *pictures.values()], [cfg.out])
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     write(Path(cfg.out), json.dumps(bench, indent=1))
     print(f"wrote {cfg.out}: {len(pictures)} pictures, {len(bench)} videos")

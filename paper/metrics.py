@@ -17,7 +17,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from base import find_device
-from data import CLIP_SUFFIXES, fit_reference, load_clip, load_image, resize_center_crop
+from data import (CLIP_SUFFIXES, as_shown, fit_reference, load_clip, load_image, open_clip, rate_of,
+                  resize_center_crop)
 from model import REFERENCE_TOKEN
 from paper import benchmarks, fvd, motion, opens2v
 from paper.benchmarks import read_bench
@@ -170,14 +170,9 @@ class Config:
 
 def read_video(path):
     """(uint8 frames of (H,W,3), frames per second) of a whole video. ValueError when it cannot be read."""
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-            return frames, float(stream.average_rate)
-    except Exception as e:  # PyAV raises many kinds for a broken file
-        raise ValueError(f"cannot read it: {e}")
+    with open_clip(path) as stream:
+        frames = [np.array(as_shown(frame, stream)) for frame in stream.container.decode(stream)]
+        return frames, rate_of(stream)
 
 
 def load_tools(cfg, device):
@@ -406,7 +401,7 @@ def fps_of(cfg):
         for file in sorted(Path(folder).glob("*.mp4")):
             try:
                 return read_video(file)[1]
-            except ValueError:
+            except (ValueError, OSError):
                 continue
     raise ValueError(f"no video in {', '.join(cfg.dirs)} can be read")
 

@@ -15,7 +15,6 @@ if __name__ == "__main__" and not __package__:
 
 import errno
 import hashlib
-import io
 import json
 import os
 import re
@@ -30,7 +29,6 @@ from email.utils import parsedate_to_datetime
 from itertools import islice
 from pathlib import Path
 
-import av
 import pyarrow as pa
 import pyarrow.parquet as pq
 import requests
@@ -42,10 +40,12 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
 from base import compute_dtype, find_device, frame_size, load_pipeline, tile_vae
-from data import (CLIP_SUFFIXES, Clips, ImagePairs, cache_key, clip_frames, cls_for, fit_reference, load_clip,
-                  load_image, normalise, open_parquet, read_text, save_video, split_views, to_pixels)
+from data import (CLIP_SUFFIXES, SUBJECTS200K, Clips, ImagePairs, cache_key, caption_of, clip_frames, cls_for,
+                  fit_reference, load_clip, normalise, open_parquet, picture_of, read_text, save_video,
+                  split_views, to_pixels)
 from model import PAPER_BASE, VAE_PIXELS, encode_moments, encode_prompt, with_reference_token
-from run import changed, check, command_line, join_ranks, knob, rank_and_world_size, rng, write
+from run import (changed, check, command_line, join_ranks, knob, rank_and_world_size, read_json, refuse_overwriting, rng,
+                 write)
 
 
 def share(text):
@@ -93,7 +93,9 @@ class Manifest:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.content = {"options": options, "done": {}}
         if self.file.is_file():
-            self.content = json.loads(self.file.read_text())
+            self.content = read_json(self.file)
+            if not all(isinstance(self.content.get(part), dict) for part in ("options", "done")):
+                raise ValueError(f"{self.file} is damaged, it lacks what was done: delete it or choose another --out")
             if differ := changed(self.content["options"], options):
                 raise ValueError(f"{out} was prepared with other options ({differ}): choose another --out")
         self.done = self.content["done"]
@@ -115,20 +117,21 @@ class Subjects200K:
 
 
 def refuse(row, cfg):
-    """Why a row is not kept ("score", "description", ...), or None."""
+    """Why a row is not kept ("score", "description", ...), or None. ValueError when it holds what no row should."""
     description, scores = row["description"] or {}, row.get("quality_assessment") or {}
-    if not (description.get("description_0") and description.get("description_1")
-            and description.get("description_valid", True)):
+    texts = [description.get(k) or "" for k in ("description_0", "description_1", "item", "category")]
+    if not isinstance(scores, dict) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("a text or its scores are of another type")
+    if not (texts[0].strip() and texts[1].strip() and description.get("description_valid", True)):
         return "description"
-    if min([scores.get(k) or 0 for k in ("compositeStructure", "objectConsistency", "imageQuality")]) < cfg.min_score:
+    scores = [scores.get(k) or 0 for k in ("compositeStructure", "objectConsistency", "imageQuality")]
+    if not all(isinstance(score, (int, float)) for score in scores):
+        raise ValueError(f"its scores are no numbers: {scores}")
+    if not min(scores) >= cfg.min_score:
         return "score"
-    if cfg.category and cfg.category.lower() not in (description.get("category") or "").lower():
+    if cfg.category and cfg.category.lower() not in texts[3].lower():
         return "category"
-    try:
-        image = load_image(io.BytesIO(row["image"]["bytes"]))
-    except (ValueError, TypeError, KeyError):
-        return "unreadable"
-    a, b = split_views(image)
+    a, b = split_views(picture_of(row["image"]))
     if a.size != b.size or not 0.8 < a.width / a.height < 1.25:
         return "layout"  # not two square views side by side: a blind split would cut through a picture
     return None
@@ -174,12 +177,10 @@ def whole(path, rows):
 
 def filter_file(source, paths, cfg, kept):
     """Write the rows of one source file that are kept to paths["train"] and ["val"], 16 rows a group. Counts."""
-    parquet, counts, writers = open_parquet(source), Counter(train=0, val=0), {}
+    refuse_overwriting([source], paths.values())
+    parquet, counts, writers = open_parquet(source, SUBJECTS200K, "Subjects200K"), Counter(train=0, val=0), {}
     columns = [c for c in ("image", "collection", "quality_assessment", "description")
                if c in parquet.schema_arrow.names]
-    missing = {"image", "description"} - set(columns)
-    if missing:
-        raise ValueError(f"{source} lacks the Subjects200K column(s) {', '.join(sorted(missing))}")
     rows = {"train": [], "val": []}
 
     def write_rows(side, least):
@@ -189,9 +190,15 @@ def filter_file(source, paths, cfg, kept):
             writers[side].write_table(pa.Table.from_pylist(rows[side], schema), row_group_size=16)
             rows[side].clear()
     schema = pa.schema([parquet.schema_arrow.field(c) for c in columns])
+    number = -1
     for batch in parquet.iter_batches(batch_size=64, columns=columns):
         for row in batch.to_pylist():
-            why = refuse(row, cfg)
+            number += 1
+            try:
+                why = refuse(row, cfg)
+            except ValueError as e:
+                why = "unreadable"
+                tqdm.write(f"skipped: row {number} of {source}: {e}", file=sys.stderr)
             side = "val" if why is None and share(subject(row)) < cfg.val else "train"
             if why is None and side == "train" and cfg.n and kept + counts["train"] >= cfg.n:
                 break
@@ -355,14 +362,13 @@ def download(url, path, cfg, pace):
 
 
 def shape_of(path):
-    """(height, width) of a clip's frames."""
-    with av.open(str(path)) as container:
-        return container.streams.video[0].height, container.streams.video[0].width
+    """(height, width) of a clip as a player shows it."""
+    (picture,) = load_clip(path, 1, 1.0)
+    return picture.height, picture.width
 
 
 def check_clip(path, cfg):
     """Decode what training will read of a clip; with --store training put that in its place. ValueError: unfit."""
-    load_clip(path, 1, cfg.fps, (64, 64))  # is it a video?
     height, width = shape_of(path)
     if height > width and not cfg.portrait:
         raise Portrait(f"portrait, {width}x{height}")
@@ -419,10 +425,7 @@ def prepare_pexels(cfg):
     ids = set(read_text(cfg.ids).split()) if cfg.ids else set()
     rows, endings = [], [*cfg.strip, *BOILERPLATE]
     for _, fetch in parquet_files(cfg.source, beside(cfg.out, "_download")):
-        table = open_parquet(fetch()).read()
-        missing = {"video", "title"} - set(table.column_names)
-        if missing:
-            raise ValueError(f"{cfg.source} lacks the Pexels-400k column(s) {', '.join(sorted(missing))}")
+        table = open_parquet(fetch(), {"video": None, "title": None}, "Pexels-400k").read()
         columns = [c for c in ("video", "title", "duration", "sfw") if c in table.column_names]
         rows += table.select(columns).to_pylist()
     unfit, stripped, found = Counter(), Counter(), set()
@@ -569,7 +572,7 @@ def load_item(cfg, task, dataset, item, size):
     A crop holds the two views; with --fit pad four pictures: both as targets, then both as references."""
     if task == "video":
         frames = load_clip(item, dataset.frames, dataset.fps, size)
-        return to_pixels(frames)[None], [read_text(item.with_suffix(".txt"))], ""
+        return to_pixels(frames)[None], [caption_of(item)], ""
     views, prompts, name = dataset.load(item)
     r = rng(cfg.seed, "crops", item)
     crops = [to_pixels([fit_reference(view, *size, fit, cfg.crop_jitter, r)])
@@ -587,11 +590,16 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
     index = out / "index.json"
     out.mkdir(parents=True, exist_ok=True)
     if index.is_file():
-        made = {k: v for k, v in json.loads(index.read_text()).items() if k not in ("complete", "cached")}
+        made = {k: v for k, v in read_json(index).items() if k not in ("complete", "cached")}
         if differ := changed(made, dict.fromkeys(made) | key):
             raise ValueError(f"{out} was made with other settings ({differ}): choose another --out")
-    mine = [(item, out / f"{name}.safetensors", stamp)
-            for item in items[rank::world_size] for name, stamp in [dataset.source(item)]]
+    mine = []
+    for item in items[rank::world_size]:
+        try:
+            name, stamp = dataset.source(item)
+            mine.append((item, out / f"{name}.safetensors", stamp))
+        except (ValueError, OSError) as e:
+            print(f"skipped: {e}", file=sys.stderr)
     todo = [(item, file, stamp) for item, file, stamp in mine if stamp_of(file) != stamp]  # not there, cut, or stale
     counts = torch.tensor([len(todo), len(mine) - len(todo)])  # to do and cached, all ranks together
     if world_size > 1:
@@ -620,9 +628,13 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
                 texts = encode_prompt(pipe, words_with_cls).cpu()
                 tensors |= {f"text_{d}": text for d, text in enumerate(texts)}
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({k: v.contiguous().clone() for k, v in tensors.items()}, f"{file}.tmp",
-                      metadata={"stamp": stamp, "prompts": json.dumps(words), "item": name})
-            os.replace(f"{file}.tmp", file)
+            try:
+                save_file({k: v.contiguous().clone() for k, v in tensors.items()}, f"{file}.tmp",
+                          metadata={"stamp": stamp, "prompts": json.dumps(words), "item": name})
+                os.replace(f"{file}.tmp", file)
+            except (SafetensorError, OSError) as e:
+                Path(f"{file}.tmp").unlink(missing_ok=True)
+                raise OSError(f"cannot write {file}: {e}. The same command goes on where it stopped")
             cached += 1
     if world_size > 1:
         dist.all_reduce(cached)
@@ -636,7 +648,7 @@ def stamp_of(file):
     """The stamp in a cached file, None when there is no whole file."""
     try:
         with safe_open(file, "pt") as f:
-            return f.metadata()["stamp"]
+            return (f.metadata() or {}).get("stamp")
     except (SafetensorError, OSError):
         return None
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -325,6 +326,37 @@ def test_a_benchmark_on_two_ranks_killed_twice(tmp_path):
     assert len(videos_in(out)) == 12 and videos_in(out) == videos_in(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("content", ["", "no json", "[]", '{"settings": []}', '{"other": {}}'])
+def test_a_damaged_record_of_a_benchmark_is_named(tmp_path, content):
+    cfg = sample.Config(**bench_of(tmp_path, 1), out=str(tmp_path / "videos"))
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/sampling.json").write_text(content)
+    with pytest.raises(ValueError, match="videos/sampling.json is damaged") as error:
+        benchmarks.jobs_of_bench(cfg)
+    assert "\n" not in str(error.value)
+
+
+def test_videos_are_scored_as_a_player_shows_them(tmp_path):
+    """Turned as the file says; a file with sound alone is named."""
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.set_display_rotation(90)
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (96, 64), "red"))))
+        container.mux(stream.encode())
+    frames, fps = metrics.read_video(tmp_path / "a.mp4")
+    assert [f.shape for f in frames] == [(96, 64, 3)] * 3 and fps == 8
+    with av.open(str(tmp_path / "b.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(ValueError, match="b.mp4: it has no video"):
+        metrics.read_video(tmp_path / "b.mp4")
+
+
 def test_bench_errors(tmp_path):
     flags = bench_of(tmp_path, 1)
     with pytest.raises(ValueError, match="leave out --ref"):
@@ -397,7 +429,7 @@ def test_a_folder_is_scored(scored):
     assert "a pair moves above 1.50 px, a video with 2 of its 8 pairs" in said and "the centre 16 frames" in said
     assert "| the paper's (Table 2) | 98.45 | 69.64 | 32.69 | 77.14 | 62.88 |" in said
     assert "Motion Smooth.: not computed: run VBench" in said and "3 of 6 videos scored" in said
-    for problem in ("corrupt: cannot read it", "short: too short: 2 frames", "missing: there is no such video",
+    for problem in ("corrupt: cannot read the clip", "short: too short: 2 frames", "missing: there is no such video",
                     "lost: its reference: no picture at", "real clip corrupt.mp4: cannot read the clip"):
         assert problem in said and problem.split(": ")[0] in " ".join(result["unusable"])
 

@@ -14,14 +14,16 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from safetensors import SafetensorError
 
 import train
-from data import Clips, ImagePairs, load_clip, save_video
+from data import Cache, Clips, ImagePairs, load_clip, save_video
 from paper import prepare
 from run import records
 from toy import world
@@ -91,6 +93,46 @@ def test_subjects_are_filtered_and_split_by_subject(subjects, tmp_path, capsys, 
     assert worked == ["train-00001.parquet"] and items(out) == kept
     with pytest.raises(ValueError, match="min_score was 5, now 0"):
         prepare.prepare_subjects(prepare.Subjects200K(out=out, source=str(subjects), val=0.2, min_score=0))
+
+
+@pytest.mark.parametrize("column, value, left_out", [
+    ("description", {"description_0": 5, "description_1": 6}, "unreadable"),
+    ("description", {"description_0": "a", "description_1": "b", "item": 7}, "unreadable"),
+    ("description", {"description_0": "a", "description_1": " ", "item": "x"}, "description"),
+    ("description", {"description_0": "a", "description_1": "b", "category": [1]}, "unreadable"),
+    ("quality_assessment", {"compositeStructure": "5", "objectConsistency": "5", "imageQuality": "5"}, "unreadable"),
+    ("quality_assessment", 5, "unreadable"), ("quality_assessment", {"imageQuality": float("nan")}, "score"),
+    ("image", {"bytes": None, "path": "x.png"}, "unreadable"), ("image", {"bytes": b"cut", "path": ""}, "unreadable")])
+def test_rows_of_other_types_are_left_out_counted_and_named(subjects, tmp_path, capsys, column, value, left_out):
+    row = pq.read_table(subjects / "data/train-00000.parquet").slice(0, 1).to_pylist()[0]
+    pq.write_table(pa.Table.from_pylist([{**row, column: value}] * 2), tmp_path / "a.parquet")
+    prepare.prepare_subjects(prepare.Subjects200K(out=str(tmp_path / "out"), source=str(tmp_path / "a.parquet")))
+    said = capsys.readouterr()
+    assert "0 pairs for training, 0 held out" in said.out and f"2 for their {left_out}" in said.out
+    if left_out == "unreadable":
+        assert f"row 0 of {tmp_path / 'a.parquet'}" in said.err and f"row 1 of {tmp_path / 'a.parquet'}" in said.err
+
+
+@pytest.mark.parametrize("prepared, table, message", [
+    (lambda source, out: prepare.prepare_subjects(prepare.Subjects200K(out=out, source=source)),
+     {"image": [{"bytes": b""}], "description": ["a cat"]}, "a.parquet: the column description holds string"),
+    (lambda source, out: prepare.prepare_pexels(prepare.Pexels(out=out, source=source)),
+     {"video": ["http://x/y.mp4"], "title": [7]}, "a.parquet: the column title holds int64, expected texts"),
+    (lambda source, out: prepare.prepare_pexels(prepare.Pexels(out=out, source=source)),
+     {"video": [["http://x/y.mp4"]], "title": ["a"]}, "a.parquet: the column video holds list")])
+def test_a_source_with_a_column_of_another_type_is_one_line(tmp_path, prepared, table, message):
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=message) as error:
+        prepared(str(tmp_path / "a.parquet"), str(tmp_path / "out"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "no json", "[]", "{}", '{"options": [], "done": {}}'])
+def test_a_damaged_manifest_is_named(tmp_path, content):
+    (tmp_path / "prepare.json").write_text(content)
+    with pytest.raises(ValueError, match="prepare.json is damaged") as error:
+        prepare.Manifest(tmp_path, {})
+    assert "\n" not in str(error.value)
 
 
 def test_small_sets_stop_at_n(subjects, tmp_path):
@@ -366,6 +408,44 @@ def test_clips_are_stored_at_training_size(tmp_path):
     assert prepare.shape_of(tmp_path / "a.mp4") == (480, 854) and len(load_clip(tmp_path / "a.mp4", 9, 4.0)) == 9
 
 
+@pytest.mark.parametrize("stored, degrees, shown", [((96, 64), 90, "portrait"), ((64, 96), 90, "landscape"),
+                                                    ((64, 96), 0, "portrait"), ((96, 64), 180, "landscape")])
+def test_portraits_are_what_a_player_shows_higher_than_wide(tmp_path, stored, degrees, shown):
+    """A phone stores all its clips lying and says how to turn them."""
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = *stored, "yuv420p"
+        if degrees:
+            stream.set_display_rotation(degrees)
+        for _ in range(9):
+            container.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", stored, "red"))))
+        container.mux(stream.encode())
+    upright = (64, 96) if shown == "landscape" else (96, 64)
+    cfg = prepare.Pexels(frames=9, fps=8.0, store="training")
+    if shown == "portrait":
+        with pytest.raises(prepare.Portrait, match="portrait, 64x96"):
+            prepare.check_clip(tmp_path / "a.mp4", cfg)
+        cfg = dataclasses.replace(cfg, portrait=True)
+    prepare.check_clip(tmp_path / "a.mp4", cfg)  # stored upright, with nothing left to turn
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert next(container.decode(video=0)).rotation == 0
+        assert (container.streams.video[0].height, container.streams.video[0].width) == upright
+    assert prepare.shape_of(tmp_path / "a.mp4") == upright
+
+
+def test_a_clip_slower_than_the_rate_is_filtered(shaped_server, tmp_path, capsys):
+    """The served clips have 12 pictures a second."""
+    url, _ = shaped_server
+    source = listing(tmp_path, url, ["1-wide.mp4"])
+    cfg = prepare.Pexels(out=str(tmp_path / "p"), source=source, n=1, val=0, frames=9, fps=16.0)
+    prepare.prepare_pexels(cfg)
+    assert "0 of 1 clips kept; 1 filtered" in capsys.readouterr().out
+    ((_, why, _),) = json.loads((tmp_path / "p/prepare.json").read_text())["done"]["train"].values()
+    assert "1-wide.mp4 is too slow for 16 fps: it has 12 pictures a second" in why
+    prepare.prepare_pexels(dataclasses.replace(cfg, fps=12.0, out=str(tmp_path / "q")))
+    assert "1 of 1 clips kept" in capsys.readouterr().out
+
+
 def test_retry_after():
     soon = email.utils.format_datetime(datetime.now(timezone.utc) + timedelta(seconds=100))
     assert prepare.retry_after("7") == 7 and 90 < prepare.retry_after(soon) <= 100
@@ -435,3 +515,76 @@ def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
     index.write_text(index.read_text().replace('"complete": true', '"complete": false'))
     with pytest.raises(ValueError, match="not finished"):
         train.train(train.Config(**{**knobs, "name": "x", "cache": "cache"}))
+
+
+def cache_of(folder, **more):
+    return prepare.Latents(**{"out": str(folder / "cache"), "base": BASE, "crop_jitter": 0.0, "frames": 9, "fps": 4.0,
+                              "vae_tiling": False, **more})
+
+
+def pairs_of(folder, *names):
+    """A pairs.jsonl of these pictures, each with itself."""
+    folder.mkdir(exist_ok=True)
+    lines = [{"image_0": name, "image_1": name, "description_0": "a", "description_1": "b"} for name in names]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return str(folder)
+
+
+def test_the_cache_goes_on_past_what_cannot_be_read(tmp_path, capsys):
+    pairs, clips = pairs_of(tmp_path / "pairs", "a.png", "none.png", "c.png", "a.png"), tmp_path / "clips"
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "pairs/a.png")
+    (tmp_path / "pairs/c.png").write_bytes(b"cut")
+    world.write_clips(clips, n=4)
+    (clips / "0000.txt").write_bytes("cr\u00e9ature".encode("latin-1"))
+    (clips / "0001.mp4").unlink()
+    (clips / "0001.mp4").symlink_to(clips / "nowhere.mp4")
+    (clips / "0002.txt").write_text(" \n")
+    prepare.prepare_cache(cache_of(tmp_path, images=pairs, videos=str(clips)))
+    said = capsys.readouterr()
+    assert "2 of 4 images cached" in said.out and "1 of 4 videos cached" in said.out
+    for named in ("line 2 of", "none.png", "line 3 of", "c.png", "0000.txt is not a UTF-8", "0001.mp4", "0002.txt is e"):
+        assert said.err.count(named) == 1, named
+
+
+def test_a_picture_replaced_by_one_of_the_same_size_is_cached_again(tmp_path, capsys):
+    pairs = pairs_of(tmp_path / "pairs", "a.bmp")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "pairs/a.bmp")
+    prepare.prepare_cache(cache_of(tmp_path, images=pairs))
+    (made,) = (tmp_path / "cache/image").glob("*.safetensors")
+    before, size = made.read_bytes(), (tmp_path / "pairs/a.bmp").stat().st_size
+    Image.new("RGB", (64, 64), "lime").save(tmp_path / "pairs/a.bmp")
+    assert (tmp_path / "pairs/a.bmp").stat().st_size == size
+    cache = Cache(tmp_path / "cache/image", {})
+    with pytest.raises(ValueError, match="could not be used, .* was made from another 000000"):
+        ImagePairs(pairs, (32, 32), cache=cache)[0, 0]
+    prepare.prepare_cache(cache_of(tmp_path, images=pairs))
+    assert made.read_bytes() != before and ImagePairs(pairs, (32, 32), cache=cache)[0, 0]["skipped"] == []
+
+
+@pytest.mark.parametrize("content", ["no json", "[]"])
+def test_a_damaged_index_is_named(tmp_path, content):
+    pairs = pairs_of(tmp_path / "pairs", "a.png")
+    (tmp_path / "cache/image").mkdir(parents=True)
+    (tmp_path / "cache/image/index.json").write_text(content)
+    with pytest.raises(ValueError, match="image/index.json is damaged"):
+        prepare.prepare_cache(cache_of(tmp_path, images=pairs))
+
+
+def test_a_full_disk_ends_the_cache_with_one_line(tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"cut")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(prepare, "save_file", full)
+    pairs = pairs_of(tmp_path / "pairs", "a.png")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "pairs/a.png")
+    with pytest.raises(OSError, match="cannot write .*000000.safetensors: .*No space left on device") as error:
+        prepare.prepare_cache(cache_of(tmp_path, images=pairs))
+    assert "\n" not in str(error.value) and not list((tmp_path / "cache").glob("**/*.tmp"))
+
+
+def test_a_source_is_never_overwritten(tmp_path):
+    world.write_pairs(tmp_path / "pairs", n=4)
+    before = (tmp_path / "pairs/pairs.parquet").read_bytes()
+    with pytest.raises(ValueError, match="pairs.parquet would be written over .*pairs.parquet, which is read"):
+        prepare.prepare_subjects(prepare.Subjects200K(out=str(tmp_path / "pairs"), source=str(tmp_path / "pairs")))
+    assert (tmp_path / "pairs/pairs.parquet").read_bytes() == before
