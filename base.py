@@ -92,9 +92,12 @@ def refuse_cpu(base, asked):
 def sampling_dtype(base, device):
     """compute_dtype, but float16 for CogVideoX-2b (no RoPE) on a GPU, because it was trained in float16."""
     dtype = compute_dtype(device)
-    if dtype == torch.bfloat16 and not read_config(base).get("use_rotary_positional_embeddings"):
-        return torch.float16
-    return dtype
+    try:
+        config = SubjectTransformer.load_config(base, subfolder="transformer")
+    except OSError:  # load_pipeline says it better
+        return dtype
+    without_rope = not config.get("use_rotary_positional_embeddings")
+    return torch.float16 if dtype == torch.bfloat16 and without_rope else dtype
 
 
 def read_config(base):
