@@ -325,7 +325,8 @@ def test_in_order_each_sample_comes_once(tmp_path):
                                  "description_1": f"{i} right"}))
         write_clip(tmp_path / f"{i}.mp4", [60 * i + 20] * 9, 8, caption=f"clip {i}")
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    pairs, clips = data.ImagePairs(tmp_path, (16, 16), in_order=True), data.Clips(tmp_path, (16, 16), 9, 8, in_order=True)
+    pairs = data.ImagePairs(tmp_path, (16, 16), in_order=True)
+    clips = data.Clips(tmp_path, (16, 16), 9, 8, in_order=True)
     assert [pairs[0, i]["prompt"] for i in range(5)] == ["0 left", "1 right", "2 left", "3 right", "0 left"]
     assert [pairs[0, i]["pixels"][0, :, 0, 0].tolist() for i in (1, 2)] == [[50, 100, 0], [100, 0, 0]]
     assert [clips[0, i]["prompt"] for i in range(5)] == ["clip 0", "clip 1", "clip 2", "clip 3", "clip 0"]
