@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from av.sidedata.sidedata import SideDataContainer
 from av.stream import Disposition
 from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
@@ -413,11 +414,12 @@ def shown_frames(stream):
 
 def as_shown(frame, stream):
     """A frame as the picture that a player shows: its pixels made square, then turned and mirrored as the file says."""
-    image = frame.to_image()
+    image = frame.to_image(threads=1)  # the readers are processes already
     aspect = float(stream.sample_aspect_ratio or 1)  # of a pixel: DVDs and DV store 16:9 in 720 columns
     if aspect != 1 and 0.25 <= aspect <= 4:  # else it is a mistake
         image = image.resize((round(image.width * aspect), image.height), Image.LANCZOS)
-    matrix = frame.side_data.get("DISPLAYMATRIX")  # x' = a x + c y, y' = b x + d y
+    # Not frame.side_data: with it a frame refers to itself, and stays in memory until Python looks for such circles.
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # x' = a x + c y, y' = b x + d y
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
         if abs(b) > abs(a):  # a quarter turn: exchange the axes, what is left are mirrors

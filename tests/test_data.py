@@ -1,6 +1,7 @@
 """The data sets: pictures, pairs and clips of every kind, and what is said about those that cannot be used."""
 from tests.common import write_clip  # before torch
 
+import gc
 import json
 from fractions import Fraction
 
@@ -210,6 +211,18 @@ def test_a_clip_is_turned_and_mirrored_as_its_file_says(tmp_path, degrees, mirro
     assert shown.size == wanted.size
     assert (np.abs(np.asarray(shown, int) - np.asarray(wanted)) > 60).mean() < 0.05
     assert data.load_clip(tmp_path / "a.mp4", 1, 8, (16, 32))[0].size == (32, 16)
+
+
+def test_frames_leave_the_memory_at_once(tmp_path):
+    """Without waiting for Python to look for circles: in a forked reader that would end in a deadlock of libswscale."""
+    write_frames(tmp_path / "a.mp4", [corners()] * 3, before=lambda stream: stream.set_display_rotation(90))
+    gc.collect()
+    gc.disable()
+    try:
+        data.load_clip(tmp_path / "a.mp4", 2, 8)
+        assert not [one for one in gc.get_objects() if isinstance(one, av.VideoFrame)]
+    finally:
+        gc.enable()
 
 
 def test_pixels_that_are_not_square_are_made_square(tmp_path):
