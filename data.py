@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from av.sidedata.sidedata import SideDataContainer
 from av.stream import Disposition
 from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
@@ -104,8 +105,8 @@ def load_image(source):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Image.UnidentifiedImageError:  # its text has an address in memory, another one each time
-        raise ValueError(f"cannot read {name}: it is empty, damaged, or no picture that Pillow reads (HEIC, SVG, PDF, a "
-                         "video). Save it as PNG or JPEG; of a video save one frame")
+        raise ValueError(f"cannot read {name}: it is empty, damaged, or no picture that Pillow reads (HEIC, SVG, PDF, "
+                         "a video). Save it as PNG or JPEG; of a video save one frame")
     except Exception as e:  # Pillow raises many kinds for a broken file
         raise ValueError(f"cannot read {name}: {e}")
 
@@ -258,7 +259,7 @@ class ImagePairs(Dataset):
     folder, size (height, width), crop_jitter, seed, fit (of the reference). Item (step, index) -> {"reference" and
     "pixels" (1,3,H,W) uint8, "prompt", "item": the subject's name or "", "skipped": one line for each unreadable pair
     met on the way}. With a `cache` (see Cache) the first two are VAE moments (1,2C,h,w) instead, and "text" may hold
-    the prompt's embedding. in_order: item (step, index) is pair `index` in direction index % 2, so that each comes once.
+    the prompt's embedding. in_order: item (step, index) is pair `index` in direction index % 2, so each comes once.
     """
 
     def __init__(self, folder, size, crop_jitter=0.0, seed=0, cache=None, fit="cover", in_order=False):
@@ -296,8 +297,9 @@ class ImagePairs(Dataset):
         """(name, stamp): where the cache keeps this pair, and what changes when the pair's files do."""
         with self.named(row) as where:
             if isinstance(where, dict):
-                stamp = [f"{where[k]} {fingerprint(self.folder / text_of(where, k))}" for k in ("image_0", "image_1")]
-                return f"{row:06d}", " ".join([*stamp, text_of(where, "description_0"), text_of(where, "description_1")])
+                names, captions = ([text_of(where, f"{kind}_{i}") for i in (0, 1)] for kind in ("image", "description"))
+                pictures = [f"{name} {fingerprint(self.folder / name)}" for name in names]
+                return f"{row:06d}", " ".join([*pictures, *captions])
             file, group, i = where
             return f"{file.relative_to(self.folder)}/{group:05d}-{i:03d}", fingerprint(file)
 
@@ -402,11 +404,12 @@ def shown_frames(stream):
 
 def as_shown(frame, stream):
     """A frame as the picture that a player shows: its pixels made square, then turned and mirrored as the file says."""
-    image = frame.to_image()
+    image = frame.to_image(threads=1)  # the readers are processes already
     aspect = float(stream.sample_aspect_ratio or 1)  # of a pixel: DVDs and DV store 16:9 in 720 columns
     if aspect != 1 and 0.25 <= aspect <= 4:  # else it is a mistake
         image = image.resize((round(image.width * aspect), image.height), Image.LANCZOS)
-    matrix = frame.side_data.get("DISPLAYMATRIX")  # x' = a x + c y, y' = b x + d y
+    # Not frame.side_data: with it a frame refers to itself, and stays in memory until Python looks for such circles.
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # x' = a x + c y, y' = b x + d y
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
         if abs(b) > abs(a):  # a quarter turn: exchange the axes, what is left are mirrors
@@ -495,8 +498,8 @@ class Clips(Dataset):
         if (self.folder / "prepare.json").is_file():
             stored = read_json(self.folder / "prepare.json").get("options", {})
             if stored.get("store") == "training" and fps > 1.05 * stored["fps"]:
-                raise ValueError(f"{folder} holds clips of {stored['fps']:g} fps (prepare pexels --store training): for "
-                                 f"--fps {fps:g} prepare them again, into another folder")
+                raise ValueError(f"{folder} holds clips of {stored['fps']:g} fps (prepare pexels --store training): "
+                                 f"for --fps {fps:g} prepare them again, into another folder")
 
     def __len__(self):
         return len(self.files)

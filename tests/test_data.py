@@ -1,6 +1,7 @@
 """The data sets: pictures, pairs and clips of every kind, and what is said about those that cannot be used."""
 from tests.common import write_clip  # before torch
 
+import gc
 import json
 from fractions import Fraction
 
@@ -212,6 +213,18 @@ def test_a_clip_is_turned_and_mirrored_as_its_file_says(tmp_path, degrees, mirro
     assert data.load_clip(tmp_path / "a.mp4", 1, 8, (16, 32))[0].size == (32, 16)
 
 
+def test_frames_leave_the_memory_at_once(tmp_path):
+    """Without waiting for Python to look for circles: in a forked reader that would end in a deadlock of libswscale."""
+    write_frames(tmp_path / "a.mp4", [corners()] * 3, before=lambda stream: stream.set_display_rotation(90))
+    gc.collect()
+    gc.disable()
+    try:
+        data.load_clip(tmp_path / "a.mp4", 2, 8)
+        assert not [one for one in gc.get_objects() if type(one) is av.VideoFrame]
+    finally:
+        gc.enable()
+
+
 def test_pixels_that_are_not_square_are_made_square(tmp_path):
     def before(stream):
         stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
@@ -325,7 +338,8 @@ def test_in_order_each_sample_comes_once(tmp_path):
                                  "description_1": f"{i} right"}))
         write_clip(tmp_path / f"{i}.mp4", [60 * i + 20] * 9, 8, caption=f"clip {i}")
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    pairs, clips = data.ImagePairs(tmp_path, (16, 16), in_order=True), data.Clips(tmp_path, (16, 16), 9, 8, in_order=True)
+    pairs = data.ImagePairs(tmp_path, (16, 16), in_order=True)
+    clips = data.Clips(tmp_path, (16, 16), 9, 8, in_order=True)
     assert [pairs[0, i]["prompt"] for i in range(5)] == ["0 left", "1 right", "2 left", "3 right", "0 left"]
     assert [pairs[0, i]["pixels"][0, :, 0, 0].tolist() for i in (1, 2)] == [[50, 100, 0], [100, 0, 0]]
     assert [clips[0, i]["prompt"] for i in range(5)] == ["clip 0", "clip 1", "clip 2", "clip 3", "clip 0"]

@@ -208,7 +208,8 @@ def test_bad_lines_of_pairs_are_counted_once_and_named(tmp_path):
     bad = [{"image_0": None}, {"image_1": 7}, {"image_0": ["a.png"]}, {"image_0": "none.png"}, {"image_1": "."},
            {"description_0": 5}, {"description_1": {}}, {"description_0": "  "}, {"item": 3}, {"item": ["cat"]},
            {"image_0": "https://x.org/a.png"}]
-    (tmp_path / "pairs.jsonl").write_text("\n\n".join(json.dumps(good | change) for change in [{}, *bad, {}, {}, {}, {}]))
+    lines = [json.dumps(good | change) for change in [{}, *bad, {}, {}, {}, {}]]
+    (tmp_path / "pairs.jsonl").write_text("\n\n".join(lines))
     skipped = skipped_of(tmp_path)
     assert len(skipped) == len(bad)  # with an empty line between each two
     assert {why.split(":")[0] for why in skipped} == \
