@@ -82,11 +82,16 @@ def randomise_lora(transformer, seed=5):
 @pytest.fixture(name="knobs", scope="module")
 def knobs_fixture(tmp_path_factory):
     """The knobs of a run of seconds on a small toy world; every test that trains starts from these."""
-    folder = tmp_path_factory.mktemp("toy")
-    world.write_pairs(folder / "pairs", n=40)
-    world.write_clips(folder / "clips", n=6)
-    world.write_pairs(folder / "val_pairs", n=6, seed=1)
-    world.write_clips(folder / "val_clips", n=3, seed=1)
+    return small_knobs(tmp_path_factory.getbasetemp() / "toy")
+
+
+def small_knobs(folder):
+    """These knobs, and their data in `folder`, written once: no test changes it."""
+    if not folder.is_dir():
+        world.write_pairs(folder / "pairs", n=40)
+        world.write_clips(folder / "clips", n=6)
+        world.write_pairs(folder / "val_pairs", n=6, seed=1)
+        world.write_clips(folder / "val_clips", n=3, seed=1)
     return {**train.TOY, "base": BASE, "cache": "", "images": str(folder / "pairs"), "videos": str(folder / "clips"),
             "val_images": str(folder / "val_pairs"), "val_videos": str(folder / "val_clips"), "val_pairs": 6,
             "val_clips": 3, "val_every": 0, "sample_every": 0, "image_batch": 8, "image_micro": 4, "video_batch": 4,
