@@ -42,7 +42,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow", "av
 
 EVERYTHING = dict(steps=6, p=0.5, seed=3, lora_rank=4, lora_alpha=2.0, lora_dropout=0.1, crop_jitter=0.1, view_drop=0.5,
                   token_drop=0.5, image_batch=4, image_micro=2, video_batch=2, video_micro=1, lr=1e-2, warmup=2,
-                  weight_decay=0.1, grad_clip=0.1, gradcos_every=6, val_every=6, val_pairs=3, val_clips=2, save_every=2, keep_checkpoints=2)
+                  weight_decay=0.1, grad_clip=0.05, gradcos_every=6, val_every=6, val_pairs=3, val_clips=2, save_every=2, keep_checkpoints=2)
 RUNS = {  # name: its flags, and the task whose latents are cached
     "text": (EVERYTHING, "videos"),
     "authors": ({**EVERYTHING, **train.AUTHORS, "image_micro": 2}, "images"),
@@ -50,30 +50,28 @@ RUNS = {  # name: its flags, and the task whose latents are cached
                    "lora_scope": "reference", "view_drop": 0.0, "cycles": 2}, None)}
 
 
-def golden_runs(knobs, folder):
-    """Train all of RUNS in `folder`. {name: (what golden.json holds, the gradients' norms that AdamW saw)}."""
-    results = {}
-    for name, (flags, cached) in RUNS.items():
-        cfg = train.Config(**{**knobs, **flags, "name": name, "out": str(folder)})
-        if cached:
-            cfg.cache = str(folder / f"cache-{name}")
-            prepare.prepare_cache(prepare.Latents(
-                out=cfg.cache, prompts=cached == "images", device="cpu", **{cached: getattr(cfg, cached)},
-                **{k: getattr(cfg, k) for k in ("base", "frames", "fps", "fit", "crop_jitter", "cls", "cls_video",
-                                                "vae_tiling")}))
-        norms = []
+def golden_run(knobs, name, folder):
+    """Train one of RUNS in `folder`: (what golden.json holds, the gradients' norms that AdamW saw)."""
+    flags, cached = RUNS[name]
+    cfg = train.Config(**{**knobs, **flags, "name": name, "out": str(folder)})
+    if cached:
+        cfg.cache = str(folder / f"cache-{name}")
+        prepare.prepare_cache(prepare.Latents(
+            out=cfg.cache, prompts=cached == "images", device="cpu", **{cached: getattr(cfg, cached)},
+            **{k: getattr(cfg, k) for k in ("base", "frames", "fps", "fit", "crop_jitter", "cls", "cls_video",
+                                            "vae_tiling")}))
+    norms = []
 
-        def note_norm(optimizer, *_):
-            gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
-            norms.append(torch.cat(gradients).norm().item())
-        hook = register_optimizer_step_pre_hook(note_norm)
-        train.train(cfg)
-        hook.remove()
-        weights = model.load_file(model.lora_path(folder / name))
-        some = [k for k in weights if "blocks.2." in k or "blocks" not in k]
-        results[name] = {file: log_of(folder / name, f"{file}.jsonl") for file in ("log", "gradcos", "val")}, norms
-        results[name][0]["weights"] = {k: [weights[k].norm().item(), *weights[k].flatten()[:2].tolist()] for k in some}
-    return results
+    def note_norm(optimizer, *_):
+        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.cat(gradients).norm().item())
+    hook = register_optimizer_step_pre_hook(note_norm)
+    train.train(cfg)
+    hook.remove()
+    weights = model.load_file(model.lora_path(folder / name))
+    some = [k for k in weights if "blocks.2." in k or "blocks" not in k]
+    written = {file: log_of(folder / name, f"{file}.jsonl") for file in ("log", "gradcos", "val")}
+    return written | {"weights": {k: [weights[k].norm().item(), *weights[k].flatten()[:2].tolist()] for k in some}}, norms
 
 
 def versions():
@@ -102,20 +100,59 @@ def same(expected, got):
     return got == pytest.approx(expected, rel=1e-4, abs=1e-6) if isinstance(expected, float) else got == expected
 
 
-@pytest.fixture(scope="module")
-def runs(knobs, tmp_path_factory):
-    """(folder, what golden_runs gave)."""
+@pytest.fixture(scope="module", params=RUNS)
+def golden(request, knobs, tmp_path_factory):
+    """A golden run: its name, its folder, what it wrote and the norms that AdamW saw."""
     folder = tmp_path_factory.mktemp("golden")
-    return folder, golden_runs(knobs, folder)
+    written, norms = golden_run(knobs, request.param, folder)
+    return SimpleNamespace(name=request.param, folder=folder / request.param, written=written, norms=norms)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_golden_run(runs, name):
-    golden = json.loads(GOLDEN.read_text())
-    expected, got = dict(numbers(golden[name])), dict(numbers(runs[1][name][0]))
+def test_golden_run(golden):
+    made = json.loads(GOLDEN.read_text())
+    expected, got = dict(numbers(made[golden.name])), dict(numbers(golden.written))
     assert expected.keys() == got.keys()
     moved = {k: (e, got[k]) for k, e in expected.items() if not same(e, got[k])}
-    assert not moved, f"made with {golden['made_with']}, here {versions()}"
+    assert not moved, f"made with {made['made_with']}, here {versions()}"
+
+
+def test_adamw_steps_with_clipped_gradients_and_the_log_has_the_whole_norm(golden):
+    whole = [line["grad_norm"] for line in golden.written["log"]]
+    assert golden.norms == pytest.approx([min(norm, EVERYTHING["grad_clip"]) for norm in whole], rel=1e-4)
+    assert max(whole) > EVERYTHING["grad_clip"] > min(whole)
+
+
+def test_the_newest_checkpoints_stay(golden):
+    """A checkpoint every second step of six, two stay."""
+    assert sorted(d.name for d in golden.folder.glob("step-*")) == ["step-000004", "step-000006"]
+
+
+def test_the_header_says_how_to_sample(golden):
+    header = model.lora_header(golden.folder)
+    cls, scope = ("item", "reference") if golden.name == "ablations" else ("front", "all")
+    assert {k: header[k] for k in ("base", "cls", "fit", "fps", "guidance", "lora_scope")} == dict(
+        base=BASE, cls=cls, fit="cover", fps="4.0", guidance="2.0", lora_scope=scope)
+    assert json.loads(header["lora_adapter_metadata"])["transformer.lora_alpha"] == 2.0
+    assert json.loads(header["trained_by"])["token_drop"] == 0.5
+
+
+def text_run(golden, knobs, **more):
+    """Start that run again, with other flags."""
+    flags = {**knobs, **EVERYTHING, "cache": str(golden.folder.with_name("cache-text")), "name": "text"}
+    train.train(train.Config(**{**flags, "out": str(golden.folder.parent), **more}))
+
+
+@pytest.mark.parametrize("golden", ["text"], indirect=True)
+@pytest.mark.parametrize("knob, other", [("p", 0.2), ("seed", 4), ("token_drop", 0.4), ("view_drop", 0.4)])
+def test_a_run_does_not_go_on_with_another(golden, knobs, knob, other):
+    with pytest.raises(ValueError, match=f"{knob} was .*, now {other}"):
+        text_run(golden, knobs, **{knob: other})
+
+
+@pytest.mark.parametrize("golden", ["text"], indirect=True)
+def test_a_run_goes_on_with_another_save_every(golden, knobs, capsys):
+    text_run(golden, knobs, save_every=5, video_checkpointing="full")
+    assert "is complete (6 steps)" in capsys.readouterr().out
 
 
 # ---- the numbers of the paper, and ours where it is silent ------------------------------------------------------------
@@ -288,17 +325,6 @@ def test_cosine_restarts():
     """Warm-up 4, then two cosines over 8 steps each."""
     cosine = [(1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]
     assert learning_rates(20, lr=1.0, warmup=4, cycles=2) == pytest.approx([0, 0.25, 0.5, 0.75, *cosine, *cosine])
-
-
-def test_adamw_steps_with_clipped_gradients_and_the_log_has_the_whole_norm(runs):
-    for name, (written, seen) in runs[1].items():
-        whole = [line["grad_norm"] for line in written["log"]]
-        assert seen == pytest.approx([min(norm, 0.1) for norm in whole], rel=1e-4)
-        assert name == "ablations" or max(whole) > 0.1 > min(whole)
-
-
-def test_clipping_is_at_the_flag(runs):
-    assert max(norm for name in RUNS for norm in runs[1][name][1]) == pytest.approx(EVERYTHING["grad_clip"], rel=1e-4)
 
 
 # ---- draws -----------------------------------------------------------------------------------------------------------
@@ -665,21 +691,6 @@ def test_the_newest_checkpoint_is_sampled(tmp_path, monkeypatch):
 
 # ---- a run's folder --------------------------------------------------------------------------------------------------
 
-def test_the_newest_checkpoints_stay(runs):
-    """A checkpoint every second step of six, two stay."""
-    for name in RUNS:
-        assert sorted(d.name for d in (runs[0] / name).glob("step-*")) == ["step-000004", "step-000006"]
-
-
-@pytest.mark.parametrize("name, cls, scope", [("text", "front", "all"), ("ablations", "item", "reference")])
-def test_the_header_says_how_to_sample(runs, name, cls, scope):
-    header = model.lora_header(runs[0] / name)
-    said = {k: header[k] for k in ("base", "cls", "fit", "fps", "guidance", "lora_scope")}
-    assert said == dict(base=BASE, cls=cls, fit="cover", fps="4.0", guidance="2.0", lora_scope=scope)
-    assert json.loads(header["lora_adapter_metadata"])["transformer.lora_alpha"] == 2.0
-    assert json.loads(header["trained_by"])["token_drop"] == 0.5
-
-
 def test_knobs_that_a_run_may_go_on_with():
     """Any other is part of what is trained."""
     assert run.NOT_TRAINED == {
@@ -688,21 +699,9 @@ def test_knobs_that_a_run_may_go_on_with():
         "val_clips", "val_refs", "image_checkpointing", "video_checkpointing"}
 
 
-@pytest.mark.parametrize("knob", ["p", "seed", "token_drop", "lr", "weight_decay", "lora_dropout"])
-def test_a_run_does_not_go_on_with_another(runs, knobs, knob):
-    flags = {**knobs, **RUNS["ablations"][0], "name": "ablations", "out": str(runs[0])}
-    with pytest.raises(ValueError, match=f"{knob} was .* choose another --name"):
-        train.train(train.Config(**{**flags, knob: flags[knob] / 2 if knob != "seed" else 4}))
-
-
-def test_a_run_goes_on_with_another_save_every(runs, knobs, capsys):
-    flags = {**knobs, **RUNS["ablations"][0], "name": "ablations", "out": str(runs[0])}
-    train.train(train.Config(**{**flags, "save_every": 5, "video_checkpointing": "full"}))
-    assert "is complete (6 steps)" in capsys.readouterr().out
-
-
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
-        results = golden_runs(small_knobs(Path(temporary, "toy")), Path(temporary))
-    GOLDEN.write_text(json.dumps(rounded({"made_with": versions(), **{name: r[0] for name, r in results.items()}}), indent=1) + "\n")
+        knobs = small_knobs(Path(temporary, "toy"))
+        written = {name: golden_run(knobs, name, Path(temporary))[0] for name in RUNS}
+    GOLDEN.write_text(json.dumps(rounded({"made_with": versions(), **written}), indent=1) + "\n")
     print(f"wrote {GOLDEN}")

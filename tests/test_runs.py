@@ -148,14 +148,6 @@ def test_a_batch_of_fewer_samples_than_ranks_is_an_error():
         train.divide_batches(train.Config(video_batch=7), 8)
 
 
-def test_micro_batches_shrink_on_two_ranks(knobs, tmp_path):
-    """torchrun with micro-batches of the whole batch: each rank takes half of it, and one line says so."""
-    r = run(*TORCHRUN, *command(knobs, name="x", steps=3, image_micro=8), cwd=tmp_path)
-    assert r.returncode == 0, r.stderr
-    assert r.stdout.count("--image_micro 8 is now 4") == 1 and "--video" not in r.stdout
-    assert [line["step"] for line in log_of(tmp_path / "out/x")] == [0, 1, 2]
-
-
 @pytest.mark.parametrize("wrong", ["task", "step", "index"])
 def test_a_batch_of_another_place_stops_the_run(knobs, tmp_path, monkeypatch, wrong):
     """The loop checks that the loader gives it what it is about to train on."""
