@@ -16,7 +16,7 @@ import pytest
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 import torch  # noqa: E402
-from diffusers import CogVideoXTransformer3DModel  # noqa: E402
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import data  # noqa: E402
@@ -67,6 +67,14 @@ def inputs_fixture():
     g = torch.Generator().manual_seed(1)
     latents, text = torch.randn(2, T, C, H, W, generator=g), torch.randn(2, L, 12, generator=g)
     return latents, text, torch.tensor([300, 700]), torch.randn(2, 1, C, H, W, generator=g)
+
+
+def large_vae():
+    """A small VAE of the real structure, for pictures of 96 x 240: they would take tiles."""
+    torch.manual_seed(0)
+    config = dict(block_out_channels=[8, 8, 8, 8], layers_per_block=1, norm_num_groups=2, latent_channels=4,
+                  down_block_types=["CogVideoXDownBlock3D"] * 4, up_block_types=["CogVideoXUpBlock3D"] * 4)
+    return AutoencoderKLCogVideoX(**config, sample_height=96, sample_width=240).eval().requires_grad_(False)
 
 
 def randomise_lora(transformer, seed=5):
