@@ -209,7 +209,8 @@ def test_a_cut_log_of_gradients_still_draws(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     line = {"cosine": 0.1, "norm_img": 1.0, "norm_vid": 2.0, "groups": {"norms": [0.1, 1, 2], "block 0": [0.1, 1, 2]}}
-    Path("config.json").write_text("{}")
-    Path("gradcos.jsonl").write_text("".join(json.dumps({"step": step, **line}) + "\n" for step in (0, 2, 4))[:-20])
-    gradcos.main(gradcos.Config(runs=["."]))
+    Path("x").mkdir()
+    Path("x/config.json").write_text("{}")
+    Path("x/gradcos.jsonl").write_text("".join(json.dumps({"step": step, **line}) + "\n" for step in (0, 2, 4))[:-20])
+    gradcos.main(gradcos.Config(runs=["x"]))
     assert Path("gradcos.png").is_file()
