@@ -307,6 +307,11 @@ def learning_rates(steps, **flags):
     return rates
 
 
+def test_two_stages_with_one_task_alone_are_one_stage():
+    for p in (0.0, 1.0):
+        assert learning_rates(8, warmup=2, task_schedule="two_stage", p=p) == learning_rates(8, warmup=2, p=p)
+
+
 def test_adamw_has_the_numbers_of_A2():
     optimizer, _ = train.make_optimizer(train.Config(), [torch.nn.Parameter(torch.zeros(1))])
     (group,) = optimizer.param_groups
@@ -470,6 +475,63 @@ def test_views_without_shared_padding_lose_16_of_544_on_each_side():
     assert [view.size for view in data.split_views(Image.new("RGB", (1088, 544)))] == [(512, 512)] * 2
 
 
+@pytest.fixture(scope="module", name="cached")
+def cached_fixture(knobs, loaded, tmp_path_factory):
+    """A run's data without a cache, and with one that holds prompts (the pairs three crops)."""
+    cfg, pipe, _ = loaded
+    plain = dataclasses.replace(cfg, crop_jitter=0.0, cls_video=False)
+    cached = dataclasses.replace(plain, cache=str(tmp_path_factory.mktemp("cache")))
+    prepare.prepare_cache(prepare.Latents(
+        out=cached.cache, images=cfg.images, videos=cfg.videos, prompts=True, crops=3, device="cpu",
+        **{k: getattr(cached, k) for k in ("base", "frames", "fps", "crop_jitter", "cls_video", "vae_tiling")}))
+    return pipe, train.open_data(plain, pipe)[0], train.open_data(cached, pipe)[0]
+
+
+@pytest.mark.parametrize("task, cls", [("image", "<cls> "), ("video", "")])
+def test_a_cached_sample_is_the_uncached_one(cached, task, cls):
+    """The same target, reference, caption and embedding, in both directions of a pair."""
+    pipe, plain, kept = cached
+    for step in range(6):
+        a, b = plain[task][step, 0], kept[task][step, 0]
+        assert a["prompt"] == b["prompt"] and a["item"] == b["item"]
+        moments = {k: model.encode_moments(pipe.vae, data.normalise(a[k])[None])[0] for k in ("pixels", "reference")}
+        if task == "video":
+            assert torch.equal(a["reference"], b["reference"])  # it is decoded either way
+        else:
+            assert torch.allclose(moments["reference"], b["reference"], atol=1e-5)
+        assert torch.allclose(moments["pixels"], b["pixels"], atol=1e-5)
+        assert torch.allclose(b["text"], model.encode_prompt(pipe, [cls + a["prompt"]])[0], atol=1e-5)
+
+
+def test_each_crop_of_a_cached_pair_is_drawn(loaded, wide_pair, tmp_path):
+    cfg = dataclasses.replace(loaded[0], images=str(wide_pair), p=0.0, cache=str(tmp_path / "cache"))
+    prepare.prepare_cache(prepare.Latents(out=cfg.cache, images=cfg.images, base=BASE, crops=3, vae_tiling=False,
+                                          device="cpu"))
+    pairs = train.open_data(cfg, loaded[1])[0]["image"]
+    assert len({pairs[step, 0]["pixels"].sum().item() for step in range(60)}) == 6  # three crops, two directions
+
+
+@pytest.mark.parametrize("task, change", [
+    ("image", dict(crop_jitter=0.2)), ("image", dict(fit="pad")), ("image", dict(cls="item")), ("video", dict(fps=2.0)),
+    ("video", dict(cls_video=False)), ("video", dict(vae_tiling=True))])
+def test_a_cache_of_other_settings_is_another(loaded, task, change):
+    cfg, pipe, _ = loaded
+    key = data.cache_key(cfg, pipe, task, (32, 48), 9)
+    assert key != data.cache_key(dataclasses.replace(cfg, **change), pipe, task, (32, 48), 9)
+
+
+@pytest.mark.parametrize("size, frames", [((48, 48), 9), ((32, 32), 9), ((32, 48), 17)])
+def test_a_cache_of_other_shapes_is_another(loaded, size, frames):
+    cfg, pipe, _ = loaded
+    assert data.cache_key(cfg, pipe, "video", (32, 48), 9) != data.cache_key(cfg, pipe, "video", size, frames)
+
+
+def test_a_cache_of_pictures_does_not_depend_on_tiling(loaded):
+    cfg, pipe, _ = loaded
+    tiled = dataclasses.replace(cfg, vae_tiling=True)
+    assert data.cache_key(cfg, pipe, "image", (32, 48), 9) == data.cache_key(tiled, pipe, "image", (32, 48), 9)
+
+
 def test_the_flags_of_the_data_reach_the_data(loaded):
     cfg, pipe, _ = loaded
     cfg = dataclasses.replace(cfg, fit="pad", seed=5, random_frame=False, fps=2.0, frames=7)
@@ -477,6 +539,8 @@ def test_the_flags_of_the_data_reach_the_data(loaded):
     pairs, clips = datasets["image"], datasets["video"]
     assert (pairs.crop_jitter, pairs.seed, pairs.fit, size, n_ref) == (0.1, 5, "pad", (32, 32), 16)
     assert (clips.frames, clips.fps, clips.random_frame, clips.seed, frames) == (5, 2.0, False, 5, 5)  # 4k + 1 here
+    _, size, _, n_ref = train.open_data(dataclasses.replace(cfg, height=48, width=64), pipe)
+    assert (size, n_ref) == ((48, 64), 6 * 8)
 
 
 @pytest.mark.parametrize("p, opened", [(0.0, ["image"]), (1.0, ["video"])])
@@ -662,8 +726,23 @@ def test_generates_own_defaults(calls):
     sample.generate(sample.load_pipeline(BASE), None, ["x", "y"], [3, 4])
     (words,) = calls
     assert (words["num_inference_steps"], words["guidance_scale"], words["use_dynamic_cfg"]) == (50, 6.0, False)
+    assert (words["num_frames"], words["height"], words["width"]) == (9, 32, 32)  # the base's
     assert words["prompt"] == ["<cls> x", "<cls> y"] and words["negative_prompt"] == ["", ""]
-    assert [g.initial_seed() for g in words["generator"]] == [3, 4]
+    assert [g.initial_seed() for g in words["generator"]] == [3, 4] and words["max_sequence_length"] == 16
+
+
+def test_every_line_of_prompts_has_the_seed_of_the_flag(tmp_path, calls):
+    (tmp_path / "p.txt").write_text("a\nb\nc\n")
+    sample.main(sample.Config(prompts=str(tmp_path / "p.txt"), lora=str(ROOT / "toy/lora"), seed=7, batch=2,
+                              out=str(tmp_path / "a.mp4")))
+    assert [[g.initial_seed() for g in words["generator"]] for words in calls] == [[7, 7], [7]]
+    assert all(words["attention_kwargs"] == {"reference": None} for words in calls)
+
+
+def test_a_contact_sheet_has_the_reference_and_six_frames_evenly_spread():
+    video = [Image.new("RGB", (8, 8), (20 * i,) * 3) for i in range(9)]
+    sheet = np.asarray(sample.contact_sheet(video, Image.new("RGB", (8, 8), (7, 7, 7))))
+    assert sheet.shape == (8, 7 * 8 + 6 * 4, 3) and sheet[0, ::12, 0].tolist() == [7, 0, 40, 60, 100, 120, 160]
 
 
 def test_samples_while_training_have_the_runs_guidance_seed_0_and_cls(tmp_path, knobs, calls):
@@ -678,6 +757,19 @@ def test_samples_while_training_have_the_runs_guidance_seed_0_and_cls(tmp_path, 
     assert torch.allclose(words["prompt_embeds"], model.encode_prompt(pipe, ["<cls> a creature"]), atol=1e-5)
     assert torch.allclose(words["negative_prompt_embeds"], model.encode_prompt(pipe, [""]), atol=1e-5)
     assert (tmp_path / knobs["name"] / "samples/a-000001.png").is_file()
+
+
+def test_ranks_share_the_sample_sheets(tmp_path, monkeypatch):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("a creature")
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
+    pipe = sample.load_pipeline(BASE)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shares = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        shares.append([file.stem for file in sample.sample_texts(pipe, tmp_path)])
+    assert shares == [["a", "c"], ["b"]]
 
 
 def test_the_newest_checkpoint_is_sampled(tmp_path, monkeypatch):
