@@ -53,6 +53,7 @@ def test_drop_reference_keeps_all_or_nothing():
     ("An armchair in the living room", "armchair", "<cls> An armchair in the living room",
      "An <cls> armchair in the living room"),
     ("Two Tea Cups on a table", "tea cup", "<cls> Two Tea Cups on a table", "Two <cls> Tea Cups on a table"),
+    ("Three boxes and a box", "box", "<cls> Three boxes and a box", "Three <cls> boxes and a box"),
     ("A category of its own", "cat", "<cls> A category of its own", "<cls> A category of its own"),  # no such word
     ("It stands in the rain", "", "<cls> It stands in the rain", "<cls> It stands in the rain"),      # no name given
     ("A <cls> dog runs", "dog", "A <cls> dog runs", "A <cls> dog runs")])
@@ -147,9 +148,9 @@ def test_a_mixed_step_is_the_weighted_mean_of_both_tasks(knobs, tmp_path, monkey
 
 def test_the_authors_recipe_resumes_and_two_ranks_follow_it(knobs, tmp_path, monkeypatch):
     """Killed after step 3: the same bits; two ranks, on the real command line: the same run."""
-    monkeypatch.chdir(tmp_path)
     flags = ["--recipe", "authors"]
     knobs = {k: v for k, v in knobs.items() if train.Config(**train.TOY).__dict__[k] != v and k not in train.AUTHORS}
+    monkeypatch.chdir(tmp_path)
 
     def go(name):
         argv = command(knobs, name=name)[1:] + flags
@@ -195,8 +196,8 @@ def test_what_the_recipe_set_stands_in_config_json(knobs, tmp_path, monkeypatch)
             "--drop", "tokens", "--steps", "1"]
     train.command_line(train.train, train.Config, "", argv, **train.defaults(argv))
     config = json.loads(Path("out/toy/config.json").read_text())
-    assert {k: config[k] for k in ("recipe", "drop", "task_schedule", "view_drop", "cls_video", "lora_dropout")} == dict(
-        recipe="authors", drop="tokens", task_schedule="mixed", view_drop=0, cls_video=False, lora_dropout=0)
+    expected = dict(recipe="authors", drop="tokens", task_schedule="mixed", view_drop=0, cls_video=False, lora_dropout=0)
+    assert {k: config[k] for k in expected} == expected
 
 
 # ---- one VAE path ----------------------------------------------------------------------------------------------------

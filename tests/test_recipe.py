@@ -42,7 +42,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow", "av
 
 EVERYTHING = dict(steps=6, p=0.5, seed=3, lora_rank=4, lora_alpha=2.0, lora_dropout=0.1, crop_jitter=0.1, view_drop=0.5,
                   token_drop=0.5, image_batch=4, image_micro=2, video_batch=2, video_micro=1, lr=1e-2, warmup=2,
-                  weight_decay=0.1, grad_clip=0.05, gradcos_every=6, val_every=6, val_pairs=3, val_clips=2, save_every=2, keep_checkpoints=2)
+                  weight_decay=0.1, grad_clip=0.05, gradcos_every=9, val_every=9, val_pairs=3, val_clips=2, save_every=2, keep_checkpoints=2)
 RUNS = {  # name: its flags, and the task whose latents are cached
     "text": (EVERYTHING, "videos"),
     "authors": ({**EVERYTHING, **train.AUTHORS, "image_micro": 2}, "images"),
@@ -71,7 +71,8 @@ def golden_run(knobs, name, folder):
     weights = model.load_file(model.lora_path(folder / name))
     some = [k for k in weights if "blocks.2." in k or "blocks" not in k]
     written = {file: log_of(folder / name, f"{file}.jsonl") for file in ("log", "gradcos", "val")}
-    return written | {"weights": {k: [weights[k].norm().item(), *weights[k].flatten()[:2].tolist()] for k in some}}, norms
+    written["weights"] = {k: [weights[k].norm().item(), *weights[k].flatten()[:2].tolist()] for k in some}
+    return written, norms
 
 
 def versions():
@@ -122,6 +123,11 @@ def test_adamw_steps_with_clipped_gradients_and_the_log_has_the_whole_norm(golde
     assert max(whole) > EVERYTHING["grad_clip"] > min(whole)
 
 
+def test_a_run_is_measured_before_its_first_step_and_after_its_last(golden):
+    for file in ("gradcos", "val"):
+        assert [line["step"] for line in golden.written[file]] == [0, 6]
+
+
 def test_the_newest_checkpoints_stay(golden):
     """A checkpoint every second step of six, two stay."""
     assert sorted(d.name for d in golden.folder.glob("step-*")) == ["step-000004", "step-000006"]
@@ -155,7 +161,7 @@ def test_a_run_goes_on_with_another_save_every(golden, knobs, capsys):
     assert "is complete (6 steps)" in capsys.readouterr().out
 
 
-# ---- the numbers of the paper, and ours where it is silent ------------------------------------------------------------
+# ---- the numbers of the paper, and ours where it is silent -----------------------------------------------------------
 
 PAPER = dict(  # 5.1, A.1, A.2, Algorithm 1 and 3.2 to 3.4
     base="THUDM/CogVideoX-5b", lora_rank=128, lora_alpha=64, lora_dropout=0.1, lora_scope="all", frames=49, fps=8,
@@ -593,7 +599,8 @@ def held_out_fixture(knobs, tmp_path_factory):
 
 def test_held_out_pairs_keep_their_reference_and_clips_half_of_it(held_out):
     _, _, batches = held_out
-    assert [(task, len(b["latents"])) for task, b in batches] == [("image", 4), ("image", 2), ("video", 2), ("video", 1)]
+    sizes = [(task, len(batch["latents"])) for task, batch in batches]
+    assert sizes == [("image", 4), ("image", 2), ("video", 2), ("video", 1)]
     for task, batch in batches:
         assert batch["reference"].abs().amax((1, 2, 3, 4)).min() > 0
         assert batch["keep"] is None if task == "image" else len(batch["keep"]) == 8
@@ -745,16 +752,16 @@ def test_a_contact_sheet_has_the_reference_and_six_frames_evenly_spread():
     assert sheet.shape == (8, 7 * 8 + 6 * 4, 3) and sheet[0, ::12, 0].tolist() == [7, 0, 40, 60, 100, 120, 160]
 
 
-def test_samples_while_training_have_the_runs_guidance_seed_0_and_cls(tmp_path, knobs, calls):
+def test_samples_while_training_have_the_runs_guidance_and_cls_and_seed_0(tmp_path, knobs, calls):
     (tmp_path / "a.txt").write_text("a creature")
     Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
-    train.train(train.Config(**{**knobs, "steps": 1, "guidance": 3.0, "sample_every": 1, "val_refs": str(tmp_path),
+    train.train(train.Config(**{**knobs, "steps": 1, "guidance": 3.0, "cls": "off", "sample_every": 1, "val_refs": str(tmp_path),
                                 "out": str(tmp_path)}))
     (words,) = calls  # after the step, not before it
     assert (words["guidance_scale"], words["num_inference_steps"], words["num_frames"]) == (3.0, 50, 9)
     assert [g.initial_seed() for g in words["generator"]] == [0]
     pipe = sample.load_pipeline(BASE)
-    assert torch.allclose(words["prompt_embeds"], model.encode_prompt(pipe, ["<cls> a creature"]), atol=1e-5)
+    assert torch.allclose(words["prompt_embeds"], model.encode_prompt(pipe, ["a creature"]), atol=1e-5)
     assert torch.allclose(words["negative_prompt_embeds"], model.encode_prompt(pipe, [""]), atol=1e-5)
     assert (tmp_path / knobs["name"] / "samples/a-000001.png").is_file()
 

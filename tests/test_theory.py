@@ -176,7 +176,8 @@ def written(tmp_path, monkeypatch):
             with open(f"{name}/{file}.jsonl", "w") as f:
                 for step in (0, 5):
                     numbers = {"cosine": cosine + step, "norm_img": 2.0 + seed, "norm_vid": 6.0 + seed,
-                               "groups": {"norms": [cosine, 1, 2], "block 0": [cosine / 2, 1, 2], "block 1": [0.9, 1, 2]}}
+                               "groups": {"norms": [cosine, 1, 2], "block 0": [cosine / 2, 1, 2],
+                                          "block 1": [0.9, 1, 2]}}
                     if file == "val":
                         numbers = {task: {"loss": loss + seed, "loss_by_timestep": [loss, None, loss + 2, loss + 3]}
                                    for task, loss in (("image", 10.0), ("video", 20.0))}
