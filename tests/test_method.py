@@ -196,7 +196,7 @@ def test_what_the_recipe_set_stands_in_config_json(knobs, tmp_path, monkeypatch)
             "--drop", "tokens", "--steps", "1"]
     train.command_line(train.train, train.Config, "", argv, **train.defaults(argv))
     config = json.loads(Path("out/toy/config.json").read_text())
-    expected = dict(recipe="authors", drop="tokens", task_schedule="mixed", view_drop=0, cls_video=False, lora_dropout=0)
+    expected = dict(recipe="authors", drop="tokens", task_schedule="mixed", view_drop=0, cls_video=False)
     assert {k: config[k] for k in expected} == expected
 
 

@@ -42,7 +42,8 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow", "av
 
 EVERYTHING = dict(steps=6, p=0.5, seed=3, lora_rank=4, lora_alpha=2.0, lora_dropout=0.1, crop_jitter=0.1, view_drop=0.5,
                   token_drop=0.5, image_batch=4, image_micro=2, video_batch=2, video_micro=1, lr=1e-2, warmup=2,
-                  weight_decay=0.1, grad_clip=0.05, gradcos_every=9, val_every=9, val_pairs=3, val_clips=2, save_every=2, keep_checkpoints=2)
+                  weight_decay=0.1, grad_clip=0.05, gradcos_every=9, val_every=9, val_pairs=3, val_clips=2,
+                  save_every=2, keep_checkpoints=2)
 RUNS = {  # name: its flags, and the task whose latents are cached
     "text": (EVERYTHING, "videos"),
     "authors": ({**EVERYTHING, **train.AUTHORS, "image_micro": 2}, "images"),
@@ -204,8 +205,8 @@ def test_shares_are_from_0_to_1(name):
         train.Config(**{name: 1.1})
 
 
-@pytest.mark.parametrize("name", "lora_rank lora_alpha frames fps steps image_batch video_batch image_micro video_micro "
-                                 "lr cycles grad_clip save_every keep_checkpoints val_pairs val_clips".split())
+@pytest.mark.parametrize("name", "lora_rank lora_alpha frames fps steps image_batch video_batch image_micro "
+                                 "video_micro lr cycles grad_clip save_every keep_checkpoints val_pairs val_clips".split())
 def test_what_must_be_positive(name):
     with pytest.raises(ValueError, match=f"--{name} must be positive"):
         train.Config(**{name: 0})
@@ -755,8 +756,8 @@ def test_a_contact_sheet_has_the_reference_and_six_frames_evenly_spread():
 def test_samples_while_training_have_the_runs_guidance_and_cls_and_seed_0(tmp_path, knobs, calls):
     (tmp_path / "a.txt").write_text("a creature")
     Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
-    train.train(train.Config(**{**knobs, "steps": 1, "guidance": 3.0, "cls": "off", "sample_every": 1, "val_refs": str(tmp_path),
-                                "out": str(tmp_path)}))
+    train.train(train.Config(**{**knobs, "steps": 1, "guidance": 3.0, "cls": "off", "sample_every": 1,
+                                "val_refs": str(tmp_path), "out": str(tmp_path)}))
     (words,) = calls  # after the step, not before it
     assert (words["guidance_scale"], words["num_inference_steps"], words["num_frames"]) == (3.0, 50, 9)
     assert [g.initial_seed() for g in words["generator"]] == [0]
