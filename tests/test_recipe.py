@@ -206,7 +206,8 @@ def test_shares_are_from_0_to_1(name):
 
 
 @pytest.mark.parametrize("name", "lora_rank lora_alpha frames fps steps image_batch video_batch image_micro "
-                                 "video_micro lr cycles grad_clip save_every keep_checkpoints val_pairs val_clips".split())
+                                 "video_micro lr cycles grad_clip save_every keep_checkpoints val_pairs "
+                                 "val_clips".split())
 def test_what_must_be_positive(name):
     with pytest.raises(ValueError, match=f"--{name} must be positive"):
         train.Config(**{name: 0})
