@@ -6,6 +6,8 @@ from tests.common import inputs_fixture, knobs_fixture, tiny_fixture  # noqa: F4
 from tests.common import BASE, ROOT, H, L, N, T, W, command, randomise_lora, run  # before torch
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -271,16 +273,32 @@ def test_view_drop():
 
 # ---- text and the VAE ------------------------------------------------------------------------------------------------
 
-def test_cls_has_a_row_in_t5_xxl(tmp_path):
-    """A tokenizer of T5's size (32,000 pieces and 100 sentinels): <cls> takes id 32100 of 32,128 rows."""
+@pytest.fixture
+def t5_xxl(tmp_path):
+    """A base whose tokenizer has T5's size, 32,000 pieces and 100 sentinels; its text encoder has no weights."""
+    shutil.copytree(BASE, tmp_path, dirs_exist_ok=True)
     spiece = sentencepiece_model_pb2.ModelProto.FromString(Path(BASE, "tokenizer/spiece.model").read_bytes())
     for i in range(32_000 - len(spiece.pieces)):
         spiece.pieces.add(piece=f"\u2581w{i}", score=-20.0)
-    (tmp_path / "spiece.model").write_bytes(spiece.SerializeToString())
-    tokenizer = T5Tokenizer.from_pretrained(tmp_path)
-    assert len(tokenizer) == 32_100
-    tokenizer.add_tokens([model.REFERENCE_TOKEN], special_tokens=True)
-    assert tokenizer.convert_tokens_to_ids(model.REFERENCE_TOKEN) == 32_100 < 32_128
+    shutil.rmtree(tmp_path / "tokenizer")
+    (tmp_path / "spiece").mkdir()
+    (tmp_path / "spiece/spiece.model").write_bytes(spiece.SerializeToString())
+    T5Tokenizer.from_pretrained(tmp_path / "spiece").save_pretrained(tmp_path / "tokenizer")
+    return tmp_path
+
+
+@pytest.mark.parametrize("rows, fits", [(32_128, True), (32_100, False)])
+def test_cls_takes_a_spare_row_of_t5_xxl(t5_xxl, rows, fits):
+    """<cls> is id 32100 of 32,128 rows, and nothing is resized; without a spare row the base is refused."""
+    config = json.loads((t5_xxl / "text_encoder/config.json").read_text())
+    (t5_xxl / "text_encoder/config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+    if not fits:
+        with pytest.raises(ValueError, match="the text encoder has 32100 embedding rows, no spare one for <cls>"):
+            base.load_pipeline(str(t5_xxl), without=("transformer", "text_encoder"))
+        return
+    pipe = base.load_pipeline(str(t5_xxl), without=("transformer", "text_encoder"))
+    assert pipe.tokenizer.convert_tokens_to_ids("<cls>") == 32_100
+    assert pipe.text_encoder.get_input_embeddings().num_embeddings == 32_128
 
 
 @pytest.fixture(scope="module")
@@ -374,18 +392,17 @@ def test_sample_several_prompts_one_frame_no_reference(tmp_path):
     assert {f.name: Image.open(f).size for f in tmp_path.glob("*.png")} == {"x-0.png": (64, 64), "x-1.png": (64, 64)}
 
 
-def test_the_authors_release_on_the_command_line(tmp_path):
+def test_the_authors_release(tmp_path, capsys):
     """Their layout (another file name, no header): loads at alpha/rank 0.5, which is also what our file says."""
     (tmp_path / "v1").mkdir()
     weights = model.load_file(model.lora_path(ROOT / "toy/lora"))
     model.save_file(weights, tmp_path / "v1" / "pytorch_lora_weights_transformer.safetensors")
     ref = str(ROOT / "toy/refs/creature-0.png")
-    r = run(str(ROOT / "sample.py"), "--ref", ref, "--steps", "4", "--fps", "4", "--guidance", "2",
-            "--out", "v1.mp4", "--lora", "v1", "--base", BASE, cwd=tmp_path)
-    assert r.returncode == 0, r.stderr
-    sample.main(sample.Config(ref=ref, lora=str(ROOT / "toy/lora"), steps=4, fps=4.0, guidance=2.0,
-                              out=str(tmp_path / "ours.mp4")))
-    assert "v1/pytorch_lora_weights_transformer.safetensors does not say its alpha: using the paper's" in r.stdout
+    for name, lora in (("v1", tmp_path / "v1"), ("ours", ROOT / "toy/lora")):
+        sample.main(sample.Config(ref=ref, lora=str(lora), base=BASE, steps=4, fps=4.0, guidance=2.0,
+                                  out=str(tmp_path / f"{name}.mp4")))
+    said = capsys.readouterr().out
+    assert said.count("v1/pytorch_lora_weights_transformer.safetensors does not say its alpha: using the paper's") == 1
     assert (tmp_path / "v1.mp4").read_bytes() == (tmp_path / "ours.mp4").read_bytes()
 
 
@@ -422,19 +439,21 @@ def test_train_command_line_and_a_sample_of_its_run(knobs, tmp_path):
     assert len(data.load_clip(tmp_path / "x.mp4", 9, 4)) == 9
 
 
-def test_help_explains_every_knob_and_does_not_wait_for_diffusers():
-    r = run("-X", "importtime", str(ROOT / "train.py"), "--toy", "--help")
-    assert r.returncode == 0 and " torch\n" in r.stderr and "diffusers" not in r.stderr
+def test_help_explains_every_knob():
+    r = run(str(ROOT / "train.py"), "--toy", "--help")
+    assert r.returncode == 0
     for knob in dataclasses.fields(train.Config):
         assert f"--{knob.name} " in r.stdout and knob.metadata["help"]
     assert "(default: toy/base)" in " ".join(r.stdout.split())  # --toy shows its own defaults
 
 
 def test_train_command_line_errors(tmp_path, monkeypatch, capsys):
-    r = run(str(ROOT / "train.py"), "--toy", "--no_such_flag", "1", cwd=tmp_path)
-    assert r.returncode == 2 and "unrecognized arguments: --no_such_flag" in r.stderr and "Traceback" not in r.stderr
-    assert len(r.stderr.splitlines()) == 2  # the usage is one line, not all knobs
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        command_line(train.train, train.Config, "", ["--no_such_flag", "1"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "unrecognized arguments: --no_such_flag" in said
+    assert len(said.splitlines()) == 2  # the usage is one line, not all knobs
     for flags, message in [(["--steps", "many"], "argument --steps: invalid int value: 'many'"),
                            (["--base", BASE, "--images", "typo"], "no folder of image pairs at typo"),
                            (["--p", "1.5"], "--p must be in [0, 1], got 1.5")]:

@@ -17,7 +17,7 @@ if os.environ.get("TESTS_ON") != "gpu":  # see conftest.py
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 import torch  # noqa: E402
-from diffusers import CogVideoXTransformer3DModel  # noqa: E402
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import data  # noqa: E402
@@ -71,6 +71,14 @@ def inputs_fixture():
     return latents, text, torch.tensor([300, 700]), torch.randn(2, 1, C, H, W, generator=g)
 
 
+def large_vae():
+    """A small VAE of the real structure, for pictures of 96 x 240: they would take tiles."""
+    torch.manual_seed(0)
+    config = dict(block_out_channels=[8, 8, 8, 8], layers_per_block=1, norm_num_groups=2, latent_channels=4,
+                  down_block_types=["CogVideoXDownBlock3D"] * 4, up_block_types=["CogVideoXUpBlock3D"] * 4)
+    return AutoencoderKLCogVideoX(**config, sample_height=96, sample_width=240).eval().requires_grad_(False)
+
+
 def randomise_lora(transformer, seed=5):
     """LoRA starts at B = 0, where many mistakes cannot be seen."""
     g = torch.Generator().manual_seed(seed)
@@ -84,11 +92,16 @@ def randomise_lora(transformer, seed=5):
 @pytest.fixture(name="knobs", scope="module")
 def knobs_fixture(tmp_path_factory):
     """The knobs of a run of seconds on a small toy world; every test that trains starts from these."""
-    folder = tmp_path_factory.mktemp("toy")
-    world.write_pairs(folder / "pairs", n=40)
-    world.write_clips(folder / "clips", n=6)
-    world.write_pairs(folder / "val_pairs", n=6, seed=1)
-    world.write_clips(folder / "val_clips", n=3, seed=1)
+    return small_knobs(tmp_path_factory.getbasetemp() / "toy")
+
+
+def small_knobs(folder):
+    """These knobs, and their data in `folder`, written once: no test changes it."""
+    if not folder.is_dir():
+        world.write_pairs(folder / "pairs", n=40)
+        world.write_clips(folder / "clips", n=6)
+        world.write_pairs(folder / "val_pairs", n=6, seed=1)
+        world.write_clips(folder / "val_clips", n=3, seed=1)
     return {**train.TOY, "base": BASE, "cache": "", "images": str(folder / "pairs"), "videos": str(folder / "clips"),
             "val_images": str(folder / "val_pairs"), "val_videos": str(folder / "val_clips"), "val_pairs": 6,
             "val_clips": 3, "val_every": 0, "sample_every": 0, "image_batch": 8, "image_micro": 4, "video_batch": 4,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXPipeline, FirstBlockCacheConfig
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 import base
 import model
@@ -17,7 +18,7 @@ import sample
 from model import add_lora, v_loss
 from paper.bench import Counter
 from run import records
-from train import Config, make_optimizer, train
+from train import Config, train
 
 MODES = ["none", "attention", "full"]
 KEEPS = [("image", None), ("image", torch.arange(0)), ("video", None), ("video", torch.arange(5))]
@@ -202,55 +203,69 @@ def test_lora_inputs_are_rounded_once(tiny, inputs):
     assert moved[0] < 0.95 * moved[2]
 
 
-def test_gradients_stay_in_ddps_buckets(knobs, tmp_path):
-    """Two ranks: from the second step on the gradients' storages are the buckets', step after step."""
-    script = tmp_path / "addresses.py"
-    script.write_text(
-        "import sys, torch, train\n"
-        "step = torch.optim.AdamW.step\n"
-        "def spy(self, *a, **k):\n"
-        "    owners = {p.grad.untyped_storage().data_ptr() for g in self.param_groups for p in g['params']}\n"
-        "    with open(f'rank-{train.rank_and_world_size()[0]}', 'a') as f:\n"
-        "        print(sorted(owners), file=f)\n"
-        "    return step(self, *a, **k)\n"
-        "torch.optim.AdamW.step = spy\n"
-        "train.command_line(train.main, train.Config, '', **train.TOY)\n")
-    words = [str(script) if word.endswith("train.py") else word for word in command(knobs, steps=5, out=tmp_path)]
-    r = run(*TORCHRUN, *words, cwd=tmp_path)
+SPIES = """
+import sys, torch, train
+step, no_sync = torch.optim.AdamW.step, torch.nn.parallel.DistributedDataParallel.no_sync
+alone = []  # micro-batches of this step without a sum over ranks
+def spy_on_step(self, *a, **k):
+    gradients = [p.grad for g in self.param_groups for p in g['params']]
+    owners = sorted({g.untyped_storage().data_ptr() for g in gradients})
+    norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+    with open(f'rank-{train.rank_and_world_size()[0]}', 'a') as f:
+        print(len(alone), norm, owners, file=f)
+    alone.clear()
+    return step(self, *a, **k)
+def spy_on_no_sync(self):
+    alone.append(1)
+    return no_sync(self)
+torch.optim.AdamW.step = spy_on_step
+torch.nn.parallel.DistributedDataParallel.no_sync = spy_on_no_sync
+train.command_line(train.main, train.Config, '', **train.TOY)
+"""
+
+
+@pytest.fixture(scope="module", name="two_ranks")
+def two_ranks_fixture(knobs, tmp_path_factory):
+    """Five steps on two ranks: (what was printed, the log, per rank and step [micro-batches without a sum, the norm of
+    the gradients, their storages]). Micro-batches of 8 pairs are cut to 4; a clip at a time makes two on each rank."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "spies.py").write_text(SPIES)
+    words = [str(folder / "spies.py") if word.endswith("train.py") else word
+             for word in command(knobs, name="x", steps=5, image_micro=8, video_micro=1)]
+    r = run(*TORCHRUN, *words, cwd=folder)
     assert r.returncode == 0, r.stderr
-    for rank in (0, 1):
-        owners = (tmp_path / f"rank-{rank}").read_text().splitlines()
-        assert len(owners) == 5 and len(set(owners[2:])) == 1, owners  # steps 2 to 4
+    seen = [[line.split(" ", 2) for line in (folder / f"rank-{i}").read_text().splitlines()] for i in (0, 1)]
+    return r.stdout, records(folder / "out/x/log.jsonl"), seen
 
 
-def test_adamw_is_fused(monkeypatch):
-    made = {}
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **options: made.update(options) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        make_optimizer(Config(), [None])
-    assert made["fused"] is True
+def test_gradients_stay_in_ddps_buckets(two_ranks):
+    """From the second step on the gradients' storages are the buckets', step after step."""
+    for steps in two_ranks[2]:
+        assert len(steps) == 5 and len({owners for *_, owners in steps[2:]}) == 1, steps  # steps 2 to 4
 
 
-def test_fused_adamw_takes_the_same_steps():
-    results = []
-    for fused in (True, False):
-        torch.manual_seed(0)
-        parameter = torch.nn.Parameter(torch.randn(50))
-        optimizer = torch.optim.AdamW([parameter], lr=1e-2, weight_decay=1e-2, fused=fused)
-        for _ in range(3):
-            parameter.grad = torch.randn(50)
-            optimizer.step()
-        results.append(parameter.detach())
-    assert torch.allclose(*results, rtol=1e-5)
+def test_ranks_sum_their_gradients_in_the_last_micro_batch_only(two_ranks):
+    tasks = [line["task"] for line in two_ranks[1]]
+    assert set(tasks) == {"image", "video"}
+    for steps in two_ranks[2]:
+        assert [int(alone) for alone, *_ in steps] == [{"image": 0, "video": 1}[task] for task in tasks]
+    assert [norm for _, norm, _ in two_ranks[2][0]] == [norm for _, norm, _ in two_ranks[2][1]]
+
+
+def test_micro_batches_shrink_on_two_ranks(two_ranks):
+    """Each rank takes half of a micro-batch of the whole batch, and one line says so."""
+    assert two_ranks[0].count("--image_micro 8 is now 4") == 1 and "--video" not in two_ranks[0]
+    assert [line["step"] for line in two_ranks[1]] == [0, 1, 2, 3, 4]
 
 
 def test_attention_order_is_for_hopper(monkeypatch):
-    for kind, capability, sets in (("cpu", None, False), ("cuda", (8, 0), False), ("cuda", (9, 0), True)):
+    """As torch itself reports the order inside the context."""
+    usual = SDPBackend(_cur_sdpa_kernel_backends(with_priority=True)[0])
+    for kind, capability, first in (("cpu", None, usual), ("cuda", (8, 0), usual),
+                                    ("cuda", (9, 0), SDPBackend.CUDNN_ATTENTION)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        called = []
-        monkeypatch.setattr(base, "sdpa_kernel", lambda order, set_priority: called.append((order[0], set_priority)))
-        base.attention_order(torch.device(kind))
-        assert called == ([(base.SDPBackend.CUDNN_ATTENTION, True)] if sets else [])
+        with base.attention_order(torch.device(kind)):
+            assert _cur_sdpa_kernel_backends(with_priority=True)[0] == first
 
 
 def test_merged_lora_gives_the_same_output_with_fewer_products(tiny, inputs):

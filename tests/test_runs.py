@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from PIL import Image
 
 import base
 import model
+import sample
 import train
 from model import add_lora, load_lora
 from run import command_line
@@ -32,45 +34,53 @@ def go(knobs, **more):
 
 # ---- a run that goes on ----------------------------------------------------------------------------------------------
 
-def test_training_resume_and_two_ranks(knobs, tmp_path):
-    """The real command line: a whole run; one stopped in the middle and gone on with; one on two ranks."""
-    r = run(*command(knobs, name="whole"), cwd=tmp_path)
-    assert r.returncode == 0, r.stderr
-    whole = log_of(tmp_path / "out/whole")
-    assert [line["step"] for line in whole] == list(range(6))
-    assert [line["task"] for line in whole] == [train.sample_task(train.Config(p=0.5), s) for s in range(6)]
-    assert sorted(d.name for d in (tmp_path / "out/whole").glob("step-*")) == ["step-000003", "step-000006"]
-    assert model.lora_header(tmp_path / "out/whole/step-000006")["base"] == BASE
+@pytest.fixture(scope="module", name="whole")
+def whole_fixture(knobs, tmp_path_factory):
+    """The folder of a whole run, out/whole, that other tests go back in."""
+    folder = tmp_path_factory.mktemp("whole")
+    go(knobs, name="whole", out=str(folder / "out"))
+    return folder / "out/whole"
 
-    go_back(tmp_path / "out/whole", 3, tmp_path / "out/killed")
-    (tmp_path / "out/killed/step-000005.tmp").mkdir()  # a save was half done
-    (tmp_path / "out/killed/log.jsonl").open("a").write('{"step": 6, "ta')  # and a line half written
-    r = run(*command(knobs, name="killed"), cwd=tmp_path)
-    assert r.returncode == 0 and "going on from step 3" in r.stdout, r.stderr
-    assert log_of(tmp_path / "out/killed") == whole  # bit for bit
-    assert torch.equal(weights_of(tmp_path / "out/killed"), weights_of(tmp_path / "out/whole"))
-    assert not list((tmp_path / "out/killed").glob("*.tmp"))
-    assert "complete" in run(*command(knobs, name="killed"), cwd=tmp_path).stdout
-    r = run(*command(knobs, name="killed", lr=1.0), cwd=tmp_path)
-    assert r.returncode == 1 and "lr was 0.00" in r.stderr and "choose another --name" in r.stderr
 
-    # Two ranks go on where one was; and measure, which one rank below does alike.
-    go_back(tmp_path / "out/whole", 3, tmp_path / "out/two")
-    r = run(*TORCHRUN, *command(knobs, name="two", gradcos_every=2, val_every=2), cwd=tmp_path)
+def test_a_run_has_a_line_a_step_and_its_checkpoints(whole):
+    assert [line["step"] for line in log_of(whole)] == list(range(6))
+    assert [line["task"] for line in log_of(whole)] == [train.sample_task(train.Config(p=0.5), s) for s in range(6)]
+    assert sorted(d.name for d in whole.glob("step-*")) == ["step-000003", "step-000006"]
+
+
+def test_a_killed_run_goes_on_bit_for_bit(whole, knobs, tmp_path, capsys):
+    """A save was half done, and a line half written."""
+    out = str(tmp_path)
+    go_back(whole, 3, tmp_path / "killed")
+    (tmp_path / "killed/step-000005.tmp").mkdir()
+    (tmp_path / "killed/log.jsonl").open("a").write('{"step": 6, "ta')
+    go(knobs, name="killed", out=out)
+    assert "going on from step 3" in capsys.readouterr().out
+    assert log_of(tmp_path / "killed") == log_of(whole)
+    assert torch.equal(weights_of(tmp_path / "killed"), weights_of(whole))
+    assert not list((tmp_path / "killed").glob("*.tmp"))
+    go(knobs, name="killed", out=out)
+    assert "complete" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="lr was 0.00.* choose another --name"):
+        go(knobs, name="killed", out=out, lr=1.0)
+
+
+def test_two_ranks_go_on_where_one_was(whole, knobs, tmp_path, monkeypatch):
+    """The real command line: the losses, weights and measurements of one rank, to rounding."""
+    watch = dict(gradcos_every=2, val_every=2)
+    go_back(whole, 3, tmp_path / "out/two")
+    r = run(*TORCHRUN, *command(knobs, name="two", **watch), cwd=tmp_path)
     assert r.returncode == 0, r.stderr
-    two = log_of(tmp_path / "out/two")
-    assert [line["task"] for line in two] == [line["task"] for line in whole]
-    assert np.allclose([line["loss"] for line in two], [line["loss"] for line in whole], rtol=1e-5)
-    a, b = weights_of(tmp_path / "out/two"), weights_of(tmp_path / "out/whole")
+    go_back(whole, 3, tmp_path / "out/one")
+    monkeypatch.chdir(tmp_path)
+    go(knobs, name="one", **watch)
+    one, two = log_of("out/one"), log_of("out/two")
+    assert [line["task"] for line in two] == [line["task"] for line in one]
+    assert np.allclose([line["loss"] for line in two], [line["loss"] for line in one], rtol=1e-5)
+    a, b = weights_of("out/two"), weights_of("out/one")
     assert (a - b).norm() / b.norm() < 1e-5
-
-    go_back(tmp_path / "out/whole", 3, tmp_path / "out/one")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        go(knobs, name="one", gradcos_every=2, val_every=2)
-    assert log_of(tmp_path / "out/one") == whole and torch.equal(weights_of(tmp_path / "out/one"), b)
     for file, keys in (("gradcos.jsonl", ("cosine", "norm_img", "norm_vid")), ("val.jsonl", ())):
-        one, two = log_of(tmp_path / "out/one", file), log_of(tmp_path / "out/two", file)
+        one, two = log_of("out/one", file), log_of("out/two", file)
         assert [line["step"] for line in one] == [line["step"] for line in two] == [4, 6]
         for x, y in zip(one, two):
             pairs = [(x[k], y[k]) for k in keys] or [(x[t]["loss"], y[t]["loss"]) for t in ("image", "video")]
@@ -82,6 +92,7 @@ def test_pcgrad_run_resumes_exactly_and_watching_leaves_no_trace(knobs, tmp_path
     (tmp_path / "refs").mkdir()
     shutil.copy(ROOT / "toy/refs/creature-0.png", tmp_path / "refs")
     (tmp_path / "refs/creature-0.txt").write_text("a creature walks left over a green field")
+    monkeypatch.setattr(sample, "generate", partial(sample.generate, steps=2))
     watch = dict(gradcos_every=2, val_every=3, sample_every=2, val_refs="refs")
     go(knobs, **watch, pcgrad=4, name="whole")
     go(knobs, pcgrad=4, name="unwatched")
@@ -146,14 +157,6 @@ def test_divide_batches(capsys, sizes, ranks, expected, lines):
 def test_a_batch_of_fewer_samples_than_ranks_is_an_error():
     with pytest.raises(ValueError, match="--video_batch 7 is too small for 8 ranks"):
         train.divide_batches(train.Config(video_batch=7), 8)
-
-
-def test_micro_batches_shrink_on_two_ranks(knobs, tmp_path):
-    """torchrun with micro-batches of the whole batch: each rank takes half of it, and one line says so."""
-    r = run(*TORCHRUN, *command(knobs, name="x", steps=3, image_micro=8), cwd=tmp_path)
-    assert r.returncode == 0, r.stderr
-    assert r.stdout.count("--image_micro 8 is now 4") == 1 and "--video" not in r.stdout
-    assert [line["step"] for line in log_of(tmp_path / "out/x")] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("wrong", ["task", "step", "index"])
@@ -289,34 +292,35 @@ def test_int8_base_trains_and_its_lora_fits_the_full_one(knobs, tmp_path, monkey
 # A held run (hold.py) cannot be over before the signal comes, however late that is.
 
 def test_sigterm_saves_and_the_run_goes_on(knobs, tmp_path):
-    knobs = {**knobs, "steps": 30, "save_every": 100, "workers": 1}
-    process = start_and_wait(command(knobs, name="whole"), tmp_path / "out/whole", 4, tmp_path, hold="step 20")
+    knobs = {**knobs, "steps": 12, "save_every": 100, "workers": 1}
+    process = start_and_wait(command(knobs, name="whole"), tmp_path / "out/whole", 4, tmp_path, hold="step 8")
     os.killpg(process.pid, signal.SIGTERM)  # the worker gets it too
     output = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0 and "stopped by SIGTERM" in output, output
     (checkpoint,) = (tmp_path / "out/whole").glob("step-*")
-    assert 4 <= int(checkpoint.name[5:]) < 30
+    assert 4 <= int(checkpoint.name[5:]) < 12
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         go(knobs, name="whole")
         go(knobs, name="again")
     assert log_of(tmp_path / "out/whole") == log_of(tmp_path / "out/again")
-    assert torch.equal(weights_of(tmp_path / "out/whole", 30), weights_of(tmp_path / "out/again", 30))
+    assert torch.equal(weights_of(tmp_path / "out/whole", 12), weights_of(tmp_path / "out/again", 12))
 
 
-def test_full_disk_keeps_the_last_checkpoint(knobs, tmp_path):
+def test_full_disk_keeps_the_last_checkpoint(knobs, tmp_path, monkeypatch):
     """No file may grow past 1 MB: the log fits, a checkpoint of rank 4 fits, one of rank 64 does not."""
     limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); " \
               "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    go_on = command(knobs, name="full", lora_rank=64, steps=3)
-    assert run(*go_on, cwd=tmp_path).returncode == 0
+    monkeypatch.chdir(tmp_path)
+    knobs = {**knobs, "name": "full", "lora_rank": 64, "steps": 3}
+    go(knobs)
     shutil.copytree(tmp_path / "out/full", tmp_path / "out/good")
     shutil.rmtree(tmp_path / "out/full/step-000003")
-    r = run("-c", limited, *go_on, cwd=tmp_path)
+    r = run("-c", limited, *command(knobs), cwd=tmp_path)
     assert r.returncode == 1 and "Traceback" not in r.stderr, r.stderr
     assert "cannot save out/full/step-000003" in r.stderr and "goes on from the start" in r.stderr
     assert not list((tmp_path / "out/full").glob("step-*"))
-    assert run(*go_on, cwd=tmp_path).returncode == 0
+    go(knobs)
     assert torch.equal(weights_of(tmp_path / "out/full", 3), weights_of(tmp_path / "out/good", 3))
 
 

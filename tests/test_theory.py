@@ -1,11 +1,11 @@
 """The cosine and PCGrad against two backward passes and closed forms; Appendix C's model; the figures."""
-from tests.common import inputs_fixture, knobs_fixture, tiny_fixture  # noqa: F401
-from tests.common import BASE, ROOT, T, randomise_lora, run  # before torch
+from tests.common import inputs_fixture, tiny_fixture  # noqa: F401
+from tests.common import BASE, T, randomise_lora  # before torch
 
 import json
-import shutil
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -13,9 +13,12 @@ import torch.nn.functional as F
 from diffusers import CogVideoXPipeline
 
 import gradcos
-import train
 from model import add_lora, v_loss
-from paper.theory import cosines, descend
+from paper.theory import cosines, descend, draw_theory
+from run import command_line
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
 
 
 # ---- the cosine and PCGrad -------------------------------------------------------------------------------------------
@@ -162,30 +165,85 @@ def test_different_optima_end_in_opposite_gradients(quadratic):
 
 # ---- the figures -----------------------------------------------------------------------------------------------------
 
-def test_figures(knobs, tmp_path, monkeypatch):
-    """Two seeds of a run are one line, beside a run with another p. Three pictures: Figure 5, layer groups, losses."""
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Two seeds of a run and one with another p, with known measurements at steps 0 and 5."""
     monkeypatch.chdir(tmp_path)
-    for seed in (0, 1):
-        train.train(train.Config(**{**knobs, "steps": 2, "gradcos_every": 1, "val_every": 1, "seed": seed,
-                                    "name": f"seed-{seed}"}))
-    shutil.copytree("out/seed-0", "out/other")
-    config = json.loads(Path("out/other/config.json").read_text())
-    Path("out/other/config.json").write_text(json.dumps({**config, "p": 0.2}))
+    for name, p, seed, cosine in (("a", 0.5, 0, 0.1), ("b", 0.5, 1, 0.3), ("c", 0.2, 0, -0.2)):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(json.dumps({"p": p, "seed": seed, "name": name, "cache": name}))
+        for file in ("gradcos", "val"):
+            with open(f"{name}/{file}.jsonl", "w") as f:
+                for step in (0, 5):
+                    numbers = {"cosine": cosine + step, "norm_img": 2.0 + seed, "norm_vid": 6.0 + seed,
+                               "groups": {"norms": [cosine, 1, 2], "block 0": [cosine / 2, 1, 2],
+                                          "block 1": [0.9, 1, 2]}}
+                    if file == "val":
+                        numbers = {task: {"loss": loss + seed, "loss_by_timestep": [loss, None, loss + 2, loss + 3]}
+                                   for task, loss in (("image", 10.0), ("video", 20.0))}
+                    f.write(json.dumps({"step": step, **numbers}) + "\n")
+    return ["a", "b", "c"]
 
-    runs = ["out/seed-0", "out/seed-1", "out/other"]
-    lines = gradcos.read_runs(runs, "gradcos.jsonl")
-    assert {label: len(seeds) for label, seeds in lines.items()} == {"p = 0.5": 2, "p = 0.2": 1}
-    assert all([r["step"] for r in records] == [0, 1, 2] for seeds in lines.values() for records in seeds)
-    gradcos.main(gradcos.Config(runs=runs, out="figures/all.png"))
+
+def lines_of(axis):
+    """{label: (steps, values)} of a plot's lines, in order; those without a name by their number."""
+    lines = [line for line in axis.get_lines() if len(line.get_xdata()) and line.get_label() != "_child0"]
+    return [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in lines]
+
+
+def test_seeds_of_a_run_share_a_label(written):
+    groups = gradcos.read_runs(written, "gradcos.jsonl")
+    assert {label: len(seeds) for label, seeds in groups.items()} == {"p = 0.5": 2, "p = 0.2": 1}
+
+
+def test_figure_5_shows_cosine_and_norms_as_means_over_seeds(written):
+    left, right = gradcos.draw_figure_5(plt, gradcos.read_runs(written, "gradcos.jsonl")).axes[:2]
+    assert [(label, steps, pytest.approx(values)) for label, steps, values in lines_of(left)] == [
+        ("p = 0.5 (2 seeds)", [0, 5], [0.2, 5.2]), ("p = 0.2", [0, 5], [-0.2, 4.8])]
+    assert [values for *_, values in lines_of(right)] == [[2.5] * 2, [6.5] * 2, [2, 2], [6, 6]]
+    styles = [line.get_linestyle() for line in right.get_lines()]
+    assert styles == ["-", "--"] * 2  # |g_img|, |g_vid|
+    (low, high), = {(v[:, 1].min(), v[:, 1].max()) for v in [left.collections[0].get_paths()[0].vertices]}
+    assert (low, high) == pytest.approx((0.1, 5.3))  # the band: lowest and highest seed
+
+
+def test_layer_groups_are_drawn_by_kind_and_by_depth(written):
+    axes = gradcos.draw_groups(plt, gradcos.read_runs(written, "gradcos.jsonl")).axes
+    assert [(label, pytest.approx(values)) for label, _, values in lines_of(axes[0])] == [("norms", [0.2, 0.2])]
+    assert np.allclose(axes[1].images[0].get_array().T, [[0.1, 0.9]] * 2)  # by step: block 0, block 1
+
+
+def test_losses_are_drawn_whole_and_by_quarter(written):
+    image, video = gradcos.draw_losses(plt, gradcos.read_runs(written, "val.jsonl")).axes
+    for axis, loss in ((image, 10), (video, 20)):
+        drawn = [values[0] for *_, values in lines_of(axis)]
+        assert np.array_equal(drawn[:5], [loss + 0.5, loss, np.nan, loss + 2, loss + 3], equal_nan=True)
+
+
+def test_three_pictures_are_written(written):
+    gradcos.main(gradcos.Config(runs=written, out="figures/all.png"))
     assert sorted(f.name for f in Path("figures").iterdir()) == ["all-groups.png", "all-losses.png", "all.png"]
 
 
-def test_figure_of_the_theory(tmp_path):
+def test_the_figure_of_the_theory_shows_the_closed_forms():
+    """The inner product below its bound, the limits of C.4.1, |cosine| of C.5.1, and -1 for different optima."""
+    inner, _, restart, pcgrad, _, optima = draw_theory(plt).axes
+    (_, _, product), (_, _, bound) = lines_of(inner)[:2]
+    assert (np.array(product) >= 0).all() and (np.array(product) <= np.array(bound)).all()
+    assert [values[-1] for *_, values in lines_of(restart)[:3]] == pytest.approx([1, 1, 0], abs=0.1)
+    _, cosine, change = lines_of(pcgrad)[0]
+    assert change == pytest.approx([-c for c in cosine])
+    assert lines_of(optima)[0][2][-1] == pytest.approx(-1, abs=0.05)
+
+
+def test_a_figure_of_the_theory_is_written(tmp_path):
     gradcos.main(gradcos.Config(theory=True, out=str(tmp_path / "figures/theory.png")))
     assert (tmp_path / "figures/theory.png").is_file()
 
 
-def test_a_run_without_measurements_is_one_line(tmp_path):
+def test_a_run_without_measurements_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "out/coin").mkdir(parents=True)
-    r = run(str(ROOT / "gradcos.py"), "out/coin", cwd=tmp_path)
-    assert r.returncode == 1 and "no gradcos.jsonl in out/coin" in r.stderr and "Traceback" not in r.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="error: no gradcos.jsonl in out/coin") as stop:
+        command_line(gradcos.main, gradcos.Config, "", ["out/coin"], positional="runs")
+    assert "\n" not in str(stop.value)
