@@ -448,7 +448,10 @@ def held_out_batches(cfg, pipe, size, frames, n_ref):
             micro_index, keys = first // micro, [(task, 0, i) for i in range(first, min(n, first + micro))]
             noise_rng = torch_rng(cfg.seed, "noise", 0, micro_index)
             keep = token_drop(cfg, 0, micro_index, n_ref) if task == "video" else None
-            x, ref, text = encode_batch(cfg, pipe, next(batches(datasets, [keys])), keep, noise_rng)
+            batch = next(batches(datasets, [keys]))
+            for reason in batch["skipped"]:
+                print(f"skipped, held out: {reason}", file=sys.stderr)
+            x, ref, text = encode_batch(cfg, pipe, batch, keep, noise_rng)
             t, noise = sample_noise(x, pipe.scheduler, noise_rng)
             yield task, dict(latents=x, text=text, timestep=t, noise=noise, reference=ref, keep=keep)
 
