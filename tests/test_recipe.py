@@ -43,7 +43,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow", "av
 EVERYTHING = dict(steps=6, p=0.5, seed=3, lora_rank=4, lora_alpha=2.0, lora_dropout=0.1, crop_jitter=0.1, view_drop=0.5,
                   token_drop=0.5, image_batch=4, image_micro=2, video_batch=2, video_micro=1, lr=1e-2, warmup=2,
                   weight_decay=0.1, grad_clip=0.05, gradcos_every=9, val_every=9, val_pairs=3, val_clips=2,
-                  save_every=2, keep_checkpoints=2)
+                  save_every=1, keep_checkpoints=2)
 RUNS = {  # name: its flags, and the task whose latents are cached
     "text": (EVERYTHING, "videos"),
     "authors": ({**EVERYTHING, **train.AUTHORS, "image_micro": 2}, "images"),
@@ -132,8 +132,8 @@ def test_a_run_is_measured_before_its_first_step_and_after_its_last(golden):
 
 
 def test_the_newest_checkpoints_stay(golden):
-    """A checkpoint every second step of six, two stay."""
-    assert sorted(d.name for d in golden.folder.glob("step-*")) == ["step-000004", "step-000006"]
+    """A checkpoint every step, two stay."""
+    assert sorted(d.name for d in golden.folder.glob("step-*")) == ["step-000005", "step-000006"]
 
 
 def test_the_header_says_how_to_sample(golden):
