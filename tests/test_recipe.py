@@ -43,7 +43,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow", "av
 EVERYTHING = dict(steps=6, p=0.5, seed=3, lora_rank=4, lora_alpha=2.0, lora_dropout=0.1, crop_jitter=0.1, view_drop=0.5,
                   token_drop=0.5, image_batch=4, image_micro=2, video_batch=2, video_micro=1, lr=1e-2, warmup=2,
                   weight_decay=0.1, grad_clip=0.05, gradcos_every=9, val_every=9, val_pairs=3, val_clips=2,
-                  save_every=2, keep_checkpoints=2)
+                  save_every=1, keep_checkpoints=2)
 RUNS = {  # name: its flags, and the task whose latents are cached
     "text": (EVERYTHING, "videos"),
     "authors": ({**EVERYTHING, **train.AUTHORS, "image_micro": 2}, "images"),
@@ -69,10 +69,11 @@ def golden_run(knobs, name, folder):
     hook = register_optimizer_step_pre_hook(note_norm)
     train.train(cfg)
     hook.remove()
+    written = {f"{name}/{file}/{line['step']}": line for file in ("log", "gradcos", "val")
+               for line in log_of(folder / name, f"{file}.jsonl")}
     weights = model.load_file(model.lora_path(folder / name))
-    some = [k for k in weights if "blocks.2." in k or "blocks" not in k]
-    written = {file: log_of(folder / name, f"{file}.jsonl") for file in ("log", "gradcos", "val")}
-    written["weights"] = {k: [weights[k].norm().item(), *weights[k].flatten()[:2].tolist()] for k in some}
+    for key in [k for k in weights if "blocks.2." in k or "blocks" not in k]:
+        written[f"{name}/{key}"] = [weights[key].norm().item(), *weights[key].flatten()[:2].tolist()]
     return written, norms
 
 
@@ -112,26 +113,27 @@ def golden(request, knobs, tmp_path_factory):
 
 def test_golden_run(golden):
     made = json.loads(GOLDEN.read_text())
-    expected, got = dict(numbers(made[golden.name])), dict(numbers(golden.written))
+    expected = dict(numbers({k: v for k, v in made.items() if k.startswith(golden.name)}))
+    got = dict(numbers(golden.written))
     assert expected.keys() == got.keys()
     moved = {k: (e, got[k]) for k, e in expected.items() if not same(e, got[k])}
     assert not moved, f"made with {made['made_with']}, here {versions()}"
 
 
 def test_adamw_steps_with_clipped_gradients_and_the_log_has_the_whole_norm(golden):
-    whole = [line["grad_norm"] for line in golden.written["log"]]
+    whole = [line["grad_norm"] for line in log_of(golden.folder)]
     assert golden.norms == pytest.approx([min(norm, EVERYTHING["grad_clip"]) for norm in whole], rel=1e-4)
     assert max(whole) > EVERYTHING["grad_clip"] > min(whole)
 
 
 def test_a_run_is_measured_before_its_first_step_and_after_its_last(golden):
-    for file in ("gradcos", "val"):
-        assert [line["step"] for line in golden.written[file]] == [0, 6]
+    for file in ("gradcos.jsonl", "val.jsonl"):
+        assert [line["step"] for line in log_of(golden.folder, file)] == [0, 6]
 
 
 def test_the_newest_checkpoints_stay(golden):
-    """A checkpoint every second step of six, two stay."""
-    assert sorted(d.name for d in golden.folder.glob("step-*")) == ["step-000004", "step-000006"]
+    """A checkpoint every step, two stay."""
+    assert sorted(d.name for d in golden.folder.glob("step-*")) == ["step-000005", "step-000006"]
 
 
 def test_the_header_says_how_to_sample(golden):
@@ -239,7 +241,7 @@ def test_lora_sits_on_the_nine_names_of_A1_and_nowhere_else(loaded):
 def test_peft_got_rank_128_alpha_64_dropout_01(loaded):
     for layer in lora_layers(loaded[1].transformer).values():
         assert layer.r == {"default": 128} and layer.scaling == {"default": 0.5}  # alpha / rank
-        assert layer.lora_dropout["default"].p == 0.1 and layer.training
+        assert layer.lora_dropout["default"].p == 0.1 and layer.training and not layer.cast_input_dtype_enabled
 
 
 def test_lora_starts_as_peft_starts_it(loaded):
@@ -444,11 +446,6 @@ def test_jitter_zooms_by_up_to_its_share_and_shifts_by_half_of_it_either_way(siz
     assert zoom.min() > 0.99 and zoom.max() < 1.21 and zoom.mean() == pytest.approx(1.1, abs=0.01)
     assert np.abs(shift).max() < 0.105 and abs(shift.mean()) < 0.01
     assert shift.std() == pytest.approx(0.2 / math.sqrt(12), rel=0.1) and abs(np.corrcoef(zoom, shift)[0, 1]) < 0.15
-
-
-def test_no_jitter_cuts_the_middle():
-    zoom, shift = cuts(120, 480, True, 0.0, n=1)
-    assert zoom == pytest.approx(1, abs=1e-3) and shift == pytest.approx(0, abs=1e-3)
 
 
 @pytest.fixture
@@ -801,8 +798,10 @@ def test_knobs_that_a_run_may_go_on_with():
 
 
 if __name__ == "__main__":
+    made = {"made_with": versions()}
     with tempfile.TemporaryDirectory() as temporary:
-        knobs = small_knobs(Path(temporary, "toy"))
-        written = {name: golden_run(knobs, name, Path(temporary))[0] for name in RUNS}
-    GOLDEN.write_text(json.dumps(rounded({"made_with": versions(), **written}), indent=1) + "\n")
+        for run_name in RUNS:
+            made |= golden_run(small_knobs(Path(temporary, "toy")), run_name, Path(temporary))[0]
+    lines = [f" {json.dumps(k)}: {json.dumps(rounded(v))}" for k, v in made.items()]
+    GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     print(f"wrote {GOLDEN}")
