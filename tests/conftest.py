@@ -18,3 +18,8 @@ def pytest_unconfigure(config):
     for process in common.STARTED:
         if process.poll() is None:
             common.kill_job(process)
+
+
+def pytest_xdist_auto_num_workers(config):
+    # Two processes on two cores; on a GPU one, because its memory is not shared out.
+    return 0 if config.getoption("markexpr") == "gpu" else 2
