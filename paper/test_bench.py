@@ -36,7 +36,7 @@ def test_tiled_pictures_are_tiled(monkeypatch):
     flops = []
     monkeypatch.setattr(bench, "timed", lambda work, device: (work(), flops.append(counter.flops), (1.0, 0.0))[2])
     monkeypatch.setattr(bench.AutoencoderKLCogVideoX, "to", lambda vae, *_: vae)  # fake weights cannot be moved
-    cfg = bench.Config(**SMALL | dict(height=480, width=720, frames=1), pictures=1)
+    cfg = bench.Config(**SMALL | dict(height=256, width=384, frames=1), pictures=1)
     with FakeTensorMode(), bench.Counter() as counter:
         bench.measure_vae(cfg, torch.device("cpu"), torch.float32)
     whole, tiled = flops[2] - flops[1], flops[11] - flops[10]  # a repetition of the pictures, each way
