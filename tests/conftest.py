@@ -3,6 +3,8 @@ import os
 import signal
 import sys
 
+import pytest
+
 
 def pytest_configure(config):
     # `pytest -m gpu` alone sees a GPU: the other tests compare bits, which only a CPU repeats.
@@ -20,6 +22,11 @@ def pytest_unconfigure(config):
             common.kill_job(process)
 
 
-def pytest_xdist_auto_num_workers(config):
-    # Two processes on two cores; on a GPU one, because its memory is not shared out.
-    return 0 if config.getoption("markexpr") == "gpu" else 2
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite takes two processes, one for each core of a small machine. `pytest FILE` takes one, and so does
+    a GPU, because its memory is not shared out."""
+    whole = not config.option.file_or_dir and config.option.markexpr != "gpu"
+    if whole and config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput"):
+        if config.option.numprocesses is None:
+            config.option.numprocesses, config.option.dist = 2, "loadscope"
