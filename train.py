@@ -23,6 +23,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -178,6 +179,30 @@ def sample_task(cfg, step, *micro_index):
     return "video" if u < cfg.p else "image"
 
 
+class MicroBatch(NamedTuple):
+    """One micro-batch of this rank. Everything that is drawn for it follows from the seed, its step and its index."""
+    task: str   # "image" or "video"
+    step: int
+    index: int  # its place among the micro-batches that all ranks have in this step
+    keys: list  # (task, step, index of the sample) of each of its samples: what the data sets are asked for
+
+
+def plan(cfg, step):
+    """This rank's micro-batches of a step. The loader reads them ahead and the loop trains on them: the same list."""
+    rank, world_size = rank_and_world_size()
+    step_task = sample_task(cfg, step)
+    if step_task == "video":
+        count = cfg.video_batch // cfg.video_micro  # of all ranks together
+    else:
+        count = cfg.image_batch // cfg.image_micro
+    micros = []
+    for index in range(rank, count, world_size):  # micro-batches go to the ranks in turn
+        task = sample_task(cfg, step, index) if step_task == "mixed" else step_task
+        size = cfg.video_micro if task == "video" else cfg.image_micro
+        micros.append(MicroBatch(task, step, index, [(task, step, index * size + j) for j in range(size)]))
+    return micros
+
+
 def token_drop(cfg, step, micro_index, n):
     """TokenDrop (3.4) in a video micro-batch. Returns which of the n reference tokens to KEEP, a random share of
     1 - token_drop, as sorted indices (K,), or None for all. K is fixed, so that shapes stay the same. With --drop
@@ -249,8 +274,7 @@ def train(cfg):
     # Ranks wait for those that measure and sample: two hours are 40 samples of three minutes on the slowest one.
     join_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     run = Path(cfg.out) / cfg.name
-    cfg, grad_accum_steps = divide_batches(cfg, world_size)
-    micro_batch_size = {"image": cfg.image_micro, "video": cfg.video_micro}
+    cfg = divide_batches(cfg, world_size)
     cfg, pipe, parameters = load_model(cfg, device)
     datasets, size, frames, n_ref = open_data(cfg, pipe)            # n_ref: tokens of a whole reference
     transformer = pipe.transformer.to(device)
@@ -275,13 +299,14 @@ def train(cfg):
     if world_size > 1:
         # Every rank builds the same weights, so DDP need not broadcast them (it cannot broadcast 8-bit ones).
         model = torch.nn.parallel.DistributedDataParallel(transformer, gradient_as_bucket_view=True, init_sync=False)
-    log = Log(run if rank == 0 else None, start, tasks_in_order(cfg), device, cfg.tensorboard)
+    log = Log(run if rank == 0 else None, start, [sample_task(cfg, s) for s in range(cfg.steps)], device,
+              cfg.tensorboard)
     held_out = held_out_batches(cfg, pipe, size, frames, n_ref)
     validation = Validation(cfg, pipe, run, size, frames, held_out, log)
     if all(dataset.cache and dataset.cache.prompts for dataset in datasets.values()):
         pipe.text_encoder = None  # frees its memory: training prompts are cached, and Validation has encoded its own
-    # The loader flips the same coins, so that it can read ahead. The loop checks that they agree.
-    loader = batches(datasets, keys_in_order(cfg, start, grad_accum_steps, micro_batch_size), cfg.workers)
+    ahead = (micro.keys for step in range(start, cfg.steps) for micro in plan(cfg, step))
+    loader = batches(datasets, ahead, cfg.workers)
 
     for step in range(start, cfg.steps + 1):
         # Between two steps, and after the last: once in a while save, stop if asked, measure.
@@ -298,32 +323,30 @@ def train(cfg):
 
         # One step of Algorithm 1.
         log.start()
-        step_task = sample_task(cfg, step)                           # Eq. 1: "video" with probability p
+        task = sample_task(cfg, step)                                # Eq. 1: "video" with probability p
+        micros = plan(cfg, step)
         losses = no_losses(device)
-        for micro in range(grad_accum_steps[step_task]):
-            micro_index = micro * world_size + rank                  # micro-batches go to the ranks in turn
-            task = sample_task(cfg, step, micro_index) if step_task == "mixed" else step_task
+        for micro in micros:
             batch = next(loader)                                     # pairs, or clips with a random frame (3.4)
-            assert batch["keys"][0] == (task, step, micro_index * micro_batch_size[task]), batch["keys"]
-            if task == "video":                                      # keep: which of the reference's tokens stay
-                keep = token_drop(cfg, step, micro_index, n_ref)     # (K,): a random part of them
+            if micro.task == "video":                                # keep: which of the reference's tokens stay
+                keep = token_drop(cfg, step, micro.index, n_ref)     # (K,): a random part of them
             else:
-                keep = view_drop(cfg, step, micro_index)             # None: all of them; empty: none
-            noise_rng = torch_rng(cfg.seed, "noise", step, micro_index)
+                keep = view_drop(cfg, step, micro.index)             # None: all of them; empty: none
+            noise_rng = torch_rng(cfg.seed, "noise", step, micro.index)
             x, ref, text = encode_batch(cfg, pipe, batch, keep, noise_rng)      # (B,T,C,H,W), (B,1,C,H,W), (B,L,D)
             keep = None if keep is None else to_device(keep, device)
             t, noise = sample_noise(x, pipe.scheduler, noise_rng)    # (B,), (B,T,C,H,W)
 
-            torch.manual_seed(torch_rng(cfg.seed, "dropout", step, micro_index).initial_seed())  # for LoRA dropout
-            sync = micro == grad_accum_steps[step_task] - 1          # ranks average gradients in the last backward
+            torch.manual_seed(torch_rng(cfg.seed, "dropout", step, micro.index).initial_seed())  # for LoRA dropout
+            sync = micro is micros[-1]                               # ranks average gradients in the last backward
             with nullcontext() if sync or world_size == 1 else model.no_sync():
                 with autocast(device):                               # bfloat16 on a GPU
                     loss = v_loss(model, pipe.scheduler, x, text, t, noise, ref, keep)  # (B,): L_vid or L_img
-                (loss.mean() / grad_accum_steps[step_task]).backward()          # g_vid or g_img
-            add_losses(losses, task, loss, t, num_timesteps)
+                (loss.mean() / len(micros)).backward()               # g_vid or g_img
+            add_losses(losses, micro.task, loss, t, num_timesteps)
             log.skipped(batch["skipped"])                            # unreadable files
         if cfg.pcgrad:
-            state["pcgrad"](parameters, step_task)                   # 4.3: project out the other task's gradient
+            state["pcgrad"](parameters, task)                        # 4.3: project out the other task's gradient
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
         optimizer.step()                                             # theta <- theta - eta g
         lr = lr_schedule.get_last_lr()[0]
@@ -332,7 +355,7 @@ def train(cfg):
         # One sum over ranks for the losses and the request to stop: all ranks stop at the same step.
         stop = torch.full((1,), float(SIGTERM.is_set()), device=device)
         sums = sum_over_ranks({**losses, "stop": stop})
-        log.step(step, step_task, lr, {**sums, "grad_norm": grad_norm})
+        log.step(step, task, lr, {**sums, "grad_norm": grad_norm})
 
     log.close()
     if log.stop and not last:
@@ -348,9 +371,8 @@ def image_stage(cfg):
 
 
 def divide_batches(cfg, world_size):
-    """(cfg, {"image": micro-batches per rank and step, "video": ..., "mixed": ...}). Sizes that do not divide are made
-    smaller, with a message. ValueError for a batch of fewer samples than ranks."""
-    grad_accum_steps = {}
+    """cfg with batches and micro-batches that divide by the ranks: others are made smaller, with a message. ValueError
+    for a batch of fewer samples than ranks."""
     for task in ("image",) if cfg.task_schedule == "mixed" else ("image", "video"):
         batch, micro = getattr(cfg, f"{task}_batch"), getattr(cfg, f"{task}_micro")
         if batch < world_size:
@@ -362,27 +384,10 @@ def divide_batches(cfg, world_size):
         if fits != micro:
             print0(f"--{task}_micro {micro} is now {fits}: it must divide {batch} samples on {world_size} rank(s)")
         cfg = replace(cfg, **{f"{task}_batch": batch, f"{task}_micro": fits})
-        grad_accum_steps[task] = batch // (fits * world_size)
-    grad_accum_steps["mixed"] = grad_accum_steps["image"]
     if cfg.task_schedule == "mixed":
-        print0(f"--task_schedule mixed: {grad_accum_steps['mixed'] * world_size} coins a step, each for "
-               f"{cfg.image_micro} pairs or {cfg.video_micro} clips (--image_micro, --video_micro)")
-    return cfg, grad_accum_steps
-
-
-def tasks_in_order(cfg):
-    return [sample_task(cfg, s) for s in range(cfg.steps)]
-
-
-def keys_in_order(cfg, start, grad_accum_steps, micro_batch_size):
-    """What this rank's loop will ask the loader for: each micro-batch's keys (task, step, index of the sample)."""
-    rank, world_size = rank_and_world_size()
-    for step, step_task in enumerate(tasks_in_order(cfg)[start:], start):
-        for micro in range(grad_accum_steps[step_task]):
-            micro_index = micro * world_size + rank
-            task = sample_task(cfg, step, micro_index) if step_task == "mixed" else step_task
-            first = micro_index * micro_batch_size[task]
-            yield [(task, step, first + j) for j in range(micro_batch_size[task])]
+        print0(f"--task_schedule mixed: {cfg.image_batch // cfg.image_micro} coins a step, each for {cfg.image_micro} "
+               f"pairs or {cfg.video_micro} clips (--image_micro, --video_micro)")
+    return cfg
 
 
 def load_model(cfg, device):

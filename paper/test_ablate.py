@@ -115,7 +115,8 @@ def test_real_commands_are_valid_flags(capsys):
     for line in lines:
         cfg = train.Config(**vars(parser.parse_args(line.split("train.py ")[1].split())))
         if cfg.task_schedule == "mixed":  # 32 coins a step, as the authors' 32 ranks
-            assert train.divide_batches(cfg, 8)[1]["mixed"] * 8 == 32
+            cfg = train.divide_batches(cfg, 8)
+            assert cfg.image_batch // cfg.image_micro == 32
 
 
 def test_results_with_other_settings_are_refused(tmp_path):

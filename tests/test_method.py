@@ -95,8 +95,8 @@ def test_the_text_encoder_sees_cls_where_the_flags_say(knobs, tmp_path, monkeypa
 
 def test_mixed_tosses_a_coin_for_each_micro_batch():
     cfg = train.Config(task_schedule="mixed", image_micro=8)
-    _, grad_accum_steps = train.divide_batches(cfg, 8)
-    assert grad_accum_steps["mixed"] * 8 == 256 // 8 == 32  # the authors' 32 ranks
+    cfg = train.divide_batches(cfg, 8)
+    assert len(train.plan(cfg, 0)) == 256 // 8 == 32  # the authors' 32 ranks
     assert train.sample_task(cfg, 7) == "mixed"
     tasks = [[train.sample_task(cfg, step, micro) for micro in range(32)] for step in range(200)]
     assert abs(np.mean([task == "video" for step in tasks for task in step]) - 0.2) < 0.02

@@ -147,9 +147,9 @@ def test_reference_scope_and_init_lora_train(knobs, tmp_path, monkeypatch):
 def test_divide_batches(capsys, sizes, ranks, expected, lines):
     batch, micro = sizes
     cfg = train.Config(image_batch=batch, image_micro=micro, video_batch=ranks)
-    cfg, grad_accum_steps = train.divide_batches(cfg, ranks)
-    assert (cfg.image_batch, cfg.image_micro, grad_accum_steps["image"]) == expected
-    assert (cfg.video_batch, cfg.video_micro, grad_accum_steps["video"]) == (ranks, 1, 1)
+    cfg = train.divide_batches(cfg, ranks)
+    assert (cfg.image_batch, cfg.image_micro, cfg.image_batch // (cfg.image_micro * ranks)) == expected
+    assert (cfg.video_batch, cfg.video_micro) == (ranks, 1)
     said = capsys.readouterr().out.splitlines()
     assert len(said) == len(lines) and all(line in text for line, text in zip(lines, said))
 
@@ -159,23 +159,24 @@ def test_a_batch_of_fewer_samples_than_ranks_is_an_error():
         train.divide_batches(train.Config(video_batch=7), 8)
 
 
-@pytest.mark.parametrize("wrong", ["task", "step", "index"])
-def test_a_batch_of_another_place_stops_the_run(knobs, tmp_path, monkeypatch, wrong):
-    """The loop checks that the loader gives it what it is about to train on."""
-    monkeypatch.chdir(tmp_path)
-    keys_in_order = train.keys_in_order
-
-    def elsewhere(task, step, index):
-        if wrong == "task":
-            return {"image": "video", "video": "image"}[task], step, index
-        return (task, step + 1, index) if wrong == "step" else (task, step, index + 1)
-
-    def other_keys(*args):
-        return ([elsewhere(*key) for key in keys] for keys in keys_in_order(*args))
-    monkeypatch.setattr(train, "keys_in_order", other_keys)
-    with pytest.raises(AssertionError, match=r"^\[\('(image|video)', [01], [01]\), "):  # the batch's keys
-        go(knobs)
-    assert not Path("out/toy/log.jsonl").exists()
+@pytest.mark.parametrize("schedule", ["switch", "mixed", "two_stage"])
+def test_ranks_share_the_micro_batches_of_one(monkeypatch, schedule):
+    """Four ranks: together the micro-batches that one rank has, each once, and as many each; every sample once."""
+    cfg = train.Config(task_schedule=schedule, p=0.5, steps=20, image_batch=16, image_micro=2, video_batch=8)
+    for step in range(20):
+        alone = train.plan(cfg, step)
+        samples = [key for micro in alone for key in micro.keys]
+        assert len(set(samples)) == len(samples) and {micro.step for micro in alone} == {step}
+        if schedule != "mixed":
+            assert len(samples) == {"image": 16, "video": 8}[train.sample_task(cfg, step)]
+        with monkeypatch.context() as patch:
+            patch.setenv("WORLD_SIZE", "4")
+            shares = []
+            for rank in range(4):
+                patch.setenv("RANK", str(rank))
+                shares.append(train.plan(cfg, step))
+        assert {len(share) for share in shares} == {len(alone) // 4}
+        assert sorted(sum(shares, []), key=lambda micro: micro.index) == alone
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
