@@ -249,9 +249,10 @@ def lora_path(path):
         if file.is_file():
             return file
     user, *rest = str(path).split("/")
-    if not user.strip(".~") or Path(user).exists() or not (len(rest) == 1 or rest and rest[-1].endswith(".safetensors")):
-        raise FileNotFoundError(f"no LoRA at {path}: expected a .safetensors file, a folder with {LORA_FILE}, a run, or "
-                                "a hub id")
+    local = user.strip(".~") == "" or Path(user).exists()  # a path with a typing error is no hub id
+    if local or not rest or len(rest) > 1 and not rest[-1].endswith(".safetensors"):
+        raise FileNotFoundError(f"no LoRA at {path}: expected a .safetensors file, a folder with {LORA_FILE}, a run, "
+                                "or a hub id")
     names = ["/".join(rest[1:])] if rest[1:] else [LORA_FILE, AUTHORS_LORA_FILE]
     for name in names:
         try:

@@ -78,7 +78,7 @@ def command_line(main, Config, description, argv=None, positional=None, out_of_m
     except BrokenPipeError:  # "| head" has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as e:  # OSError: a missing file, a full disk
+    except (ValueError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as e:  # OSError: no such file, a full disk
         if os.environ.get("TRACEBACK"):
             raise
         if isinstance(e, KeyboardInterrupt):

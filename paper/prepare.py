@@ -44,8 +44,8 @@ from data import (CLIP_SUFFIXES, SUBJECTS200K, Clips, ImagePairs, cache_key, cap
                   fit_reference, load_clip, normalise, open_parquet, picture_of, read_text, save_video,
                   split_views, to_pixels)
 from model import PAPER_BASE, VAE_PIXELS, encode_moments, encode_prompt, with_reference_token
-from run import (changed, check, command_line, join_ranks, knob, rank_and_world_size, read_json, refuse_overwriting, rng,
-                 write)
+from run import (changed, check, command_line, join_ranks, knob, rank_and_world_size, read_json, refuse_overwriting,
+                 rng, write)
 
 
 def share(text):

@@ -58,7 +58,8 @@ def test_the_toys_first_command_in_the_dtype_of_a_gpu(small_toy, bfloat16):
     assert [file.name for file in Path("out/toy/samples").iterdir()] == ["creature-0-000004.png"]
     (sheets,) = log_of("out/toy", "samples.jsonl")
     assert sheets["step"] == 4 and 0 < sheets["saturation"]["creature-0"] < 1
-    assert {v.dtype for v in load_file("out/toy/step-000004/pytorch_lora_weights.safetensors").values()} == {torch.float32}
+    saved = load_file("out/toy/step-000004/pytorch_lora_weights.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
     go_back("out/toy", 2, "out/killed")
     unwatched = dict(val_every=0, gradcos_every=0, sample_every=0)
     train.main(train.Config(toy=True, **{**SHORT, **unwatched}, name="killed"))
@@ -75,7 +76,7 @@ def test_each_dtype_has_its_own_cache(small_toy, request):
 
 
 def test_with_cached_prompts_the_text_encoder_is_gone_when_samples_are_made(knobs, small_toy, monkeypatch):
-    """diffusers takes the pipeline's device from its first module by name, the text encoder: left behind in RAM it would
+    """diffusers takes the pipeline's device from its first module by name, the text encoder: left in RAM it would
     draw the noise of the samples there. Here RAM is the meta device: whatever is moved to it cannot compute."""
     cfg = train.Config(**{**knobs, "cache": "cache", "steps": 2, "sample_every": 2, "val_every": 2})
     prepare.prepare_cache(prepare.Latents(out="cache", prompts=True, device="cpu", **{

@@ -145,8 +145,8 @@ def test_two_runs_on_one_name_are_kept_apart(knobs, tmp_path, monkeypatch):
     """The lock that a running process holds is taken here by another one."""
     monkeypatch.chdir(tmp_path)
     Path("out/toy").mkdir(parents=True)
-    hold = "import fcntl, sys; f = open('out/toy/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); " \
-           "sys.stdin.read()"
+    hold = "import fcntl, sys; f = open('out/toy/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); " \
+           "print('held', flush=True); sys.stdin.read()"
     other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         other.stdout.readline()

@@ -27,8 +27,9 @@ from watch import sum_over_ranks
 ON_CPU = os.environ.get("GPU_TESTS_ON") == "cpu"
 DEVICE = torch.device("cpu" if ON_CPU else "cuda")
 REF = str(ROOT / "toy/refs/creature-0.png")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_CPU and not torch.cuda.is_available(),
-                                                  reason="torch sees no GPU here; on a machine with one: pytest -m gpu")]
+needs_cuda = pytest.mark.skipif(not ON_CPU and not torch.cuda.is_available(),
+                                reason="torch sees no GPU here; on a machine with one: pytest -m gpu")
+pytestmark = [pytest.mark.gpu, needs_cuda]
 needs_a_gpu = pytest.mark.skipif(ON_CPU, reason="a CPU has no memory of its own to offload from")
 needs_torchao = pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="--int8: pip install torchao")
 
@@ -187,7 +188,8 @@ def test_the_bench_at_two_layers(tmp_path):
     """Of the real width and frame size; on a CPU a small one. Its file is there after each part."""
     small = dict(heads=4, height=32, width=48, frames=9, rank=4) if ON_CPU else {}
     out = tmp_path / "bench.json"
-    bench.main(bench.Config(layers=2, warmup=1, repeats=4, pictures=2, steps=2, device=DEVICE.type, json=str(out), **small))
+    short = dict(layers=2, warmup=1, repeats=4, pictures=2, steps=2, **small)
+    bench.main(bench.Config(**short, device=DEVICE.type, json=str(out)))
     assert out.is_file()
 
 

@@ -77,7 +77,7 @@ def test_an_output_that_cannot_be_written_is_known_before_sampling(ref, monkeypa
 # ---- bases -----------------------------------------------------------------------------------------------------------
 
 def config_only(**changes):
-    """A folder with the configs of the toy's base and none of its weights: whoever loads any of them fails otherwise."""
+    """A folder with the configs of the toy's base and none of its weights: whoever loads those fails otherwise."""
     shutil.copytree(BASE, "base", ignore=shutil.ignore_patterns("*.safetensors"))
     file = Path("base/transformer/config.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
@@ -85,7 +85,7 @@ def config_only(**changes):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(in_channels=32, out_channels=16), "base is an image-to-video base .its transformer reads 32 channels and "
-                                            "writes 16.: the method needs a text-to-video base such as THUDM/CogVideoX-5b"),
+                                            "writes 16.: the method needs a text-to-video base such as THUDM/"),
     (dict(patch_size_t=2), "base is a CogVideoX 1.5, .*: use a 1.0 base"),
     (dict(_class_name="WanTransformer3DModel"), "base is no CogVideoX .its transformer is a WanTransformer3DModel")])
 def test_another_kind_of_base_is_one_line_before_its_weights(knobs, ref, changes, message):
@@ -116,7 +116,8 @@ def test_training_warns_of_another_size_too(knobs, ref, capsys):
 @pytest.fixture
 def hub(monkeypatch):
     """A hub that holds one LoRA as we write it and one as the authors do."""
-    asked, there = [], {"me/cat": model.LORA_FILE, "carpedkm/v1": model.AUTHORS_LORA_FILE, "me/many": "b/two.safetensors"}
+    asked = []
+    there = {"me/cat": model.LORA_FILE, "carpedkm/v1": model.AUTHORS_LORA_FILE, "me/many": "b/two.safetensors"}
 
     def download(repository, name):
         asked.append((repository, name))
