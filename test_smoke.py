@@ -186,6 +186,19 @@ def test_lora_round_trip_and_stock_loader(tiny, inputs, tmp_path):
     assert (got - expected).abs().max() < 1e-6
 
 
+def test_a_kill_while_a_lora_is_written_leaves_the_old_one(tiny, tmp_path, monkeypatch):
+    def killed(weights, file, metadata):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+    add_lora(tiny[0], 4, 2)
+    save_lora(tiny[0], tmp_path)
+    before = (tmp_path / model.LORA_FILE).read_bytes()
+    monkeypatch.setattr(model, "save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_lora(tiny[0], tmp_path)
+    assert (tmp_path / model.LORA_FILE).read_bytes() == before
+
+
 def test_lora_of_another_base_and_lora_without_alpha(tiny, tmp_path, capsys):
     ours, stock = tiny
     add_lora(ours, 4, 2)

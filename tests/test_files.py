@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from av.stream import Disposition
 from PIL import Image, ImageCms
 
 import data
@@ -102,6 +103,11 @@ def odd(tmp_path):
         frame.rate = 16000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    with av.open(str(tmp_path / "cover.mp4"), "w") as container:  # a song's cover is no video
+        stream = container.add_stream("png", rate=1)
+        stream.width, stream.height, stream.pix_fmt, stream.disposition = 64, 32, "rgb24", Disposition.attached_pic
+        container.mux(stream.encode(av.VideoFrame.from_image(RED)))
+        container.mux(stream.encode())
     return tmp_path
 
 
@@ -120,7 +126,7 @@ def test_an_address_must_be_downloaded_first(address):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("empty", "cannot read the clip"), ("audio.mp4", "has no video"), ("folder", "is a folder"), ("pipe", "a pipe"),
+    ("empty", "cannot read the clip"), ("audio.mp4", "has no video"), ("cover.mp4", "has no video"), ("folder", "is a folder"), ("pipe", "a pipe"),
     ("none", "no clip at")])
 def test_what_is_no_clip_is_named(odd, name, message):
     line = error_of(data.load_clip, odd / name, 9, 8)
