@@ -35,6 +35,13 @@ def test_split_views_in_the_middle():
     assert len(left.getcolors()) == len(right.getcolors()) == 1 and left.size == right.size
 
 
+@pytest.mark.parametrize("padding, view", [(65, (398, 398)), (66, (463, 496))])
+def test_a_padding_of_an_eighth_of_the_height_is_none(padding, view):
+    """Then 16 of the 528 pixels are cut from each side of either half."""
+    sheet = Image.new("RGB", (2 * 528 - padding, 528))
+    assert [image.size for image in data.split_views(sheet)] == [view, view]
+
+
 def test_load_image_modes(tmp_path):
     def saved(image, name, **kw):
         image.save(tmp_path / name, **kw)
@@ -63,6 +70,7 @@ def test_resize_center_crop():
     blocks = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8))
     big = blocks.resize((256, 256), Image.NEAREST)
     assert np.array_equal(data.resize_center_crop(big, 32, 32), blocks)  # whole-number shrinking is exact
+    assert data.resize_center_crop(Image.new("RGB", (64, 33)), 16, 32).size == (32, 16)  # a whole number across alone
     a, b = (np.asarray(data.resize_center_crop(big, 32, 32, 0.2, np.random.default_rng(s))) for s in (0, 1))
     assert a.shape == b.shape == (32, 32, 3) and not np.array_equal(a, b)
 
@@ -359,6 +367,13 @@ def test_data_errors(tmp_path):
     write_clip(tmp_path / "a.mp4", [0] * 9, 8, caption="")
     with pytest.raises(FileNotFoundError, match="a.mp4 has no caption"):
         data.Clips(tmp_path, (16, 16), 9, 8)
+
+
+def test_clips_are_found_in_folders_of_folders_and_with_capital_endings(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    for name in ("one.MP4", "a/two.Mov", "a/b/three.mp4"):
+        write_clip(tmp_path / name, [0] * 9, 8)
+    assert len(data.Clips(tmp_path, (16, 16), 9, 8)) == 3
 
 
 def test_in_order_each_sample_comes_once(tmp_path):
