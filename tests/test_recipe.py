@@ -262,6 +262,14 @@ def test_each_task_has_its_checkpointing(loaded):
     assert loaded[1].transformer.checkpointing == {"image": "none", "video": "attention"}
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_vae_is_tiled_where_that_is_asked(knobs, monkeypatch, asked):
+    tiled = []
+    monkeypatch.setattr(train, "tile_vae", tiled.append)
+    _, pipe, _ = train.load_model(train.Config(**{**knobs, "vae_tiling": asked}), torch.device("cpu"))
+    assert (pipe.vae in tiled) == asked
+
+
 def test_init_lora_brings_rank_alpha_and_weights_and_the_flag_its_dropout(knobs):
     start = ROOT / "toy/lora"
     cfg, pipe, _ = train.load_model(train.Config(**{**knobs, "init_lora": str(start), "lora_dropout": 0.25}),
@@ -652,6 +660,14 @@ def test_measured_losses_and_norms_are_those_of_the_mean_over_samples(held_out):
         flat = torch.cat([g.flatten() for g in torch.autograd.grad(losses.mean(), parameters)])
         assert val[task]["loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
         assert gradients[norm] == pytest.approx(flat.norm().item(), rel=1e-4)
+
+
+def test_a_run_is_measured_once_both_logs_hold_its_end(tmp_path):
+    cfg = train.Config(gradcos_every=5, val_every=5)
+    for file, step, measured in (("val", 6, False), ("gradcos", 5, False), ("gradcos", 6, True)):
+        with open(tmp_path / f"{file}.jsonl", "a") as log:
+            log.write(json.dumps({"step": step}) + "\n")
+        assert watch.already_measured(cfg, tmp_path, 6) == measured
 
 
 def test_cosine_is_signed_and_guarded_by_a_tiny_eps():

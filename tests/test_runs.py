@@ -159,6 +159,12 @@ def test_a_batch_of_fewer_samples_than_ranks_is_an_error():
         train.divide_batches(train.Config(video_batch=7), 8)
 
 
+def test_a_mixed_step_has_no_video_batch_to_divide():
+    """Its coins turn image micro-batches into clips: --video_batch counts for nothing."""
+    cfg = train.divide_batches(train.Config(task_schedule="mixed", image_batch=16, video_batch=7, video_micro=3), 8)
+    assert (cfg.image_batch, cfg.video_batch, cfg.video_micro) == (16, 7, 3)
+
+
 def test_ranks_wait_two_hours_for_samples_and_a_week_for_a_benchmark(knobs, tmp_path, monkeypatch):
     def asked(backend, timeout):
         raise SystemExit(timeout)
