@@ -754,6 +754,11 @@ def test_flags_of_sampling_win_over_the_lora(tmp_path, calls):
     assert torch.allclose(words["negative_prompt_embeds"], model.encode_prompt(pipe, ["blurry"]), atol=1e-5)
 
 
+def test_there_may_be_a_step_for_every_timestep(tmp_path, calls):
+    sample.main(sample.Config(lora=str(ROOT / "toy/lora"), prompt="x", steps=1000, out=str(tmp_path / "a.mp4")))
+    assert calls[0]["num_inference_steps"] == 1000
+
+
 def test_a_lora_without_a_header_is_sampled_as_the_authors_do(tmp_path, calls):
     """Guidance 6, 8 fps, <cls> in front, covered."""
     model.save_file(model.load_file(model.lora_path(ROOT / "toy/lora")), tmp_path / model.LORA_FILE)
