@@ -92,6 +92,13 @@ def test_no_token_kept_is_text_to_video_at_frames_one_to_T(tiny, inputs):
     assert (got - ours(x, text, t).sample).abs().max() > 1e-4  # frames 0..T-1 are something else
 
 
+def test_a_model_with_tokens_of_two_frames_is_refused(tiny, inputs):
+    ours, _ = tiny
+    ours.register_to_config(patch_size_t=2)
+    with pytest.raises(ValueError, match="CogVideoX 1.5 .* cannot be frame 0"):
+        ours(*inputs[:3], reference=inputs[3])
+
+
 def test_wrong_reference_shape_is_named(tiny, inputs):
     x, text, t, ref = inputs
     with pytest.raises(ValueError, match=r"reference must be"):
@@ -186,6 +193,19 @@ def test_lora_round_trip_and_stock_loader(tiny, inputs, tmp_path):
     assert (got - expected).abs().max() < 1e-6
 
 
+def test_a_kill_while_a_lora_is_written_leaves_the_old_one(tiny, tmp_path, monkeypatch):
+    def killed(weights, file, metadata):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+    add_lora(tiny[0], 4, 2)
+    save_lora(tiny[0], tmp_path)
+    before = (tmp_path / model.LORA_FILE).read_bytes()
+    monkeypatch.setattr(model, "save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_lora(tiny[0], tmp_path)
+    assert (tmp_path / model.LORA_FILE).read_bytes() == before
+
+
 def test_lora_of_another_base_and_lora_without_alpha(tiny, tmp_path, capsys):
     ours, stock = tiny
     add_lora(ours, 4, 2)
@@ -240,6 +260,16 @@ def test_v_loss_keeps_small_timesteps_in_bfloat16():
     v_loss(transformer, scheduler, x, None, torch.tensor([1, 1]), noise)
     a = scheduler.alphas_cumprod[1].float()
     assert torch.allclose(seen["noisy"], a.sqrt() * x.float() + (1 - a).sqrt() * noise.float(), atol=1e-6)
+
+
+def test_v_loss_is_float32_whatever_the_model_answers():
+    """bfloat16 would round the target and the squares to three digits."""
+    scheduler = CogVideoXPipeline.from_pretrained(BASE).scheduler
+    x, noise = torch.randn(2, 2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([500, 500])
+    got = v_loss(lambda *args, **kwargs: (x.bfloat16(),), scheduler, x, None, t, noise)
+    v = scheduler.get_velocity(x, noise, t)
+    assert torch.allclose(got, (x.bfloat16().float() - v).square().mean((1, 2, 3, 4)), rtol=1e-6)
 
 
 def test_coin():
@@ -390,6 +420,12 @@ def test_sample_several_prompts_one_frame_no_reference(tmp_path):
     sample.main(sample.Config(prompts=str(tmp_path / "prompts.txt"), lora=str(ROOT / "toy/lora"), frames=1, steps=2,
                               guidance=1.0, enlarge=2, device="cpu", out=str(tmp_path / "x.png")))
     assert {f.name: Image.open(f).size for f in tmp_path.glob("*.png")} == {"x-0.png": (64, 64), "x-1.png": (64, 64)}
+
+
+def test_of_two_loras_in_a_folder_ours_is_taken(tmp_path):
+    for name in (model.LORA_FILE, model.AUTHORS_LORA_FILE):
+        (tmp_path / name).touch()
+    assert model.lora_path(tmp_path).name == model.LORA_FILE == "pytorch_lora_weights.safetensors"
 
 
 def test_the_authors_release(tmp_path, capsys):

@@ -510,6 +510,7 @@ def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
     train.train(train.Config(**{**knobs, "name": "mended", "cache": "cache", "steps": 8}))
     said = capsys.readouterr()
     assert "was made from" not in said.err and "cache holds 4 of 5 videos" in said.out
+    assert "20 images; the others" not in said.out  # none is
     index = Path("cache/video/index.json")
     index.write_text(index.read_text().replace('"complete": true', '"complete": false'))
     with pytest.raises(ValueError, match="not finished"):

@@ -4,6 +4,7 @@ from tests.common import write_clip  # before torch
 import gc
 import json
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -34,12 +35,21 @@ def test_split_views_in_the_middle():
     assert len(left.getcolors()) == len(right.getcolors()) == 1 and left.size == right.size
 
 
+@pytest.mark.parametrize("padding, view", [(65, (398, 398)), (66, (463, 496))])
+def test_a_padding_of_an_eighth_of_the_height_is_none(padding, view):
+    """Then 16 of the 528 pixels are cut from each side of either half."""
+    sheet = Image.new("RGB", (2 * 528 - padding, 528))
+    assert [image.size for image in data.split_views(sheet)] == [view, view]
+
+
 def test_load_image_modes(tmp_path):
     def saved(image, name, **kw):
         image.save(tmp_path / name, **kw)
         return np.asarray(data.load_image(tmp_path / name))
     deep = Image.fromarray(np.full((4, 6), 0x8080, np.uint16))
     assert saved(deep, "deep.png").tolist()[0][0] == [128, 128, 128]  # convert("RGB") alone would give 255
+    below = Image.fromarray(np.full((4, 6), -50, np.float32))  # darker than black
+    assert saved(below, "below.tif")[0, 0].tolist() == [0, 0, 0]
     clear = Image.new("RGBA", (6, 4), (255, 0, 0, 0))
     assert saved(clear, "clear.png")[0, 0].tolist() == [255, 255, 255]
     palette = Image.new("P", (6, 4), 1)
@@ -60,6 +70,7 @@ def test_resize_center_crop():
     blocks = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8))
     big = blocks.resize((256, 256), Image.NEAREST)
     assert np.array_equal(data.resize_center_crop(big, 32, 32), blocks)  # whole-number shrinking is exact
+    assert data.resize_center_crop(Image.new("RGB", (64, 33)), 16, 32).size == (32, 16)  # a whole number across alone
     a, b = (np.asarray(data.resize_center_crop(big, 32, 32, 0.2, np.random.default_rng(s))) for s in (0, 1))
     assert a.shape == b.shape == (32, 32, 3) and not np.array_equal(a, b)
 
@@ -130,6 +141,15 @@ def test_each_instant_shows_the_frame_that_is_on_screen(tmp_path, suffix, clock,
     assert shown == [max(n for n, time in enumerate(rounded) if time <= k / 8) for k in range(41)]
 
 
+def test_a_reference_of_a_still_start_is_the_frame_of_the_whole_clip(tmp_path):
+    """It alone is decoded, where latents are cached: the frames up to it do not say how fast the clip is."""
+    write_frames(tmp_path / "a.mp4", [numbered(n) for n in range(51)], PAUSES["a still start"], 30)
+    whole = data.load_clip(tmp_path / "a.mp4", 41, 8)
+    for i in (2, 20, 40):
+        (reference,) = data.load_clip(tmp_path / "a.mp4", i + 1, 8, first=i)
+        assert reference == whole[i]
+
+
 @pytest.mark.parametrize("suffix, clock", [(".mp4", 90000), (".mkv", 1000), (".gif", 100)])
 def test_the_last_frame_stays_for_its_own_duration(tmp_path, suffix, clock):
     write_frames(tmp_path / f"a{suffix}", [numbered(n) for n in range(9)], None, 10, Fraction(1, clock))
@@ -147,26 +167,34 @@ def test_a_steady_rate_is_exact_although_mkv_rounds_times_to_milliseconds(tmp_pa
         assert shown == [int(k / fps * float(rate) + 1e-6) for k in range(count)]
 
 
+class Stream:
+    """A video of a frame a second on average, with frames at these times and of this duration, in seconds."""
+    average_rate, time_base = Fraction(1), Fraction(1, 1000)
+
+    def __init__(self, *times, duration=1):
+        self.frames = [SimpleNamespace(time=time, duration=duration, time_base=Fraction(1)) for time in times]
+        self.container = self
+
+    def decode(self, stream):
+        return iter(self.frames)
+
+
 def test_a_frame_that_comes_too_late_is_left_out():
     """Times 0, 2, 1, none: the third is late, the last comes a frame's time after the second."""
-    class Frame:
-        duration, time_base = 1, Fraction(1)
-
-        def __init__(self, time):
-            self.time = time
-
-    class Stream:
-        average_rate, time_base = Fraction(1), Fraction(1, 1000)
-
-        def __init__(self, *times):
-            self.frames = [Frame(time) for time in times]
-            self.container = self
-
-        def decode(self, stream):
-            return iter(self.frames)
     stream = Stream(-5.0, -3.0, -4.0, None)
     first, second, _, last = stream.frames
     assert list(data.shown_frames(stream)) == [(first, 0.0, 2.0), (second, 2.0, 3.0), (last, 3.0, 4.0)]
+
+
+def test_of_two_frames_with_one_time_the_second_stays():
+    stream = Stream(0.0, 1.0, 1.0, 2.0)
+    a, b, c, d = stream.frames
+    assert list(data.shown_frames(stream)) == [(a, 0.0, 1.0), (b, 1.0, 1.0), (c, 1.0, 2.0), (d, 2.0, 3.0)]
+
+
+def test_a_last_frame_of_four_seconds_stays_four_seconds():
+    stream = Stream(0.0, 1.0, duration=4)
+    assert [times for _, *times in data.shown_frames(stream)] == [[0.0, 1.0], [1.0, 5.0]]
 
 
 def test_a_clip_slower_than_asked_is_refused_and_a_hair_slower_is_not(tmp_path):
@@ -176,6 +204,10 @@ def test_a_clip_slower_than_asked_is_refused_and_a_hair_slower_is_not(tmp_path):
     for name, fps, rate in (("slow", 16, "8"), ("film", 30, "24"), ("tv", 1000, "30")):
         with pytest.raises(ValueError, match=f"{name}.mp4 is too slow for {fps} fps: it has {rate} pictures a second"):
             data.load_clip(tmp_path / f"{name}.mp4", 33, fps)
+    uneven = [n / 10 for n in range(60)] + [6 + n / 100 for n in range(60)]  # most frames are slow, the average is not
+    write_frames(tmp_path / "uneven.mp4", [numbered(n) for n in range(120)], uneven, 18)
+    assert len(data.load_clip(tmp_path / "uneven.mp4", 65, 12)) == 65
+    (tmp_path / "uneven.mp4").unlink()
     (tmp_path / "slow.txt").write_text("a thing moves")
     for name in ("film", "tv"):
         (tmp_path / f"{name}.txt").write_text("a thing moves")
@@ -232,6 +264,15 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path):
     (shown,) = data.load_clip(tmp_path / "a.mp4", 1, 8)
     assert shown.size == (128, 64)  # 96 * 4 / 3
     assert shown.getpixel((60, 5))[0] > 150 and shown.getpixel((68, 5))[1] > 150
+
+
+@pytest.mark.parametrize("aspect, width", [(Fraction(4), 384), (Fraction(5), 96), (Fraction(1, 4), 24),
+                                           (Fraction(1, 5), 96)])
+def test_pixels_more_than_four_times_as_wide_or_high_are_a_mistake(tmp_path, aspect, width):
+    def before(stream):
+        stream.codec_context.sample_aspect_ratio = aspect
+    write_frames(tmp_path / "a.mp4", [corners()] * 3, before=before)
+    assert data.load_clip(tmp_path / "a.mp4", 1, 8)[0].size == (width, 64)
 
 
 @pytest.mark.parametrize("rows", [1080, 2160])
@@ -326,6 +367,13 @@ def test_data_errors(tmp_path):
     write_clip(tmp_path / "a.mp4", [0] * 9, 8, caption="")
     with pytest.raises(FileNotFoundError, match="a.mp4 has no caption"):
         data.Clips(tmp_path, (16, 16), 9, 8)
+
+
+def test_clips_are_found_in_folders_of_folders_and_with_capital_endings(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    for name in ("one.MP4", "a/two.Mov", "a/b/three.mp4"):
+        write_clip(tmp_path / name, [0] * 9, 8)
+    assert len(data.Clips(tmp_path, (16, 16), 9, 8)) == 3
 
 
 def test_in_order_each_sample_comes_once(tmp_path):

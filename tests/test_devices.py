@@ -103,6 +103,16 @@ def test_with_cached_prompts_the_text_encoder_is_gone_when_samples_are_made(knob
     assert Path("out/toy/samples/creature-0-000002.png").is_file()
 
 
+def test_each_rank_of_a_machine_has_its_own_gpu(monkeypatch):
+    """Rank 9 of two machines with eight GPUs is the second one's GPU 1."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert base.find_device("cuda") == torch.device("cuda", 1) and base.find_device("cuda:7").index == 7
+    with pytest.raises(ValueError, match="--device cuda:8: .* sees 8 GPUs"):
+        base.find_device("cuda:8")
+
+
 def test_the_pipelines_device_is_the_transformers():
     """Without a text encoder, and with the VAE and the transformer elsewhere: the meta device stands in for a GPU."""
     pipe = base.load_pipeline(BASE)

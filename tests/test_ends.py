@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import data
 import model
 import sample
 import train
-from run import checkpoints, command_line, newest_checkpoint, read_json, records
+from run import checkpoints, command_line, newest_checkpoint, read_json, records, resume, save_checkpoint
 
 # train.py, but that something happens in step 2 on the last rank, while two processes read ahead.
 BREAK = """
@@ -111,6 +112,28 @@ def test_only_whole_step_folders_are_checkpoints(tmp_path):
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000002", "step-000004", "step-999999",
                                                                  "step-1000000"]
     assert newest_checkpoint(tmp_path).name == "step-1000000" and newest_checkpoint(tmp_path / "none") is None
+
+
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_whole_ones(tmp_path, monkeypatch):
+    def killed(folder):
+        raise KeyboardInterrupt
+    save_checkpoint(tmp_path, 1, 1, Path.mkdir, {})
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 2, 1, Path.mkdir, {})
+    assert [d.name for d in checkpoints(tmp_path)] == ["step-000002"]
+
+
+def test_ranks_that_found_different_checkpoints_are_refused(tmp_path, monkeypatch):
+    """The other rank sees the checkpoint of step 3 on its own disk; this one sees none."""
+    found = [0]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda ends, op: ends.copy_(
+        torch.maximum(ends, torch.tensor([found[0], -found[0]]))))
+    assert resume(tmp_path, {}, None, {}) == 0
+    found[0] = 3
+    with pytest.raises(ValueError, match="ranks resume from steps 0 to 3: is .* on a disk that all share"):
+        resume(tmp_path, {}, None, {})
 
 
 def test_a_copied_checkpoint_is_neither_resumed_nor_sampled(knobs, finished, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from av.stream import Disposition
 from PIL import Image, ImageCms
 
 import data
@@ -69,6 +70,25 @@ def test_profiles_of_pictures_with_alpha_a_palette_or_greys(tmp_path, mode, want
     assert np.abs(np.asarray(image, int) - wanted).max() < 3
 
 
+def test_a_profile_of_colours_decides_what_greys_are(tmp_path):
+    """sRGB with another curve: a picture of greys alone looks as its RGB copy does."""
+    lighter = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    lighter = lighter.replace(b"\x00\x02\x66\x66", b"\x00\x01\x00\x00")  # the exponent: 1 in place of 2.4
+    seen = []
+    for mode in ("L", "RGB"):
+        Image.new("L", (6, 4), 100).convert(mode).save(tmp_path / "a.png", icc_profile=lighter)
+        seen.append(data.load_image(tmp_path / "a.png").getpixel((0, 0)))
+    assert seen[0] == seen[1] and min(seen[0]) > 130
+
+
+def test_lab_colours_need_no_profile(tmp_path):
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    image = ImageCms.profileToProfile(RED, srgb, lab, outputMode="LAB")
+    del image.info["icc_profile"]
+    image.save(tmp_path / "a.tif")
+    assert np.abs(np.asarray(data.load_image(tmp_path / "a.tif"), int) - [255, 0, 0]).max() < 8
+
+
 def test_a_palette_with_shades_of_transparency_and_a_profile(tmp_path):
     RED.convert("P").save(tmp_path / "a.png", icc_profile=exchanged(), transparency=bytes([0] * 256))
     with warnings.catch_warnings():
@@ -102,6 +122,11 @@ def odd(tmp_path):
         frame.rate = 16000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    with av.open(str(tmp_path / "cover.mp4"), "w") as container:  # a song's cover is no video
+        stream = container.add_stream("png", rate=1)
+        stream.width, stream.height, stream.pix_fmt, stream.disposition = 64, 32, "rgb24", Disposition.attached_pic
+        container.mux(stream.encode(av.VideoFrame.from_image(RED)))
+        container.mux(stream.encode())
     return tmp_path
 
 
@@ -120,7 +145,7 @@ def test_an_address_must_be_downloaded_first(address):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("empty", "cannot read the clip"), ("audio.mp4", "has no video"), ("folder", "is a folder"), ("pipe", "a pipe"),
+    ("empty", "cannot read the clip"), ("audio.mp4", "has no video"), ("cover.mp4", "has no video"), ("folder", "is a folder"), ("pipe", "a pipe"),
     ("none", "no clip at")])
 def test_what_is_no_clip_is_named(odd, name, message):
     line = error_of(data.load_clip, odd / name, 9, 8)
@@ -194,10 +219,11 @@ def test_bad_rows_of_a_parquet_are_counted_once_and_named(tmp_path):
            20: {"description": None}, 21: {"description": {"description_0": "left", "description_1": " \n"}},
            22: {"description": {"description_0": None, "description_1": "right"}}}
     rows = [{**good, **bad.get(i, {})} for i in range(24)]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=4)
+    (tmp_path / "data").mkdir()  # where the hub's download puts it
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data/a.parquet", row_group_size=4)
     skipped = skipped_of(tmp_path)
     places = {why.split(":")[0] for why in skipped}
-    assert places == {f"row {i} of {tmp_path / 'a.parquet'}" for i in bad} and len(skipped) == len(bad)
+    assert places == {f"row {i} of {tmp_path / 'data/a.parquet'}" for i in bad} and len(skipped) == len(bad)
     assert not any("0x" in why or "\n" in why for why in skipped)
     assert any("row 5 " in why and "bytes of its picture are missing" in why and "x.png" in why for why in skipped)
 
@@ -247,6 +273,12 @@ def test_a_file_of_the_same_size_with_other_content_is_another(tmp_path):
         file.write_bytes(content)
         known.add(data.fingerprint(file))
     assert len(known) == 5
+
+
+def test_a_longer_file_of_the_same_bytes_is_another(tmp_path):
+    for name, size in (("a", 3 * 10**6), ("b", 4 * 10**6)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert data.fingerprint(tmp_path / "a") != data.fingerprint(tmp_path / "b")
 
 
 def test_a_copy_is_the_same_file(tmp_path):

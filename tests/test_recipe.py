@@ -262,6 +262,14 @@ def test_each_task_has_its_checkpointing(loaded):
     assert loaded[1].transformer.checkpointing == {"image": "none", "video": "attention"}
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_vae_is_tiled_where_that_is_asked(knobs, monkeypatch, asked):
+    tiled = []
+    monkeypatch.setattr(train, "tile_vae", tiled.append)
+    _, pipe, _ = train.load_model(train.Config(**{**knobs, "vae_tiling": asked}), torch.device("cpu"))
+    assert (pipe.vae in tiled) == asked
+
+
 def test_init_lora_brings_rank_alpha_and_weights_and_the_flag_its_dropout(knobs):
     start = ROOT / "toy/lora"
     cfg, pipe, _ = train.load_model(train.Config(**{**knobs, "init_lora": str(start), "lora_dropout": 0.25}),
@@ -394,6 +402,11 @@ def test_kept_tokens_are_sorted_and_every_micro_batchs_own():
     assert all(torch.equal(keep, keep.sort().values) for keep in keeps)
     assert len({tuple(keep.tolist()) for keep in keeps}) == 3
     assert len(train.token_drop(train.Config(token_drop=0.9), 7, 0, 1350)) == 135
+
+
+def test_scope_reference_keeps_a_token_at_least():
+    few = train.Config(token_drop=0.99, lora_scope="reference", view_drop=0.0)
+    assert len(train.token_drop(few, 0, 0, 16)) == 1 and len(train.token_drop(few, 0, 0, 1350)) == 14
 
 
 def test_view_drop_has_a_coin_for_each_micro_batch():
@@ -605,6 +618,19 @@ def test_held_out_pairs_keep_their_reference_and_clips_half_of_it(held_out):
         assert batch["keep"] is None if task == "image" else len(batch["keep"]) == 8
 
 
+def test_each_held_out_sample_comes_once_where_more_are_asked(held_out):
+    cfg, pipe, batches = held_out
+    more = list(train.held_out_batches(dataclasses.replace(cfg, val_pairs=64, val_clips=32), pipe, (32, 32), 9, 16))
+    assert [len(batch["latents"]) for _, batch in more] == [len(batch["latents"]) for _, batch in batches]
+
+
+def test_held_out_pairs_have_the_runs_fit(held_out, wide_pair):
+    cfg, pipe, _ = held_out
+    cover, pad = (next(train.held_out_batches(dataclasses.replace(cfg, val_images=str(wide_pair), fit=fit), pipe,
+                                              (32, 32), 9, 16))[1] for fit in ("cover", "pad"))
+    assert torch.equal(cover["latents"], pad["latents"]) and not torch.equal(cover["reference"], pad["reference"])
+
+
 def test_held_out_batches_are_those_of_every_seed(held_out):
     cfg, pipe, batches = held_out
     again = list(train.held_out_batches(dataclasses.replace(cfg, seed=1), pipe, (32, 32), 9, 16))
@@ -634,6 +660,14 @@ def test_measured_losses_and_norms_are_those_of_the_mean_over_samples(held_out):
         flat = torch.cat([g.flatten() for g in torch.autograd.grad(losses.mean(), parameters)])
         assert val[task]["loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
         assert gradients[norm] == pytest.approx(flat.norm().item(), rel=1e-4)
+
+
+def test_a_run_is_measured_once_both_logs_hold_its_end(tmp_path):
+    cfg = train.Config(gradcos_every=5, val_every=5)
+    for file, step, measured in (("val", 6, False), ("gradcos", 5, False), ("gradcos", 6, True)):
+        with open(tmp_path / f"{file}.jsonl", "a") as log:
+            log.write(json.dumps({"step": step}) + "\n")
+        assert watch.already_measured(cfg, tmp_path, 6) == measured
 
 
 def test_cosine_is_signed_and_guarded_by_a_tiny_eps():
@@ -720,11 +754,22 @@ def test_flags_of_sampling_win_over_the_lora(tmp_path, calls):
     assert torch.allclose(words["negative_prompt_embeds"], model.encode_prompt(pipe, ["blurry"]), atol=1e-5)
 
 
+def test_there_may_be_a_step_for_every_timestep(tmp_path, calls):
+    sample.main(sample.Config(lora=str(ROOT / "toy/lora"), prompt="x", steps=1000, out=str(tmp_path / "a.mp4")))
+    assert calls[0]["num_inference_steps"] == 1000
+
+
 def test_a_lora_without_a_header_is_sampled_as_the_authors_do(tmp_path, calls):
     """Guidance 6, 8 fps, <cls> in front, covered."""
     model.save_file(model.load_file(model.lora_path(ROOT / "toy/lora")), tmp_path / model.LORA_FILE)
     sample.main(sample.Config(ref=REF, lora=str(tmp_path), base=BASE, prompt="x", out=str(tmp_path / "a.mp4")))
     assert calls[0]["guidance_scale"] == 6.0 and rate_of(tmp_path / "a.mp4") == 8
+
+
+def test_cls_of_older_and_newer_files():
+    """Once it was True or False."""
+    said = {None: "front", "True": "front", "False": "off", "front": "front", "item": "item", "off": "off"}
+    assert {cls: sample.cls_of({"cls": cls} if cls else {}) for cls in said} == said
 
 
 def test_generates_own_defaults(calls):
@@ -753,8 +798,8 @@ def test_a_contact_sheet_has_the_reference_and_six_frames_evenly_spread():
 
 def test_samples_while_training_have_the_runs_guidance_and_cls_and_seed_0(tmp_path, knobs, calls):
     (tmp_path / "a.txt").write_text("a creature")
-    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
-    train.train(train.Config(**{**knobs, "steps": 1, "guidance": 3.0, "cls": "off", "sample_every": 1,
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "a.png")
+    train.train(train.Config(**{**knobs, "steps": 1, "guidance": 3.0, "cls": "off", "fit": "pad", "sample_every": 1,
                                 "val_refs": str(tmp_path), "out": str(tmp_path)}))
     (words,) = calls  # after the step, not before it
     assert (words["guidance_scale"], words["num_inference_steps"], words["num_frames"]) == (3.0, 50, 9)
@@ -762,7 +807,11 @@ def test_samples_while_training_have_the_runs_guidance_and_cls_and_seed_0(tmp_pa
     pipe = sample.load_pipeline(BASE)
     assert torch.allclose(words["prompt_embeds"], model.encode_prompt(pipe, ["a creature"]), atol=1e-5)
     assert torch.allclose(words["negative_prompt_embeds"], model.encode_prompt(pipe, [""]), atol=1e-5)
-    assert (tmp_path / knobs["name"] / "samples/a-000001.png").is_file()
+    padded = sample.encode_references(pipe, [Image.open(tmp_path / "a.png")], 32, 32, "pad")
+    assert torch.allclose(words["attention_kwargs"]["reference"], padded, atol=1e-5)
+    sheet = Image.open(tmp_path / knobs["name"] / "samples/a-000001.png")
+    assert sheet.size == (7 * 128 + 6 * 4, 128)  # 32 pixels are enlarged to 128
+    assert log_of(tmp_path / knobs["name"], "samples.jsonl") == [{"step": 1, "saturation": {"a": 0.0}}]  # grey
 
 
 def test_ranks_share_the_sample_sheets(tmp_path, monkeypatch):

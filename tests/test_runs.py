@@ -159,6 +159,23 @@ def test_a_batch_of_fewer_samples_than_ranks_is_an_error():
         train.divide_batches(train.Config(video_batch=7), 8)
 
 
+def test_a_mixed_step_has_no_video_batch_to_divide():
+    """Its coins turn image micro-batches into clips: --video_batch counts for nothing."""
+    cfg = train.divide_batches(train.Config(task_schedule="mixed", image_batch=16, video_batch=7, video_micro=3), 8)
+    assert (cfg.image_batch, cfg.video_batch, cfg.video_micro) == (16, 7, 3)
+
+
+def test_ranks_wait_two_hours_for_samples_and_a_week_for_a_benchmark(knobs, tmp_path, monkeypatch):
+    def asked(backend, timeout):
+        raise SystemExit(timeout)
+    for script, cfg, hours in ((train, train.Config(**knobs), 2),
+                               (sample, sample.Config(bench="bench.json", out=str(tmp_path / "videos")), 7 * 24)):
+        monkeypatch.setattr(script, "join_ranks", asked)
+        with pytest.raises(SystemExit) as end:
+            (train.train if script is train else sample.main)(cfg)
+        assert end.value.code.total_seconds() == hours * 3600
+
+
 @pytest.mark.parametrize("schedule", ["switch", "mixed", "two_stage"])
 def test_ranks_share_the_micro_batches_of_one(monkeypatch, schedule):
     """Four ranks: together the micro-batches that one rank has, each once, and as many each; every sample once."""
@@ -189,8 +206,11 @@ def test_train_errors(knobs, tmp_path, monkeypatch):
     for change, message in [(dict(base="./nowhere"), "no base at"), (dict(images="nowhere"), "no folder of image pa"),
                             (dict(videos="empty"), "no clips in empty"), (dict(videos="short"), "too short: 5 frames"),
                             (dict(init_lora="nowhere"), "no LoRA at"), (dict(height=20), "multiples of 8"),
-                            (dict(lora_scope="some"), "lora_scope"),
-                            (dict(lora_scope="reference", token_drop=1.0), "nothing to train"),
+                            (dict(width=20), "multiples of 8"), (dict(lora_scope="some"), "lora_scope"),
+                            (dict(lora_scope="reference", view_drop=0.1), "nothing to train"),
+                            (dict(lora_scope="reference", view_drop=0.0, token_drop=1.0), "nothing to train"),
+                            (dict(lora_scope="reference", view_drop=0.0, drop="reference"), "nothing to train"),
+                            (dict(pcgrad=4, task_schedule="mixed"), "no --task_schedule mixed"),
                             (dict(lora_rank=0), "--lora_rank must be positive"), (dict(task_schedule="x"), "--task_sc"),
                             (dict(pcgrad=1), "a buffer needs 2"), (dict(val_every=-1), "--val_every must not be"),
                             (dict(val_every=1, val_images="none"), "no folder of image pairs at none")]:
@@ -241,6 +261,18 @@ def test_infinite_gradient_stops_the_run(knobs, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
     with pytest.raises(SystemExit, match=r"step 0 \(video\): loss 0\.\d+, gradient norm inf"):
         go(knobs, p=1.0)
+
+
+def test_a_sigterm_in_the_last_step_leaves_a_whole_run(knobs, tmp_path, monkeypatch, capsys):
+    """Nothing is left to stop: its end is measured."""
+    monkeypatch.chdir(tmp_path)
+    train.SIGTERM.set()
+    try:
+        go(knobs, steps=1, val_every=1)
+    finally:
+        train.SIGTERM.clear()
+    assert [line["step"] for line in log_of("out/toy", "val.jsonl")] == [0, 1]
+    assert "done: out/toy/step-000001" in capsys.readouterr().out
 
 
 # ---- int8 ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from tests.common import BASE, T, randomise_lora  # before torch
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -205,6 +206,15 @@ def test_figure_5_shows_cosine_and_norms_as_means_over_seeds(written):
     assert styles == ["-", "--"] * 2  # |g_img|, |g_vid|
     (low, high), = {(v[:, 1].min(), v[:, 1].max()) for v in [left.collections[0].get_paths()[0].vertices]}
     assert (low, high) == pytest.approx((0.1, 5.3))  # the band: lowest and highest seed
+
+
+def test_a_band_covers_the_steps_that_all_seeds_have():
+    drawn = {}
+    axis = SimpleNamespace(plot=lambda steps, mean, **style: drawn.update(zip(steps, mean.tolist())),
+                           fill_between=lambda steps, low, high, **style: None)
+    seeds = [[{"step": 0, "v": 1.0}, {"step": 5, "v": 9.0}], [{"step": 0, "v": 3.0}]]
+    gradcos.band(axis, seeds, lambda record: record["v"], color="black")
+    assert drawn == {0: 2.0}
 
 
 def test_layer_groups_are_drawn_by_kind_and_by_depth(written):

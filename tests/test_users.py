@@ -17,6 +17,7 @@ import base
 import model
 import sample
 import train
+import watch
 from run import command_line
 from toy import world
 
@@ -97,6 +98,17 @@ def test_another_kind_of_base_is_one_line_before_its_weights(knobs, ref, changes
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["CogVideoXTransformer3DModel", "SubjectTransformer"])
+def test_a_base_may_leave_its_channels_to_diffusers_and_be_saved_by_us(ref, name):
+    """diffusers' own 16, in and out."""
+    config_only(_class_name=name, in_channels=16)
+    file = Path("base/transformer/config.json")
+    config = json.loads(file.read_text())
+    del config["out_channels"]
+    file.write_text(json.dumps(config))
+    assert base.read_config("base")["_class_name"] == name
+
+
 @pytest.mark.parametrize("size, warned", [({}, False), (dict(height=48), True), (dict(frames=5), True),
                                           (dict(frames=1, out="x.png"), False)])
 def test_another_size_than_the_bases_is_warned_of(ref, capsys, size, warned):
@@ -157,6 +169,19 @@ def test_captions_beyond_the_text_length_are_said_once_and_counted(capsys, caplo
             model.encode_prompt(pipe, ["a creature stands", *long])
     said = capsys.readouterr().err
     assert said.count("more than 16 tokens") == 1 and not caplog.records and model.TOO_LONG == set(long)
+
+
+def test_another_rank_says_nothing_of_long_captions(capsys, monkeypatch):
+    monkeypatch.setattr(model, "TOO_LONG", set())
+    monkeypatch.setenv("RANK", "1")
+    model.encode_prompt(base.load_pipeline(BASE), ["over a green field " * 9])
+    assert len(model.TOO_LONG) == 1 and "tokens" not in capsys.readouterr().err
+
+
+def test_the_end_of_a_run_counts_long_captions(capsys, monkeypatch):
+    monkeypatch.setattr(watch, "TOO_LONG", {"one", "two", "three"})
+    watch.Log(None, 0, [], torch.device("cpu")).close()
+    assert capsys.readouterr().out == "3 caption(s) were longer than the text encoder reads\n"
 
 
 def test_a_prompt_of_as_many_tokens_as_fit_is_not_too_long(monkeypatch):
