@@ -567,6 +567,13 @@ def test_only_the_data_that_p_asks_for_is_opened(loaded, p, opened):
     assert list(train.open_data(dataclasses.replace(cfg, p=p), pipe)[0]) == opened
 
 
+def test_data_that_cannot_be_read_fails_when_it_is_opened(loaded, wide_pair):
+    cfg, pipe, _ = loaded
+    (wide_pair / "a.png").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="20 image samples in a row could not be used"):
+        train.open_data(dataclasses.replace(cfg, images=str(wide_pair), p=0.0), pipe)
+
+
 # ---- measuring (B.1) -------------------------------------------------------------------------------------------------
 
 def test_losses_go_to_the_quarter_of_their_timestep():
@@ -629,6 +636,14 @@ def test_held_out_pairs_have_the_runs_fit(held_out, wide_pair):
     cover, pad = (next(train.held_out_batches(dataclasses.replace(cfg, val_images=str(wide_pair), fit=fit), pipe,
                                               (32, 32), 9, 16))[1] for fit in ("cover", "pad"))
     assert torch.equal(cover["latents"], pad["latents"]) and not torch.equal(cover["reference"], pad["reference"])
+
+
+def test_a_held_out_pair_that_cannot_be_read_is_said(held_out, wide_pair, capsys):
+    cfg, pipe, _ = held_out
+    line = (wide_pair / "pairs.jsonl").read_text()
+    (wide_pair / "pairs.jsonl").write_text(line.replace("a.png", "none.png") + line)
+    next(train.held_out_batches(dataclasses.replace(cfg, val_images=str(wide_pair)), pipe, (32, 32), 9, 16))
+    assert f"skipped, held out: line 1 of {wide_pair / 'pairs.jsonl'}" in capsys.readouterr().err
 
 
 def test_held_out_batches_are_those_of_every_seed(held_out):
