@@ -544,6 +544,27 @@ def test_a_cache_of_other_shapes_is_another(loaded, size, frames):
     assert data.cache_key(cfg, pipe, "video", (32, 48), 9) != data.cache_key(cfg, pipe, "video", size, frames)
 
 
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_cache_of_another_base_is_another(loaded, part):
+    cfg, pipe, _ = loaded
+    layer = pipe.vae.encoder.conv_in.conv if part == "vae" else pipe.text_encoder.get_input_embeddings()
+    weight = layer.weight
+    key = data.cache_key(cfg, pipe, "image", (32, 48), 9)
+    weight.data.mul_(2)
+    other = data.cache_key(cfg, pipe, "image", (32, 48), 9)
+    weight.data.div_(2)  # exact: the other tests see what was there
+    assert {k for k in key if key[k] != other[k]} == {part}
+
+
+def test_a_cached_pair_with_another_caption_is_another(wide_pair):
+    stamps = []
+    for caption in ("a", "c"):
+        line = (wide_pair / "pairs.jsonl").read_text().replace('"description_0": "a"', f'"description_0": "{caption}"')
+        (wide_pair / "pairs.jsonl").write_text(line)
+        stamps.append(data.ImagePairs(wide_pair, (32, 32)).source(0)[1])
+    assert stamps[0] != stamps[1]
+
+
 def test_a_cache_of_pictures_does_not_depend_on_tiling(loaded):
     cfg, pipe, _ = loaded
     tiled = dataclasses.replace(cfg, vae_tiling=True)
