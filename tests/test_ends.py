@@ -15,7 +15,7 @@ import data
 import model
 import sample
 import train
-from run import checkpoints, command_line, newest_checkpoint, read_json, records, resume, save_checkpoint
+from run import checkpoints, command_line, newest_checkpoint, read_json, records, resume, save_checkpoint, start_log
 
 # train.py, but that something happens in step 2 on the last rank, while two processes read ahead.
 BREAK = """
@@ -122,6 +122,13 @@ def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_whole_ones(tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, 2, 1, Path.mkdir, {})
     assert [d.name for d in checkpoints(tmp_path)] == ["step-000002"]
+
+
+def test_a_run_that_goes_on_removes_what_was_half_saved(tmp_path):
+    for name in ("step-000003", "step-000006.tmp"):
+        (tmp_path / name).mkdir()
+    start_log(tmp_path, {}, 3)
+    assert sorted(d.name for d in tmp_path.glob("step-*")) == ["step-000003"]
 
 
 def test_ranks_that_found_different_checkpoints_are_refused(tmp_path, monkeypatch):

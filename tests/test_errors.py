@@ -192,6 +192,16 @@ def test_the_time_to_go_counts_both_tasks(tmp_path, capsys):
     assert out.count("to go") == 1 and "about 09:00 to go: 120 image steps of 2.00 s, 30 video steps of 10.00 s" in out
 
 
+def test_an_unusable_file_is_said_once_and_counted(capsys):
+    log = Log(None, 0, [], torch.device("cpu"))
+    for reasons in (["a.mp4 is cut", "b.mp4 is cut"], ["b.mp4 is cut", "b.mp4 is cut"]):
+        log.skipped(reasons)
+    log.close()
+    said = capsys.readouterr()
+    assert said.err.count("a.mp4 is cut") == said.err.count("b.mp4 is cut") == 1
+    assert "2 unusable file(s) were skipped" in said.out
+
+
 def test_the_cache_needs_no_transformer_and_no_text_encoder(knobs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(BASE, "base")

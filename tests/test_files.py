@@ -20,7 +20,7 @@ from PIL import Image, ImageCms
 
 import data
 from paper import benchmarks
-from run import read_json
+from run import read_json, write
 
 RED = Image.new("RGB", (64, 32), (255, 0, 0))
 
@@ -145,8 +145,8 @@ def test_an_address_must_be_downloaded_first(address):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("empty", "cannot read the clip"), ("audio.mp4", "has no video"), ("cover.mp4", "has no video"), ("folder", "is a folder"), ("pipe", "a pipe"),
-    ("none", "no clip at")])
+    ("empty", "cannot read the clip"), ("audio.mp4", "has no video"), ("cover.mp4", "has no video"),
+    ("folder", "is a folder"), ("pipe", "a pipe"), ("none", "no clip at")])
 def test_what_is_no_clip_is_named(odd, name, message):
     line = error_of(data.load_clip, odd / name, 9, 8)
     assert message in line and str(odd / name) in line
@@ -296,6 +296,16 @@ def test_a_damaged_json_is_named(tmp_path, text):
 
 
 # ---- writing videos --------------------------------------------------------------------------------------------------
+
+def test_a_kill_leaves_the_old_json(tmp_path, monkeypatch):
+    def killed(*files):
+        raise KeyboardInterrupt
+    write(tmp_path / "a.json", "{}")
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a.json", '{"cut"')
+    assert read_json(tmp_path / "a.json") == {}
+
 
 @pytest.mark.parametrize("fps", [0, 0.0001, 1e9, -8, float("nan"), float("inf")])
 def test_a_rate_that_no_file_can_hold_is_refused(tmp_path, fps):

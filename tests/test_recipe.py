@@ -544,6 +544,27 @@ def test_a_cache_of_other_shapes_is_another(loaded, size, frames):
     assert data.cache_key(cfg, pipe, "video", (32, 48), 9) != data.cache_key(cfg, pipe, "video", size, frames)
 
 
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_cache_of_another_base_is_another(loaded, part):
+    cfg, pipe, _ = loaded
+    layer = pipe.vae.encoder.conv_in.conv if part == "vae" else pipe.text_encoder.get_input_embeddings()
+    weight = layer.weight
+    key = data.cache_key(cfg, pipe, "image", (32, 48), 9)
+    weight.data.mul_(2)
+    other = data.cache_key(cfg, pipe, "image", (32, 48), 9)
+    weight.data.div_(2)  # exact: the other tests see what was there
+    assert {k for k in key if key[k] != other[k]} == {part}
+
+
+def test_a_cached_pair_with_another_caption_is_another(wide_pair):
+    stamps = []
+    for caption in ("a", "c"):
+        line = (wide_pair / "pairs.jsonl").read_text().replace('"description_0": "a"', f'"description_0": "{caption}"')
+        (wide_pair / "pairs.jsonl").write_text(line)
+        stamps.append(data.ImagePairs(wide_pair, (32, 32)).source(0)[1])
+    assert stamps[0] != stamps[1]
+
+
 def test_a_cache_of_pictures_does_not_depend_on_tiling(loaded):
     cfg, pipe, _ = loaded
     tiled = dataclasses.replace(cfg, vae_tiling=True)
@@ -565,6 +586,13 @@ def test_the_flags_of_the_data_reach_the_data(loaded):
 def test_only_the_data_that_p_asks_for_is_opened(loaded, p, opened):
     cfg, pipe, _ = loaded
     assert list(train.open_data(dataclasses.replace(cfg, p=p), pipe)[0]) == opened
+
+
+def test_data_that_cannot_be_read_fails_when_it_is_opened(loaded, wide_pair):
+    cfg, pipe, _ = loaded
+    (wide_pair / "a.png").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="20 image samples in a row could not be used"):
+        train.open_data(dataclasses.replace(cfg, images=str(wide_pair), p=0.0), pipe)
 
 
 # ---- measuring (B.1) -------------------------------------------------------------------------------------------------
@@ -629,6 +657,14 @@ def test_held_out_pairs_have_the_runs_fit(held_out, wide_pair):
     cover, pad = (next(train.held_out_batches(dataclasses.replace(cfg, val_images=str(wide_pair), fit=fit), pipe,
                                               (32, 32), 9, 16))[1] for fit in ("cover", "pad"))
     assert torch.equal(cover["latents"], pad["latents"]) and not torch.equal(cover["reference"], pad["reference"])
+
+
+def test_a_held_out_pair_that_cannot_be_read_is_said(held_out, wide_pair, capsys):
+    cfg, pipe, _ = held_out
+    line = (wide_pair / "pairs.jsonl").read_text()
+    (wide_pair / "pairs.jsonl").write_text(line.replace("a.png", "none.png") + line)
+    next(train.held_out_batches(dataclasses.replace(cfg, val_images=str(wide_pair)), pipe, (32, 32), 9, 16))
+    assert f"skipped, held out: line 1 of {wide_pair / 'pairs.jsonl'}" in capsys.readouterr().err
 
 
 def test_held_out_batches_are_those_of_every_seed(held_out):
