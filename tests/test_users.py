@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 import base
 import model
@@ -19,7 +18,6 @@ import sample
 import train
 import watch
 from run import command_line
-from toy import world
 
 LORA = ROOT / "toy/lora"
 
