@@ -30,3 +30,13 @@ def pytest_cmdline_main(config):
     if whole and config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput"):
         if config.option.numprocesses is None:
             config.option.numprocesses, config.option.dist = 2, "loadscope"
+            config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first: else one of them runs alone at the end."""
+    longest = ["test_bench", "test_runs", "test_levers", "test_method", "test_prepare", "test_ends"]
+
+    def place(item):
+        return longest.index(item.path.stem) if item.path.stem in longest else len(longest)
+    items.sort(key=place)
