@@ -289,7 +289,7 @@ class ImagePairs(Dataset):
                 place = f"line {self.rows[row]['line']} of {self.folder / 'pairs.jsonl'}"
             else:
                 file, group, i = self.rows[row]
-                meta = _parquet(file, os.getpid()).metadata
+                meta = _parquet(file.absolute(), os.getpid()).metadata
                 place = f"row {sum(meta.row_group(g).num_rows for g in range(group)) + i} of {file}"
             raise ValueError(f"{place}: {' '.join(str(e).split())}")
 
@@ -311,7 +311,7 @@ class ImagePairs(Dataset):
                 views = [load_image(self.folder / text_of(where, f"image_{i}")) for i in (0, 1)]
             else:
                 file, group, i = where
-                record = _row_group(file, group)[i].as_py()
+                record = _row_group(file.absolute(), group)[i].as_py()
                 text = record["description"] or {}
                 views = split_views(picture_of(record["image"]))
             captions, item = [text_of(text, f"description_{i}") for i in (0, 1)], text.get("item") or ""
