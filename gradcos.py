@@ -2,7 +2,6 @@
 
     python train.py --toy --gradcos_every 25        # measures while it trains: out/RUN/gradcos.jsonl
     python gradcos.py out/RUN [out/RUN ...]         # draws Figure 5: the cosine left, the two norms right
-    python gradcos.py --theory                      # the paper's local quadratic model (Appendix C), simulated
 
 Runs that differ only in their seed are drawn as one line, their mean, in a band from the lowest to the highest.
 Also here: PCGrad (Sec. 4.3, B.3), the method that the paper's coin is compared with.
@@ -15,8 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from run import NOT_TRAINED, command_line, knob, read_json
-from run import records as read_records
+from common.run import command_line, knob, read_json
+from common.run import records as read_records
 
 
 # ---- the measurement (B.1) -------------------------------------------------------------------------------------------
@@ -128,7 +127,6 @@ class PCGrad:
 
 @dataclass
 class Config:
-    theory: bool = knob(False, "draw what the paper's local quadratic model says (Appendix C), no run needed")
     runs: list[str] = knob([], "runs (out/NAME) trained with --gradcos_every")
     out: str = knob("gradcos.png", "picture to write; the others take its name: -groups, and -losses with --val_every")
 
@@ -142,7 +140,7 @@ def read_runs(folders, file):
     for folder in folders:
         config = read_json(Path(folder) / "config.json")
         # The cache of latents follows from the data sets, which are compared themselves.
-        configs.append({k: v for k, v in config.items() if k not in NOT_TRAINED | {"seed", "cache"}})
+        configs.append({k: v for k, v in config.items() if k not in ("seed", "cache", "name", "not_trained")})
         records.append(read_records(Path(folder) / file))
         if not records[-1]:
             raise ValueError(f"{Path(folder) / file} holds no whole measurement")
@@ -219,17 +217,13 @@ def draw_losses(plt, groups):
 
 
 def main(cfg):
-    if not cfg.runs and not cfg.theory:
-        raise ValueError("no runs: pass out/RUN [out/RUN ...] (or --theory)")
+    if not cfg.runs:
+        raise ValueError("no runs: pass out/RUN [out/RUN ...]")
     import matplotlib  # only here: training does not need it
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if cfg.theory:
-        from paper.theory import draw_theory
-        draw_theory(plt).savefig(out, dpi=130)
-        return print(f"wrote {out}")
     figures = [(out, draw_figure_5, "gradcos.jsonl"),
                (out.with_stem(out.stem + "-groups"), draw_groups, "gradcos.jsonl"),
                (out.with_stem(out.stem + "-losses"), draw_losses, "val.jsonl")]

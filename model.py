@@ -36,8 +36,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from run import newest_checkpoint
-
 PAPER_BASE = "THUDM/CogVideoX-5b"
 REFERENCE_TOKEN = "<cls>"  # Sec. 3.3: "An <CLS> armchair in the living room"
 # Sec. A.1. Names match by suffix: "proj" is both ff.net.0.proj and the convolution patch_embed.proj.
@@ -242,9 +240,9 @@ def save_lora(transformer, path, **extra):
 
 
 def lora_path(path):
-    """The safetensors file behind `path`: a file, a folder with one, a run, or user/name or user/name/FILE.safetensors
+    """The safetensors file behind `path`: a file, a folder with one, user/name or user/name/FILE.safetensors
     on the hub. FileNotFoundError names `path`."""
-    folder = newest_checkpoint(path) or Path(path)
+    folder = Path(path)
     for file in (folder, folder / LORA_FILE, folder / AUTHORS_LORA_FILE):
         if file.is_file():
             return file

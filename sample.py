@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 from tqdm import tqdm
 
-from base import (attention_order, find_device, frame_size, load_pipeline, sampling_dtype, tile_vae,
+from common.base import (attention_order, find_device, frame_size, load_pipeline, sampling_dtype, tile_vae,
                   warn_of_another_size)
-from data import clip_frames, fit_reference, load_image, normalise, read_text, resize_center_crop, save_video, to_pixels
+from common.jobs import jobs_of_bench, jobs_of_flags, refuse_outputs, report, share_out
+from common.media import clip_frames, fit_reference, normalise, resize_center_crop, save_video, to_pixels
 from model import (LORA_FILE, PAPER_BASE, REFERENCE_TOKEN, encode_prompt, encode_video, load_lora, lora_header,
                    lora_path, merge_lora, with_reference_token)
-from run import check, command_line, join_ranks, knob, newest_checkpoint, rank_and_world_size, refuse_overwriting
+from common.run import check, command_line, join_ranks, knob, newest_checkpoint, rank_and_world_size, refuse_overwriting
 
 HERE = Path(__file__).parent
 
@@ -84,7 +84,7 @@ class Config:
 def find_lora(path=""):
     """The LoRA file of a file, folder or run; with no path the newest checkpoint under out/, else toy/lora."""
     if path:
-        return lora_path(path)
+        return lora_path(newest_checkpoint(path) or path)
     newest = [newest_checkpoint(run) for run in Path("out").glob("*")]
     files = [step / LORA_FILE for step in newest if step is not None and (step / LORA_FILE).is_file()]
     return lora_path(max(files, key=lambda f: f.stat().st_mtime, default=HERE / "toy/lora"))
@@ -188,105 +188,6 @@ def contact_sheet(video, reference=None, enlarge=1, columns=6):
     return sheet
 
 
-def sample_texts(pipe, folder, cls="front"):
-    """{picture: embeddings of its prompt and of ""} for the pictures in `folder`, each with its prompt in a .txt file
-    of its name. Each rank takes its share of them."""
-    rank, world_size = rank_and_world_size()
-    pictures = sorted(f for f in Path(folder).glob("*") if f.with_suffix(".txt").is_file() and f.suffix != ".txt")
-    texts = {}
-    for file in pictures[rank::world_size]:
-        prompt = with_reference_token(read_text(file.with_suffix(".txt")), cls)
-        texts[file] = [encode_prompt(pipe, [t]).cpu() for t in (prompt, "")]
-    return texts
-
-
-def write_sample_sheets(pipe, texts, out, step, size, frames, guidance=6.0, fit="cover"):
-    """While training: a contact sheet for each picture of sample_texts, with a fixed seed: out/NAME-000400.png. Returns
-    {NAME: mean saturation of its video, 0 to 1}: where it climbs from sheet to sheet the colours burn out."""
-    out.mkdir(exist_ok=True)
-    pipe.set_progress_bar_config(disable=True)
-    saturation = {}
-    for file, text in texts.items():
-        picture = load_image(file)
-        (video,) = generate(pipe, encode_references(pipe, [picture], *size, fit), [""], [0], guidance=guidance,
-                            frames=frames, height=size[0], width=size[1],
-                            text=[t.to(pipe.transformer.device) for t in text])
-        sheet = contact_sheet(video, picture, max(1, 128 // video[0].height))
-        sheet.save(out / f"{file.stem}-{step:06d}.png")
-        colours = np.stack([np.asarray(frame.convert("HSV")) for frame in video])
-        saturation[file.stem] = round(colours[..., 1].mean() / 255, 4)
-    return saturation
-
-
-@dataclass
-class Job:
-    """A video to make: its file, the paths of its reference pictures (the model takes one or none), prompt and seed."""
-    file: Path
-    pictures: list
-    prompt: str
-    seed: int
-
-
-def jobs_of_flags(cfg):
-    """The jobs that --ref, --prompt and --prompts ask for."""
-    if cfg.ref:
-        load_image(cfg.ref)  # a bad picture is said before a missing prompt
-    beside = Path(cfg.ref or "none").with_suffix(".txt")
-    prompts = [cfg.prompt or (read_text(beside) if beside.is_file() else "")]
-    if cfg.prompts:
-        if not Path(cfg.prompts).is_file():
-            raise FileNotFoundError(f"--prompts: no file {cfg.prompts}; it takes a text file with a prompt per line")
-        prompts = [line.strip() for line in read_text(cfg.prompts).splitlines() if line.strip()]
-        if not prompts:
-            raise ValueError(f"--prompts: no prompts in {cfg.prompts}")
-    if not prompts[0]:
-        missing = "--prompt '...' (or a .txt file beside the picture)" if cfg.ref else "--ref PICTURE --prompt '...'"
-        raise ValueError(f"no prompt: pass {missing}")
-    out = Path(cfg.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    files = [out.with_stem(f"{out.stem}-{i}") for i in range(len(prompts))] if len(prompts) > 1 else [out]
-    return [Job(file, [cfg.ref] if cfg.ref else [], prompt, cfg.seed) for file, prompt in zip(files, prompts)]
-
-
-def refuse_outputs(cfg, jobs):
-    """An error, before the minutes of sampling, for an output that is also an input or that cannot be written."""
-    outputs = {file for job in jobs for file in (job.file, job.file.with_suffix(".png"))}  # video and contact sheet
-    refuse_overwriting([cfg.bench, cfg.prompts, *(path for job in jobs for path in job.pictures)], outputs)
-    if cfg.bench:  # there a file means a finished video
-        return
-    for file in outputs:
-        new = not file.exists()
-        with open(file, "ab"):  # OSError for a read-only folder, a name that is too long, a folder's name
-            pass
-        if new:
-            file.unlink()
-
-
-def share_out(cfg, jobs):
-    """(this rank's batches that are not done, {path: reference picture}, {id: why it cannot be sampled}).
-
-    Whole batches are shared out, and an incomplete one is sampled again: a video's last bits depend on its batch.
-    All pictures are read before the first video, so that a bad one is known at once."""
-    rank, world_size = rank_and_world_size()
-    batches, pictures, skipped = [], {}, {}
-    for first in range(rank * cfg.batch, len(jobs), world_size * cfg.batch):
-        batch = []
-        for job in jobs[first:first + cfg.batch]:
-            try:
-                if len(job.pictures) > 1:
-                    raise ValueError(f"it has {len(job.pictures)} reference pictures, and the model takes one")
-                for path in set(job.pictures) - pictures.keys():
-                    pictures[path] = load_image(path)
-                batch.append(job)
-            except (ValueError, OSError) as e:
-                if not cfg.bench:
-                    raise
-                skipped[job.file.stem] = str(e)
-        if not cfg.bench or not all(job.file.is_file() for job in batch):
-            batches.append(batch)
-    return batches, pictures, skipped
-
-
 def sample_in_batches(cfg, pipe, header, latents, batches, device):
     """(job, video) of each job, a batch of them at once; each is what it would be alone, to rounding.
 
@@ -328,9 +229,11 @@ def main(cfg):
     if cfg.offload != "none" and device.type == "cpu":
         raise ValueError(f"--offload {cfg.offload} keeps weights off a GPU until needed, and this run has none")
     if cfg.bench:
-        from paper.benchmarks import jobs_of_bench, report
         join_ranks("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
-    every = jobs_of_bench(cfg) if cfg.bench else jobs_of_flags(cfg)
+        lora = find_lora(cfg.lora)
+        every = jobs_of_bench(cfg, lora, cls_of(lora_header(lora)))
+    else:
+        every = jobs_of_flags(cfg)
     refuse_outputs(cfg, every)
     batches, pictures, skipped = share_out(cfg, every)
     jobs = [job for batch in batches for job in batch]

@@ -30,19 +30,22 @@ import torch.distributed as dist
 from transformers.hf_argparser import string_to_bool
 
 import gradcos
-from data import ImagePairs, Clips, batches, clip_frames, cls_for, normalise, open_caches
-from run import (SIGTERM, check, claim, command_line, join_ranks, knob, newest_checkpoint, print0, rank_and_world_size,
-                 resume, rng, save_checkpoint, sigterm_asks, start_log, torch_rng)
+from data import Clips, ImagePairs, batches
+from common.media import clip_frames, normalise
+from common.run import (SIGTERM, check, claim, command_line, join_ranks, knob, newest_checkpoint, print0,
+                        rank_and_world_size, resume, rng, save_checkpoint, settings_of, sigterm_asks, start_log,
+                        torch_rng)
 
 if not {"-h", "--help"} & set(sys.argv):  # diffusers takes seconds to import: --help is fast
     from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup
     from diffusers.utils import logging as diffusers_logging
 
-    from base import (attention_order, autocast, compute_dtype, find_device, frame_size, load_pipeline, tile_vae,
+    from common.latents import cls_for, open_caches
+    from common.base import (attention_order, autocast, compute_dtype, find_device, frame_size, load_pipeline, tile_vae,
                       warn_of_another_size)
     from model import (add_lora, encode_moments, encode_prompt, load_lora, lora_header, read_lora, sample_latents,
                        save_lora, to_device, v_loss, with_reference_token)
-    from watch import Log, Validation, add_losses, already_measured, describe, no_losses, sum_over_ranks
+    from common.watch import Log, Validation, add_losses, already_measured, describe, no_losses, sum_over_ranks
 
 
 CHECKPOINTING = ("full", "attention", "none")
@@ -50,8 +53,10 @@ CHECKPOINTING = ("full", "attention", "none")
 
 @dataclass
 class Config:
-    toy: bool = knob(False, "take the defaults of the toy world (TOY in train.py); other flags still count")
-    recipe: str = knob("paper", "defaults from the paper's text, or the authors' scripts (AUTHORS)", "paper", "authors")
+    toy: bool = knob(False, "take the defaults of the toy world (TOY in train.py); other flags still count",
+                     trains=False)
+    recipe: str = knob("paper", "defaults from the paper's text, or the authors' scripts (AUTHORS)", "paper", "authors",
+                       trains=False)
     # model
     base: str = knob("THUDM/CogVideoX-5b", "diffusers CogVideoX folder or hub id (5.1)")
     int8: bool = knob(False, "keep the frozen transformer in 8 bits (torchao): half the memory, for a 24 GB GPU")
@@ -94,32 +99,37 @@ class Config:
     cycles: int = knob(1, "cosine restarts over the run (the paper gives no number; 1 is a plain cosine)")
     grad_clip: float = knob(1.0, "gradient norm clipping (A.2)")
     # the run
-    name: str = knob("subject", "the run lives in out/NAME")
-    out: str = knob("out", "where runs live")
+    name: str = knob("subject", "the run lives in out/NAME", trains=False)
+    out: str = knob("out", "where runs live", trains=False)
     seed: int = knob(0, "seed of everything random")
-    save_every: int = knob(50, "steps between checkpoints (A.2)")
-    keep_checkpoints: int = knob(3, "newest checkpoints that stay on disk")
-    image_checkpointing: str = knob("none", "what backward recomputes: all (A.1), all but attention", *CHECKPOINTING)
-    video_checkpointing: str = knob("attention", "the same in video steps", *CHECKPOINTING)
+    save_every: int = knob(50, "steps between checkpoints (A.2)", trains=False)
+    keep_checkpoints: int = knob(3, "newest checkpoints that stay on disk", trains=False)
+    image_checkpointing: str = knob("none", "what backward recomputes: all (A.1), all but attention", *CHECKPOINTING,
+                                    trains=False)
+    video_checkpointing: str = knob("attention", "the same in video steps", *CHECKPOINTING, trains=False)
     compile: bool = knob(False, "compile the blocks: faster steps, after minutes for each new shape of a micro-batch")
     vae_tiling: bool = knob(True, "encode in tiles, one sample at a time, to save memory (A.2)")
-    workers: int = knob(4, "processes per rank that read data")
+    workers: int = knob(4, "processes per rank that read data", trains=False)
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
-    guidance: float = knob(6.0, "guidance scale when sampling, here and in sample.py (the authors' code)")
+    guidance: float = knob(6.0, "guidance scale when sampling, here and in sample.py (the authors' code)", trains=False)
     # watching the run: none of this changes what is trained
-    gradcos_every: int = knob(0, "steps between measurements of the two gradients' cosine (4.1, B.1); 0 never")
-    val_every: int = knob(0, "steps between held-out losses (B.1's batches); 0 never")
-    sample_every: int = knob(0, "steps between samples from --val_refs; 0 never")
-    val_images: str = knob("data/subjects200k_val", "image pairs of subjects that are not trained on (B.1)")
-    val_videos: str = knob("data/pexels_val", "clips that are not trained on (B.1)")
-    val_pairs: int = knob(64, "held-out image pairs to measure with")
-    val_clips: int = knob(32, "held-out clips to measure with")
-    val_refs: str = knob("", "folder of pictures to sample from, each with its prompt in a .txt file of its name")
-    tensorboard: bool = knob(False, "write losses, norms, the cosine and sample sheets to out/NAME/tensorboard as well")
+    gradcos_every: int = knob(0, "steps between measurements of the two gradients' cosine (4.1, B.1); 0 never",
+                              trains=False)
+    val_every: int = knob(0, "steps between held-out losses (B.1's batches); 0 never", trains=False)
+    sample_every: int = knob(0, "steps between samples from --val_refs; 0 never", trains=False)
+    val_images: str = knob("data/subjects200k_val", "image pairs of subjects that are not trained on (B.1)",
+                           trains=False)
+    val_videos: str = knob("data/pexels_val", "clips that are not trained on (B.1)", trains=False)
+    val_pairs: int = knob(64, "held-out image pairs to measure with", trains=False)
+    val_clips: int = knob(32, "held-out clips to measure with", trains=False)
+    val_refs: str = knob("", "folder of pictures to sample from, each with its prompt in a .txt file of its name",
+                         trains=False)
+    tensorboard: bool = knob(False, "write losses, norms, the cosine and sample sheets to out/NAME/tensorboard as well",
+                             trains=False)
     # an alternative to the coin alone
     pcgrad: int = knob(0, "PCGrad against the gradients of this many last steps (4.3, B.3; Table 5: 4, 8); 0 is off")
     grad_device: str = knob("", "where flat gradients live (cosine: two, PCGrad: one per buffered step; 2 GB each); "
-                                "'cpu' keeps them off the GPU")
+                                "'cpu' keeps them off the GPU", trains=False)
 
     def __init__(self, **given):
         """A knob that is not given has the default of --toy or --recipe, where those set one, else the one above."""
@@ -288,11 +298,11 @@ def train(cfg):
         state["pcgrad"] = gradcos.PCGrad(cfg.pcgrad, cfg.grad_device or device)
     if rank == 0:
         claim(run)
-    start = resume(run, asdict(cfg), lambda checkpoint: read_lora(transformer, checkpoint), state)
+    start = resume(run, settings_of(cfg), lambda checkpoint: read_lora(transformer, checkpoint), state)
     if start == cfg.steps and already_measured(cfg, run, start):
         return print0(f"{run} is complete ({start} steps); choose another --name for a new run")
     if rank == 0:
-        start_log(run, asdict(cfg), start)
+        start_log(run, settings_of(cfg), start)
     describe(cfg, run, parameters, datasets, size, start, device)
 
     model = transformer
@@ -393,14 +403,15 @@ def divide_batches(cfg, world_size):
 def load_model(cfg, device):
     """(cfg, pipeline, LoRA parameters): a frozen base in bfloat16, LoRA in float32; on a CPU everything is float32."""
     if cfg.init_lora:
-        lora_header(cfg.init_lora)  # a bad file fails here, before the base is loaded
+        init_lora = newest_checkpoint(cfg.init_lora) or cfg.init_lora
+        lora_header(init_lora)  # a bad file fails here, before the base is loaded
     pipe = load_pipeline(cfg.base, compute_dtype(device), int8=cfg.int8, asked=cfg.device)
     pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # else copied there in every step
     if cfg.vae_tiling:
         tile_vae(pipe.vae)
     transformer = pipe.transformer.train()
     if cfg.init_lora:  # rank, alpha and scope come from the file
-        parameters = load_lora(transformer, cfg.init_lora, cfg.lora_dropout)
+        parameters = load_lora(transformer, init_lora, cfg.lora_dropout)
         config = transformer.peft_config["default"]
         cfg = replace(cfg, lora_rank=config.r, lora_alpha=config.lora_alpha, lora_scope=transformer.lora_scope)
     else:
@@ -489,7 +500,7 @@ def main(cfg):
     with sigterm_asks():
         if cfg.toy:
             from toy import world
-            cfg = world.ensure_data(cfg)
+            cfg = world.ensure_data(cfg, TOY)
         with attention_order(find_device(cfg.device)):
             train(cfg)
     if dist.is_initialized():  # train() must return first: its DDP model uses the group

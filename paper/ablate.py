@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import gradcos
 import train
-from run import changed, command_line, knob, newest_checkpoint, read_json, records, write
+from common.run import changed, command_line, knob, newest_checkpoint, read_json, records, write
 
 ROWS = {  # name: flags of train.py. Sizes of data sets are shares of the toy's 2,000 pairs and 400 clips.
     "ours": {},
@@ -245,7 +245,7 @@ def train_row(cfg, name, seed):
     cache = "toy/data/cache_one_thread"  # not train.py's: more threads would change the last bits of its latents
     config = train.Config(**{**train.TOY, "toy": True, "seed": seed, "name": name, "out": cfg.out, "cache": cache,
                              "val_every": 0, "sample_every": 0, **curve, **watched, **flags})
-    train.train(world.ensure_data(config))
+    train.train(world.ensure_data(config, train.TOY))
     return config
 
 

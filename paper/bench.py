@@ -38,11 +38,11 @@ from torch.utils.flop_counter import flop_registry
 
 import gradcos
 import model
-from base import attention_order, autocast, compute_dtype, find_device, follow_autocast, tile_vae
-from data import clip_frames
+from common.base import attention_order, autocast, compute_dtype, find_device, follow_autocast, tile_vae
+from common.media import clip_frames
 from model import SubjectTransformer, add_lora, encode_moments, merge_lora, save_lora, v_loss
-from run import command_line, knob, records, save_checkpoint, write
-from watch import Moment
+from common.run import command_line, knob, records, save_checkpoint, write
+from common.watch import Moment
 
 
 @dataclass(frozen=True)

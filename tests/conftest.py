@@ -14,7 +14,7 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     """End what the tests have started and not ended, with all of its children."""
-    common = sys.modules.get("tests.common")
+    common = sys.modules.get("tests.shared")
     if common is None:
         return
     for process in common.STARTED:

@@ -1,5 +1,5 @@
 """Files of users: damaged, of another kind, with marks, profiles and types that nobody expects. One clear line each."""
-from tests.common import ROOT, write_clip  # before torch
+from tests.shared import ROOT, write_clip  # before torch
 
 import errno
 import io
@@ -18,9 +18,11 @@ import pytest
 from av.stream import Disposition
 from PIL import Image, ImageCms
 
+from common import media
+from common import latents
+from common import jobs
 import data
-from paper import benchmarks
-from run import read_json, write
+from common.run import read_json, write
 
 RED = Image.new("RGB", (64, 32), (255, 0, 0))
 
@@ -55,7 +57,7 @@ def exchanged():
 def test_a_colour_profile_decides_what_colours_are(tmp_path, suffix):
     options = {"quality": 100, "lossless": True} if suffix == ".webp" else {}
     RED.save(tmp_path / f"a{suffix}", icc_profile=exchanged(), **options)
-    assert np.abs(np.asarray(data.load_image(tmp_path / f"a{suffix}"), int) - [0, 255, 0]).max() < 4
+    assert np.abs(np.asarray(media.load_image(tmp_path / f"a{suffix}"), int) - [0, 255, 0]).max() < 4
 
 
 @pytest.mark.parametrize("mode, wanted", [("RGBA", [127, 255, 127]), ("P", [0, 255, 0]), ("L", [76, 76, 76])])
@@ -66,7 +68,7 @@ def test_profiles_of_pictures_with_alpha_a_palette_or_greys(tmp_path, mode, want
     image.save(tmp_path / "a.png", icc_profile=exchanged())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        image = data.load_image(tmp_path / "a.png")
+        image = media.load_image(tmp_path / "a.png")
     assert np.abs(np.asarray(image, int) - wanted).max() < 3
 
 
@@ -77,7 +79,7 @@ def test_a_profile_of_colours_decides_what_greys_are(tmp_path):
     seen = []
     for mode in ("L", "RGB"):
         Image.new("L", (6, 4), 100).convert(mode).save(tmp_path / "a.png", icc_profile=lighter)
-        seen.append(data.load_image(tmp_path / "a.png").getpixel((0, 0)))
+        seen.append(media.load_image(tmp_path / "a.png").getpixel((0, 0)))
     assert seen[0] == seen[1] and min(seen[0]) > 130
 
 
@@ -86,23 +88,23 @@ def test_lab_colours_need_no_profile(tmp_path):
     image = ImageCms.profileToProfile(RED, srgb, lab, outputMode="LAB")
     del image.info["icc_profile"]
     image.save(tmp_path / "a.tif")
-    assert np.abs(np.asarray(data.load_image(tmp_path / "a.tif"), int) - [255, 0, 0]).max() < 8
+    assert np.abs(np.asarray(media.load_image(tmp_path / "a.tif"), int) - [255, 0, 0]).max() < 8
 
 
 def test_a_palette_with_shades_of_transparency_and_a_profile(tmp_path):
     RED.convert("P").save(tmp_path / "a.png", icc_profile=exchanged(), transparency=bytes([0] * 256))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert data.load_image(tmp_path / "a.png").getcolors() == [(64 * 32, (255, 255, 255))]
+        assert media.load_image(tmp_path / "a.png").getcolors() == [(64 * 32, (255, 255, 255))]
 
 
 @pytest.mark.parametrize("profile", [b"no profile", exchanged()[:200], None])
 def test_without_a_profile_that_can_be_used_a_picture_stays_as_it_is(tmp_path, profile):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8))
     picture.save(tmp_path / "a.png", **({"icc_profile": profile} if profile else {}))
-    assert np.array_equal(data.load_image(tmp_path / "a.png"), picture)
+    assert np.array_equal(media.load_image(tmp_path / "a.png"), picture)
     picture.convert("CMYK").save(tmp_path / "b.tif", icc_profile=exchanged())  # a profile of other pictures
-    assert np.array_equal(data.load_image(tmp_path / "b.tif"), picture)
+    assert np.array_equal(media.load_image(tmp_path / "b.tif"), picture)
 
 
 # ---- what is no picture, no clip, no text ----------------------------------------------------------------------------
@@ -135,40 +137,40 @@ def odd(tmp_path):
     ("pdf", "Save it as PNG"), ("video.mp4", "of a video save one frame"), ("folder", "is a folder"),
     ("pipe", "a pipe"), ("none", "no picture at")])
 def test_what_is_no_picture_is_named(odd, name, message):
-    line = error_of(data.load_image, odd / name)
+    line = error_of(media.load_image, odd / name)
     assert message in line and str(odd / name) in line
 
 
 @pytest.mark.parametrize("address", ["https://x.org/cat.png", Path("http://x.org/cat.png")])
 def test_an_address_must_be_downloaded_first(address):
-    assert "download the picture first" in error_of(data.load_image, address)
+    assert "download the picture first" in error_of(media.load_image, address)
 
 
 @pytest.mark.parametrize("name, message", [
     ("empty", "cannot read the clip"), ("audio.mp4", "has no video"), ("cover.mp4", "has no video"),
     ("folder", "is a folder"), ("pipe", "a pipe"), ("none", "no clip at")])
 def test_what_is_no_clip_is_named(odd, name, message):
-    line = error_of(data.load_clip, odd / name, 9, 8)
+    line = error_of(media.load_clip, odd / name, 9, 8)
     assert message in line and str(odd / name) in line
 
 
 def test_large_pictures_give_no_warning_and_huge_ones_one_line(tmp_path, monkeypatch):
     RED.save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)  # it has 2048
-    code = "import data, sys; from PIL import Image; Image.MAX_IMAGE_PIXELS = 1500; data.load_image(sys.argv[1])"
+    code = "import sys; from common import media; from PIL import Image; Image.MAX_IMAGE_PIXELS = 1500; media.load_image(sys.argv[1])"
     r = subprocess.run([sys.executable, "-c", code, tmp_path / "a.png"], capture_output=True, text=True, cwd=ROOT)
     assert (r.returncode, r.stderr) == (0, "")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert "a.png: Image size (2048 pixels) exceeds" in error_of(data.load_image, tmp_path / "a.png")
+        assert "a.png: Image size (2048 pixels) exceeds" in error_of(media.load_image, tmp_path / "a.png")
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 def test_texts_are_utf_8_whatever_the_locale(tmp_path):
     (tmp_path / "a.txt").write_text("une créature", encoding="utf-8")
-    code = "import data, sys; sys.stdout.buffer.write(data.read_text(sys.argv[1]).encode())"
+    code = "import sys; from common import media; sys.stdout.buffer.write(media.read_text(sys.argv[1]).encode())"
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     r = subprocess.run([sys.executable, "-c", code, tmp_path / "a.txt"], capture_output=True, cwd=ROOT, env=env)
     assert r.stdout.decode() == "une créature", r.stderr
@@ -181,9 +183,9 @@ def test_the_mark_at_the_start_of_a_windows_file_is_no_text(tmp_path):
     bench = {"a-0": {"img_paths": ["a.png"], "prompt": "a cat"}}
     for name, text in {"x.txt": "a caption", "pairs.jsonl": json.dumps(pair), "bench.json": json.dumps(bench)}.items():
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
-    assert data.read_text(tmp_path / "x.txt") == "a caption"
+    assert media.read_text(tmp_path / "x.txt") == "a caption"
     assert data.ImagePairs(tmp_path, (16, 16))[0, 0]["prompt"] in ("left", "right")
-    assert benchmarks.read_bench(tmp_path / "bench.json") == bench
+    assert jobs.read_bench(tmp_path / "bench.json") == bench
 
 
 def test_a_line_of_pairs_may_hold_unicode_line_ends(tmp_path):
@@ -271,28 +273,28 @@ def test_a_file_of_the_same_size_with_other_content_is_another(tmp_path):
         if start is not None:
             content[start:start + 400_000] = b"x" * 400_000
         file.write_bytes(content)
-        known.add(data.fingerprint(file))
+        known.add(media.fingerprint(file))
     assert len(known) == 5
 
 
 def test_a_longer_file_of_the_same_bytes_is_another(tmp_path):
     for name, size in (("a", 3 * 10**6), ("b", 4 * 10**6)):
         (tmp_path / name).write_bytes(bytes(size))
-    assert data.fingerprint(tmp_path / "a") != data.fingerprint(tmp_path / "b")
+    assert media.fingerprint(tmp_path / "a") != media.fingerprint(tmp_path / "b")
 
 
 def test_a_copy_is_the_same_file(tmp_path):
     for name in "ab":
         (tmp_path / name).write_bytes(b"content" * 1000)
         os.utime(tmp_path / name, (1, ord(name)))
-    assert data.fingerprint(tmp_path / "a") == data.fingerprint(tmp_path / "b")
+    assert media.fingerprint(tmp_path / "a") == media.fingerprint(tmp_path / "b")
 
 
 @pytest.mark.parametrize("text", ["", "no json", "[1, 2]", "7", "\ufffe"])
 def test_a_damaged_json_is_named(tmp_path, text):
     (tmp_path / "index.json").write_text(text, encoding="utf-8")
     assert "index.json is damaged" in error_of(read_json, tmp_path / "index.json")
-    assert "index.json is damaged" in error_of(data.Cache, tmp_path, {})
+    assert "index.json is damaged" in error_of(latents.Cache, tmp_path, {})
 
 
 # ---- writing videos --------------------------------------------------------------------------------------------------
@@ -310,13 +312,13 @@ def test_a_kill_leaves_the_old_json(tmp_path, monkeypatch):
 @pytest.mark.parametrize("fps", [0, 0.0001, 1e9, -8, float("nan"), float("inf")])
 def test_a_rate_that_no_file_can_hold_is_refused(tmp_path, fps):
     with pytest.raises(ValueError, match="fps must be from 0.01 to 1000"):
-        data.save_video(tmp_path / "a.mp4", [RED], fps)
+        media.save_video(tmp_path / "a.mp4", [RED], fps)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("fps", [0.01, 23.976, 240, 1000])
 def test_other_rates_are_written_as_asked(tmp_path, fps):
-    data.save_video(tmp_path / "a.mp4", [RED] * 3, fps)
+    media.save_video(tmp_path / "a.mp4", [RED] * 3, fps)
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert float(container.streams.video[0].average_rate) == pytest.approx(fps, rel=1e-4)
 
@@ -326,15 +328,15 @@ def test_a_full_disk_leaves_the_old_video_and_no_cut_one(tmp_path, monkeypatch):
         with open(path, "wb") as file:
             file.write(content[:100])
         raise OSError(errno.ENOSPC, "No space left on device")
-    data.save_video(tmp_path / "a.mp4", [RED], 8)
+    media.save_video(tmp_path / "a.mp4", [RED], 8)
     before = (tmp_path / "a.mp4").read_bytes()
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match=f"cannot write {tmp_path / 'a.mp4'}: No space left on device") as error:
-        data.save_video(tmp_path / "a.mp4", [RED] * 9, 8)
+        media.save_video(tmp_path / "a.mp4", [RED] * 9, 8)
     assert error.value.errno == errno.ENOSPC
     assert [f.name for f in tmp_path.iterdir()] == ["a.mp4"] and (tmp_path / "a.mp4").read_bytes() == before
 
 
 def test_a_video_without_a_folder_or_an_ending_is_named(tmp_path):
-    assert f"cannot write {tmp_path / 'none/a.mp4'}" in error_of(data.save_video, tmp_path / "none/a.mp4", [RED], 8)
-    assert "name it .mp4" in error_of(data.save_video, tmp_path / "a", [RED], 8)
+    assert f"cannot write {tmp_path / 'none/a.mp4'}" in error_of(media.save_video, tmp_path / "none/a.mp4", [RED], 8)
+    assert "name it .mp4" in error_of(media.save_video, tmp_path / "a", [RED], 8)

@@ -1,6 +1,6 @@
 """What makes a step cheaper changes neither losses nor gradients, and does what it says: counted, never timed."""
-from tests.common import BASE, command, inputs_fixture, knobs_fixture, run, tiny_fixture  # noqa: F401
-from tests.common import ROOT, TORCHRUN, randomise_lora  # before torch
+from tests.shared import BASE, command, inputs_fixture, knobs_fixture, run, tiny_fixture  # noqa: F401
+from tests.shared import ROOT, TORCHRUN, randomise_lora  # before torch
 
 from functools import partial
 from unittest.mock import patch
@@ -12,12 +12,12 @@ import torch
 from diffusers import CogVideoXPipeline, FirstBlockCacheConfig
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
-import base
+from common import base
 import model
 import sample
 from model import add_lora, v_loss
 from paper.bench import Counter
-from run import records
+from common.run import records
 from train import Config, train
 
 MODES = ["none", "attention", "full"]

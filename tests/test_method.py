@@ -1,7 +1,7 @@
 """The paper's recipe and its authors': what drops, where <cls> stands, the coins of a step, one VAE path for pictures.
 """
-from tests.common import inputs_fixture, knobs_fixture  # noqa: F401
-from tests.common import (BASE, ROOT, TORCHRUN, C, H, L, N, T, W, command, go_back, large_vae, log_of, run,
+from tests.shared import inputs_fixture, knobs_fixture  # noqa: F401
+from tests.shared import (BASE, ROOT, TORCHRUN, C, H, L, N, T, W, command, go_back, large_vae, log_of, run,
                           weights_of)  # before torch
 
 import dataclasses
@@ -22,14 +22,15 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from PIL import Image
 
-import base
+from toy import creatures
+from common import media
+from common import latents
+from common import base
 import data
 import model
 import sample
 import train
-from paper import prepare
-from run import torch_rng
-from toy import world
+from common.run import torch_rng
 
 
 # ---- what drops ------------------------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def test_what_the_recipe_set_stands_in_config_json(knobs, tmp_path, monkeypatch)
     train.command_line(train.train, train.Config, "", argv, **train.defaults(argv))
     config = json.loads(Path("out/toy/config.json").read_text())
     expected = dict(recipe="authors", drop="tokens", task_schedule="mixed", view_drop=0, cls_video=False)
-    assert {k: config[k] for k in expected} == expected
+    assert {k: (config | config["not_trained"])[k] for k in expected} == expected
 
 
 # ---- one VAE path ----------------------------------------------------------------------------------------------------
@@ -214,19 +215,19 @@ def test_a_picture_has_the_same_latents_in_training_cache_and_sampling(tmp_path,
     pipe = SimpleNamespace(vae=vae, transformer=SimpleNamespace(device=torch.device("cpu")))
     monkeypatch.setattr(train, "sample_latents", lambda vae, moments, noise_rng: model.sample_latents(vae, moments))
     (tmp_path / "out").mkdir()
-    latents = prepare.Latents(images=str(tmp_path), out=str(tmp_path / "out"), crop_jitter=0.0)
-    prepare.cache_task(latents, pipe, "image", str(tmp_path), size, 49, 0, 1)
+    wanted = latents.Latents(images=str(tmp_path), out=str(tmp_path / "out"), crop_jitter=0.0)
+    latents.cache_task(wanted, pipe, "image", str(tmp_path), size, 49, 0, 1)
     found = {}
-    cache = data.Cache(tmp_path / "out/image", {"tiling": False})
+    cache = latents.Cache(tmp_path / "out/image", {"tiling": False})
     for name, cache in (("trained", None), ("cached", cache)):
         pairs = data.ImagePairs(tmp_path, size, cache=cache)
         batch = next(data.batches({"image": pairs}, [[("image", 0, 0)]])) | {"text": torch.zeros(1, 1, 1)}
         x, ref, _ = train.encode_batch(train.Config(), pipe, batch, None, None)
         found[name] = dict(zip((batch["prompt"][0], "ab".replace(batch["prompt"][0], "")), (x, ref)))
-    pictures = [data.load_image(tmp_path / f"{name}.png") for name in "ab"]
+    pictures = [media.load_image(tmp_path / f"{name}.png") for name in "ab"]
     found["sampled"] = dict(zip("ab", sample.encode_references(pipe, pictures, *size).split(1)))
     for name, picture in zip("ab", pictures):
-        stock = data.normalise(data.to_pixels([picture]))[None].transpose(1, 2)  # (1,3,1,H,W)
+        stock = media.normalise(media.to_pixels([picture]))[None].transpose(1, 2)  # (1,3,1,H,W)
         tiles = vae.encode(stock).latent_dist.mode().transpose(1, 2) * vae.config.scaling_factor
         vae.disable_tiling()
         whole = vae.encode(stock).latent_dist.mode().transpose(1, 2) * vae.config.scaling_factor
@@ -240,11 +241,11 @@ def test_fit_covers_or_pads():
     """A white-framed square of one colour: cover cuts its top and bottom, pad shows all of it between white bars."""
     picture = Image.new("RGB", (40, 40), "red")
     picture.paste("blue", (0, 0, 40, 5))  # a stripe at the top, which covering 3:2 loses
-    cover, pad = (np.asarray(data.fit_reference(picture, 24, 36, fit)).astype(int) for fit in ("cover", "pad"))
+    cover, pad = (np.asarray(media.fit_reference(picture, 24, 36, fit)).astype(int) for fit in ("cover", "pad"))
     assert cover.shape == pad.shape == (24, 36, 3) and np.abs(cover[2:-2] - (255, 0, 0)).max() < 5
     assert (pad[:, :5] > 250).all() and (pad[:, -5:] > 250).all()
     assert np.abs(pad[8:-2, 8:28] - (255, 0, 0)).max() < 5 and np.abs(pad[0, 8:28] - (0, 0, 255)).max() < 25
-    tall = np.asarray(data.fit_reference(Image.new("RGB", (90, 160), "red"), 24, 36, "pad"))
+    tall = np.asarray(media.fit_reference(Image.new("RGB", (90, 160), "red"), 24, 36, "pad"))
     assert (tall[12, :, 1] < 128).sum() in (13, 14)  # 24 * 9 / 16
 
 
@@ -282,7 +283,7 @@ def test_a_dropped_reference_is_not_encoded_and_the_draws_stay(knobs):
                          ids=["paper", "authors", "ablations"])
 def test_cached_and_uncached_losses_are_equal_under_every_recipe(knobs, tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
-    world.write_pairs("pairs", n=8)
+    creatures.write_pairs("pairs", n=8)
     for file in Path("pairs").glob("*.parquet"):  # wider than high: where the two fits differ
         rows = pq.read_table(file).to_pylist()
         for row in rows:
@@ -292,7 +293,7 @@ def test_cached_and_uncached_losses_are_equal_under_every_recipe(knobs, tmp_path
         pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=16)
     cfg = train.Config(**{**knobs, "images": "pairs", "steps": 4, "lora_dropout": 0.0, **flags, "image_micro": 4,
                           "video_micro": 2})
-    prepare.prepare_cache(prepare.Latents(out="cache", prompts=True, device="cpu", **{
+    latents.prepare_cache(latents.Latents(out="cache", prompts=True, device="cpu", **{
         k: getattr(cfg, k) for k in ("base", "images", "videos", "crop_jitter", "fit", "cls", "cls_video", "frames",
                                      "fps", "vae_tiling")}))
     for name, cache in (("plain", ""), ("cached", "cache")):
@@ -306,7 +307,7 @@ def test_cached_and_uncached_losses_are_equal_under_every_recipe(knobs, tmp_path
 def test_lora_scale():
     """0 is the base, 1 changes nothing, 2 is a LoRA whose B is doubled."""
     def video(pipe):
-        latents = sample.encode_references(pipe, [data.load_image(ROOT / "toy/refs/creature-0.png")], 32, 32)
+        latents = sample.encode_references(pipe, [media.load_image(ROOT / "toy/refs/creature-0.png")], 32, 32)
         (video,) = sample.generate(pipe, latents, ["a creature stands"], [0], steps=2, guidance=2.0)
         return np.stack([np.asarray(frame) for frame in video]).astype(int)
 

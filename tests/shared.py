@@ -20,10 +20,10 @@ import torch  # noqa: E402
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import data  # noqa: E402
+from toy import creatures
+from common import media
 import model  # noqa: E402
 import train  # noqa: E402
-from toy import world  # noqa: E402
 
 if os.environ.get("TESTS_ON") != "gpu":
     torch.set_num_threads(1)  # as in the processes that are started below: the order of a sum decides its last bits
@@ -98,10 +98,10 @@ def knobs_fixture(tmp_path_factory):
 def small_knobs(folder):
     """These knobs, and their data in `folder`, written once: no test changes it."""
     if not folder.is_dir():
-        world.write_pairs(folder / "pairs", n=40)
-        world.write_clips(folder / "clips", n=6)
-        world.write_pairs(folder / "val_pairs", n=6, seed=1)
-        world.write_clips(folder / "val_clips", n=3, seed=1)
+        creatures.write_pairs(folder / "pairs", n=40)
+        creatures.write_clips(folder / "clips", n=6)
+        creatures.write_pairs(folder / "val_pairs", n=6, seed=1)
+        creatures.write_clips(folder / "val_clips", n=3, seed=1)
     return {**train.TOY, "base": BASE, "cache": "", "images": str(folder / "pairs"), "videos": str(folder / "clips"),
             "val_images": str(folder / "val_pairs"), "val_videos": str(folder / "val_clips"), "val_pairs": 6,
             "val_clips": 3, "val_every": 0, "sample_every": 0, "image_batch": 8, "image_micro": 4, "video_batch": 4,
@@ -111,7 +111,7 @@ def small_knobs(folder):
 
 def write_clip(path, levels, fps, caption="a thing moves"):
     """A clip of grey frames, one per brightness in `levels`."""
-    data.save_video(path, [Image.new("RGB", (64, 64), (v, v, v)) for v in levels], fps)
+    media.save_video(path, [Image.new("RGB", (64, 64), (v, v, v)) for v in levels], fps)
     if caption:
         path.with_suffix(".txt").write_text(caption)
 

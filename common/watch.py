@@ -13,10 +13,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import gradcos
-from base import autocast
-from model import TOO_LONG, v_loss
-from run import print0, rank_and_world_size, records
-from sample import sample_texts, write_sample_sheets
+from common.base import autocast
+from common.media import load_image, read_text
+from model import TOO_LONG, encode_prompt, v_loss, with_reference_token
+from common.run import print0, rank_and_world_size, records
+from sample import contact_sheet, encode_references, generate
 
 
 # ---- losses, summed on the device and over ranks --------------------------------------------------------------------
@@ -270,3 +271,35 @@ def already_measured(cfg, run, step):
     """Do the logs hold every number of this step that the flags ask for? (Sample sheets are not checked.)"""
     asked = [file for file, every in (("gradcos.jsonl", cfg.gradcos_every), ("val.jsonl", cfg.val_every)) if every]
     return all(any(record["step"] == step for record in records(run / file)) for file in asked)
+
+
+# ---- sample sheets ---------------------------------------------------------------------------------------------------
+
+def sample_texts(pipe, folder, cls="front"):
+    """{picture: embeddings of its prompt and of ""} for the pictures in `folder`, each with its prompt in a .txt file
+    of its name. Each rank takes its share of them."""
+    rank, world_size = rank_and_world_size()
+    pictures = sorted(f for f in Path(folder).glob("*") if f.with_suffix(".txt").is_file() and f.suffix != ".txt")
+    texts = {}
+    for file in pictures[rank::world_size]:
+        prompt = with_reference_token(read_text(file.with_suffix(".txt")), cls)
+        texts[file] = [encode_prompt(pipe, [t]).cpu() for t in (prompt, "")]
+    return texts
+
+
+def write_sample_sheets(pipe, texts, out, step, size, frames, guidance=6.0, fit="cover"):
+    """While training: a contact sheet for each picture of sample_texts, with a fixed seed: out/NAME-000400.png. Returns
+    {NAME: mean saturation of its video, 0 to 1}: where it climbs from sheet to sheet the colours burn out."""
+    out.mkdir(exist_ok=True)
+    pipe.set_progress_bar_config(disable=True)
+    saturation = {}
+    for file, text in texts.items():
+        picture = load_image(file)
+        (video,) = generate(pipe, encode_references(pipe, [picture], *size, fit), [""], [0], guidance=guidance,
+                            frames=frames, height=size[0], width=size[1],
+                            text=[t.to(pipe.transformer.device) for t in text])
+        sheet = contact_sheet(video, picture, max(1, 128 // video[0].height))
+        sheet.save(out / f"{file.stem}-{step:06d}.png")
+        colours = np.stack([np.asarray(frame.convert("HSV")) for frame in video])
+        saturation[file.stem] = round(colours[..., 1].mean() / 255, 4)
+    return saturation

@@ -12,7 +12,7 @@ import sys
 import threading
 import zlib
 from contextlib import contextmanager
-from dataclasses import field, fields
+from dataclasses import asdict, field, fields, make_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +24,11 @@ from transformers import HfArgumentParser
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
-def knob(default, text, *choices):
-    """A field of a script's Config: its default, its line of --help, and the values it can take, where it is a name."""
-    metadata = {"help": text, "choices": choices} if choices else {"help": text}
+def knob(default, text, *choices, trains=True):
+    """A field of a script's Config: its default, its line of --help, and the values it can take, where it is a name.
+
+    trains=False: what is trained does not depend on it, so a run goes on when it has changed."""
+    metadata = {"help": text, "trains": trains} | ({"choices": choices} if choices else {})
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -67,7 +69,11 @@ def command_line(main, Config, description, argv=None, positional=None, out_of_m
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may hold what the terminal cannot show
     words = f"[{positional} ...] " if positional else ""
-    parser = HfArgumentParser(Config, description=description.split("\n\n")[0], allow_abbrev=False,
+    # HfArgumentParser hands all metadata to argparse, which does not know "trains".
+    known = [(f.name, f.type, field(default=f.default, default_factory=f.default_factory,
+                                    metadata={k: v for k, v in f.metadata.items() if k != "trains"}))
+             for f in fields(Config)]
+    parser = HfArgumentParser(make_dataclass(Config.__name__, known), description=description.split("\n\n")[0], allow_abbrev=False,
                               usage=f"%(prog)s {words}[--knob value ...]      (--help explains the knobs)")
     parser.set_defaults(**defaults)
     argv = sys.argv[1:] if argv is None else argv
@@ -130,10 +136,6 @@ def print0(*words):
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
-# Knobs of train.py that leave what is trained as it is: runs that differ only in these are the same run.
-NOT_TRAINED = {"toy", "recipe", "tensorboard", "name", "out", "workers", "save_every", "keep_checkpoints", "guidance",
-               "grad_device", "gradcos_every", "val_every", "sample_every", "val_images", "val_videos", "val_pairs",
-               "val_clips", "val_refs", "image_checkpointing", "video_checkpointing"}
 LOCKS = {}  # the open lock file of each run that this process holds
 SIGTERM = threading.Event()  # the job is asked to end: it saves first
 
@@ -234,6 +236,13 @@ def save_checkpoint(run, step, keep, save_weights, state):
         shutil.rmtree(f"{old}.tmp")
 
 
+def settings_of(cfg):
+    """What config.json holds: the knobs that decide what is trained, and in "not_trained" all others."""
+    others = [f.name for f in fields(cfg) if not f.metadata["trains"]]
+    settings = {name: value for name, value in asdict(cfg).items() if name not in others}
+    return settings | {"not_trained": {name: getattr(cfg, name) for name in others}}
+
+
 def resume(run, settings, load_weights, state):
     """Restore the newest checkpoint; returns the step to go on from, 0 without one.
 
@@ -255,7 +264,7 @@ def restore(run, checkpoint, settings, load_weights, state):
     if unknown := before.keys() - settings.keys():
         raise ValueError(f"{run} was started by another version of this code (it has --{min(unknown)}): choose another "
                          "--name")
-    if differ := changed(before, {k: v for k, v in settings.items() if k not in NOT_TRAINED}):
+    if differ := changed(before, {k: v for k, v in settings.items() if k != "not_trained"}):
         raise ValueError(f"{run} was started with other settings ({differ}): choose another --name (with --init_lora "
                          f"{run} it starts from this run's weights)")
     try:
