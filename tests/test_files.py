@@ -1,5 +1,5 @@
 """Files of users: damaged, of another kind, with marks, profiles and types that nobody expects. One clear line each."""
-from tests.shared import ROOT, write_clip  # before torch
+from tests.shared import ROOT, write_clip
 
 import errno
 import io
