@@ -100,11 +100,10 @@ def small_knobs(folder):
     if not folder.is_dir():
         creatures.write_pairs(folder / "pairs", n=40)
         creatures.write_clips(folder / "clips", n=6)
-        creatures.write_pairs(folder / "val_pairs", n=6, seed=1)
-        creatures.write_clips(folder / "val_clips", n=3, seed=1)
+        creatures.write_pairs(folder / "pairs_val", n=6, seed=1)
+        creatures.write_clips(folder / "clips_val", n=3, seed=1)
     return {**train.TOY, "base": BASE, "cache": "", "images": str(folder / "pairs"), "videos": str(folder / "clips"),
-            "val_images": str(folder / "val_pairs"), "val_videos": str(folder / "val_clips"), "val_pairs": 6,
-            "val_clips": 3, "val_every": 0, "sample_every": 0, "image_batch": 8, "image_micro": 4, "video_batch": 4,
+            "val_every": 0, "image_batch": 8, "image_micro": 4, "video_batch": 4,
             "video_micro": 2, "lora_dropout": 0.1, "view_drop": 0.3, "save_every": 3, "p": 0.5, "steps": 6,
             "lora_rank": 4, "lora_alpha": 2.0}
 
