@@ -1,6 +1,5 @@
 """What makes a step cheaper changes neither losses nor gradients, and does what it says: counted, never timed."""
-from tests.shared import BASE, command, inputs_fixture, knobs_fixture, run, tiny_fixture  # noqa: F401
-from tests.shared import ROOT, TORCHRUN, randomise_lora  # before torch
+from tests.shared import BASE, ROOT, TORCHRUN, command, randomise_lora, run
 
 from functools import partial
 from unittest.mock import patch
