@@ -32,7 +32,6 @@ from diffusers.training_utils import cast_training_params
 from diffusers.utils import apply_lora_scale
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -257,24 +256,12 @@ def save_lora(transformer, path, **extra):
 
 
 def lora_path(path):
-    """The safetensors file behind `path`: a file, a folder with one, user/name or user/name/FILE.safetensors
-    on the hub. FileNotFoundError names `path`."""
-    folder = Path(path)
-    for file in (folder, folder / LORA_FILE, folder / AUTHORS_LORA_FILE):
+    """The safetensors file behind `path`: a file, or a folder that holds one. FileNotFoundError names `path`."""
+    for file in (Path(path), Path(path, LORA_FILE), Path(path, AUTHORS_LORA_FILE)):
         if file.is_file():
             return file
-    user, *rest = str(path).split("/")
-    local = user.strip(".~") == "" or Path(user).exists()  # a path with a typing error is no hub id
-    if local or not rest or len(rest) > 1 and not rest[-1].endswith(".safetensors"):
-        raise FileNotFoundError(f"no LoRA at {path}: expected a .safetensors file, a folder with {LORA_FILE}, a run, "
-                                "or a hub id")
-    names = ["/".join(rest[1:])] if rest[1:] else [LORA_FILE, AUTHORS_LORA_FILE]
-    for name in names:
-        try:
-            return Path(hf_hub_download(f"{user}/{rest[0]}", name))
-        except Exception as e:  # no network, no such repository or file: each is an error of its own kind
-            why = str(e).strip().splitlines()[0]
-    raise FileNotFoundError(f"no LoRA at {path}, and the download of {names[-1]} from the hub failed: {why}")
+    raise FileNotFoundError(f"no LoRA at {path}: expected a .safetensors file, a folder with {LORA_FILE}, a run, or a "
+                            "hub id")
 
 
 def lora_header(path):

@@ -18,15 +18,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.base import (attention_order, find_device, frame_size, load_pipeline, sampling_dtype, tile_vae,
-                  warn_of_another_size)
+from common.base import (ROOT, attention_order, find_device, find_lora, frame_size, load_pipeline, sampling_dtype,
+                         tile_vae, warn_of_another_size)
 from common.jobs import jobs_of_bench, jobs_of_flags, refuse_outputs, report, share_out
 from common.media import clip_frames, fit_reference, normalise, resize_center_crop, save_video, to_pixels
-from model import (LORA_FILE, PAPER_BASE, REFERENCE_TOKEN, encode_prompt, encode_video, load_lora, lora_header,
-                   lora_path, with_reference_token)
-from common.run import check, command_line, join_ranks, knob, newest_checkpoint, rank_and_world_size, refuse_overwriting
-
-HERE = Path(__file__).parent
+from common.run import check, command_line, join_ranks, knob, rank_and_world_size, refuse_overwriting
+from model import (PAPER_BASE, REFERENCE_TOKEN, encode_prompt, encode_video, load_lora, lora_header,
+                   with_reference_token)
 
 
 @dataclass
@@ -72,15 +70,6 @@ class Config:
             raise ValueError(f"--fps must be between 0.1 and 1000, got {self.fps:g}")
 
 
-def find_lora(path=""):
-    """The LoRA file of a file, folder or run; with no path the newest checkpoint under out/, else toy/lora."""
-    if path:
-        return lora_path(newest_checkpoint(path) or path)
-    newest = [newest_checkpoint(run) for run in Path("out").glob("*")]
-    files = [step / LORA_FILE for step in newest if step is not None and (step / LORA_FILE).is_file()]
-    return lora_path(max(files, key=lambda f: f.stat().st_mtime, default=HERE / "toy/lora"))
-
-
 def load(lora="", base="", device="cpu", use_lora=True, int8=False, lora_scale=1.0):
     """(pipeline, header): the base, with the LoRA on it unless use_lora is False. `lora` as for find_lora. device: the
     one that it is for, as in --device.
@@ -89,8 +78,8 @@ def load(lora="", base="", device="cpu", use_lora=True, int8=False, lora_scale=1
     file = find_lora(lora)
     header = lora_header(file)
     base = base or header.get("base", PAPER_BASE)
-    if not Path(base).exists() and (HERE / base).exists():
-        base = HERE / base  # "toy/base" means ours, wherever we are called from
+    if not Path(base).exists() and (ROOT / base).exists():
+        base = ROOT / base  # "toy/base" means ours, wherever we are called from
     print(f"base {base}, LoRA {file if use_lora else 'none'}", file=sys.stderr)
     dtype = sampling_dtype(base, find_device(device))
     pipe = load_pipeline(base, dtype, int8=int8, asked=device)  # in RAM: the caller moves or offloads it
@@ -124,8 +113,8 @@ def guidance_of(header):
 def encode_references(pipe, pictures, height, width, fit="cover"):
     """PIL pictures -> scaled latents (B,1,C,H/8,W/8) on the VAE's device.
 
-    Each picture is resized to cover the frame, or with white beside it to fit in (train.py's --fit), and encoded by the
-    VAE to its mean, so that nothing is random but the starting noise."""
+    Each picture is resized to cover the frame, or with white beside it to fit in (--fit pad). The VAE encodes it to its
+    mean, so that nothing is random but the starting noise."""
     pixels = [to_pixels([fit_reference(picture, height, width, fit)]) for picture in pictures]
     return encode_video(pipe.vae, normalise(torch.stack(pixels)))  # of (B, 1, 3, H, W)
 

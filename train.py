@@ -149,7 +149,7 @@ def presets(toy=False, recipe="paper"):
 
 def train(cfg):
     """The run out/NAME, from its newest checkpoint on."""
-    rank, world_size = rank_and_world_size()
+    world_size = rank_and_world_size()[1]
     device = use_device(cfg.device)
     # Ranks wait for those that measure and sample: two hours are 40 samples of three minutes on the slowest one.
     join_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
@@ -259,13 +259,16 @@ def plan(cfg, step):
     """This rank's micro-batches of a step. The loader reads them ahead and the loop trains on them: the same list."""
     rank, world_size = rank_and_world_size()
     task = sample_task(cfg, step)
-    of = "image" if task == "mixed" else task  # a mixed step has as many micro-batches as an image step
-    count = getattr(cfg, f"{of}_batch") // getattr(cfg, f"{of}_micro")  # of all ranks together
+    if task == "video":
+        count = cfg.video_batch // cfg.video_micro  # of all ranks together
+    else:
+        count = cfg.image_batch // cfg.image_micro
     micros = []
     for index in range(rank, count, world_size):  # micro-batches go to the ranks in turn
-        own = sample_task(cfg, step, index) if task == "mixed" else task
-        size = getattr(cfg, f"{own}_micro")
-        micros.append(MicroBatch(own, step, index, [(own, step, index * size + j) for j in range(size)]))
+        own_task = sample_task(cfg, step, index) if task == "mixed" else task
+        size = getattr(cfg, f"{own_task}_micro")
+        keys = [(own_task, step, index * size + j) for j in range(size)]
+        micros.append(MicroBatch(own_task, step, index, keys))
     return micros
 
 

@@ -63,8 +63,9 @@ def command_line(main, Config, description, argv=None, positional=None, out_of_m
     """Parse the knobs of dataclass `Config` from the command line and call main(config).
 
     `presets(toy, recipe)` gives the defaults that these two knobs put in the place of others; `positional` names the
-    list knob that leading words without -- fill; `out_of_memory` says which flags save memory. A user's mistake (bad flag, value or file) is one line and exit status
-    1 or 2, Ctrl-C is one line and 130; with TRACEBACK=1 in the environment each is a traceback.
+    list knob that leading words without -- fill; `out_of_memory` says which flags save memory. A user's mistake (bad
+    flag, value or file) is one line and exit status 1 or 2, Ctrl-C is one line and 130; with TRACEBACK=1 in the
+    environment each is a traceback.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may hold what the terminal cannot show

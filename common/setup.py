@@ -3,10 +3,10 @@ from dataclasses import replace
 
 import torch
 
-from common.base import compute_dtype, frame_size, load_pipeline, tile_large_clips, warn_of_another_size
+from common.base import compute_dtype, find_lora, frame_size, load_pipeline, tile_large_clips, warn_of_another_size
 from common.latents import open_caches
 from common.media import clip_frames
-from common.run import newest_checkpoint, print0
+from common.run import print0
 from data import TASKS, Clips, ImagePairs
 from model import add_lora, load_lora, lora_header
 
@@ -35,8 +35,9 @@ def divide_batches(cfg, world_size):
 
 def load_model(cfg, device):
     """(cfg, pipeline, LoRA parameters): a frozen base in bfloat16, LoRA in float32; on a CPU everything is float32."""
-    lora = newest_checkpoint(cfg.init_lora) or cfg.init_lora
-    if lora:
+    lora = None
+    if cfg.init_lora:
+        lora = find_lora(cfg.init_lora)
         lora_header(lora)  # a bad file fails here, before the base is loaded
     pipe = load_pipeline(cfg.base, compute_dtype(device), int8=cfg.int8, asked=cfg.device)
     pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # else copied there in every step

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 import gradcos
 from common.base import autocast
-from data import TASKS
 from common.media import load_image, read_text
-from model import TOO_LONG, encode_prompt, v_loss, with_reference_token
 from common.run import print0, rank_and_world_size, records
+from data import TASKS
+from model import TOO_LONG, encode_prompt, v_loss, with_reference_token
 from sample import contact_sheet, encode_references, generate
 
 
