@@ -2,8 +2,7 @@
 compared with something we did not write (stock diffusers, closed forms) or with an answer known beforehand.
 
 `pytest` needs no GPU and no download. The other tests: tests/, and beside their files in paper/ and toy/."""
-from tests.shared import inputs_fixture, knobs_fixture, tiny_fixture  # noqa: F401
-from tests.shared import BASE, ROOT, H, L, N, T, W, command, randomise_lora, run  # before torch
+from tests.shared import BASE, ROOT, H, L, N, T, W, command, randomise_lora, run
 
 import dataclasses
 import json

@@ -11,7 +11,7 @@ from diffusers.utils import is_torchao_available
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5Config, T5EncoderModel
 
-from model import PAPER_BASE, REFERENCE_TOKEN, SubjectTransformer
+from model import PAPER_BASE, REFERENCE_TOKEN, VAE_PIXELS, SubjectTransformer
 
 warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks`")  # of diffusers' own call
 
@@ -27,6 +27,15 @@ def find_device(name=""):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here")
+    return device
+
+
+def use_device(name=""):
+    """The same, as this process's own: its GPU is chosen, and float32 products take TF32 (A.2)."""
+    device = find_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
     return device
 
 
@@ -66,6 +75,12 @@ def tile_vae(vae):
                 or pixels - int(pixels * overlap) != shrink * int(latents * (1 - overlap))):  # tiled_decode's
             print(f"this VAE's tiles of {pixels} pixels do not fit together: no tiling", file=sys.stderr)
             return vae.disable_tiling()
+
+
+def tile_large_clips(vae, height, width, frames):
+    """Tile where a clip is more than one call of the VAE can take (model.VAE_PIXELS)."""
+    if frames * height * width > VAE_PIXELS:
+        tile_vae(vae)
 
 
 def without_weights(base, part):

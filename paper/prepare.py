@@ -528,6 +528,6 @@ if __name__ == "__main__":
             sys.exit()
         sys.exit(usage)
     config, action = commands[sys.argv[1]]
-    command_line(action, config, action.__doc__, sys.argv[2:], out_of_memory="--vae_tiling True")
+    command_line(action, config, action.__doc__, sys.argv[2:])
     if dist.is_initialized():
         dist.destroy_process_group()

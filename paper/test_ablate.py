@@ -1,6 +1,4 @@
 """The ablation tables: every row is a valid run, and the rule for a verdict has known answers."""
-import tests.shared  # noqa: F401, before torch
-
 import dataclasses
 import json
 import math

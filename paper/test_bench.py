@@ -1,6 +1,4 @@
 """The benchmark runs anywhere at a small size (its times are not tested); what it counts has known answers."""
-import tests.shared  # noqa: F401, before torch
-
 import json
 from types import SimpleNamespace
 

@@ -1,6 +1,6 @@
 """Each metric against something that was not written here: transformers' own models and preprocessing, published
 numbers, closed forms, videos whose motion is known. No weights are downloaded; what lacks its package is skipped."""
-from tests.shared import ROOT, TORCHRUN, kill_job, run  # before torch
+from tests.shared import ROOT, TORCHRUN, kill_job, run
 
 import html
 import importlib.util

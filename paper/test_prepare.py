@@ -1,5 +1,5 @@
 """The preparers against a hostile local server and against files of the real schemas; the cache against no cache."""
-from tests.shared import BASE, TORCHRUN, run  # before torch
+from tests.shared import BASE, TORCHRUN, run
 
 import dataclasses
 import email.utils

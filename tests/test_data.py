@@ -1,5 +1,5 @@
 """The data sets: pictures, pairs and clips of every kind, and what is said about those that cannot be used."""
-from tests.shared import write_clip  # before torch
+from tests.shared import write_clip
 
 import gc
 import json

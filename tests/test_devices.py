@@ -1,6 +1,5 @@
 """What a machine with a GPU does, emulated on a CPU: its dtype, and modules that lie on different devices."""
-from tests.shared import knobs_fixture  # noqa: F401
-from tests.shared import BASE, ROOT, go_back, log_of, weights_of  # before torch
+from tests.shared import BASE, ROOT, go_back, log_of, weights_of
 
 import gc
 import json

@@ -1,6 +1,5 @@
 """Every way out of a run ends it, with its error and exit status, and leaves a folder that the next run understands."""
-from tests.shared import knobs_fixture  # noqa: F401
-from tests.shared import TORCHRUN, command, log_of, run  # before torch
+from tests.shared import TORCHRUN, command, log_of, run
 
 import shutil
 import signal

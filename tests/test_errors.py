@@ -1,6 +1,5 @@
 """Mistakes and broken files: each is one line that names what is wrong."""
-from tests.shared import knobs_fixture  # noqa: F401
-from tests.shared import BASE, ROOT, large_vae, run  # before torch
+from tests.shared import BASE, ROOT, large_vae, run
 
 import json
 import runpy

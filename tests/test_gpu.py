@@ -2,8 +2,7 @@
 
 A GPU repeats numbers to its rounding only, so each test states its tolerance. GPU_TESTS_ON=cpu tries the tests
 themselves on a CPU, in bfloat16 as on a GPU and with shorter runs; what a CPU has not got is skipped."""
-from tests.shared import inputs_fixture, tiny_fixture  # noqa: F401
-from tests.shared import BASE, ROOT, go_back, log_of, randomise_lora  # before torch
+from tests.shared import BASE, ROOT, go_back, log_of, randomise_lora
 
 import importlib.util
 import os

@@ -1,8 +1,7 @@
 """The paper's recipe and its authors': what drops, where <cls> stands, the coins of a step, one VAE path for pictures.
 """
-from tests.shared import inputs_fixture, knobs_fixture  # noqa: F401
 from tests.shared import (BASE, ROOT, TORCHRUN, C, H, L, N, T, W, command, go_back, large_vae, log_of, run,
-                          weights_of)  # before torch
+                          weights_of)
 
 import dataclasses
 import io

@@ -3,10 +3,9 @@
 Three golden runs say that nothing else has moved: their losses, norms, learning rates, measurements and some weights
 stand in golden.json. After a change that is meant to move them, write it anew and read the diff:
 
-    python -m tests.test_recipe
+    CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 python -m tests.test_recipe
 """
-from tests.shared import inputs_fixture, knobs_fixture, tiny_fixture  # noqa: F401
-from tests.shared import BASE, ROOT, log_of, randomise_lora, small_knobs  # before torch
+from tests.shared import BASE, ROOT, log_of, randomise_lora, small_knobs
 
 import dataclasses
 import importlib.metadata

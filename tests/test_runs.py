@@ -1,8 +1,7 @@
 """Runs of train.py: what they write, how they go on after any kind of end, on one rank and on two, and what stops them.
 """
-from tests.shared import knobs_fixture  # noqa: F401
 from tests.shared import (BASE, PATIENCE, ROOT, TORCHRUN, children, command, go_back, kill_job, log_lines, log_of, run,
-                          start_and_wait, weights_of, write_clip)  # before torch
+                          start_and_wait, weights_of, write_clip)
 
 import dataclasses
 import importlib.util

@@ -1,6 +1,5 @@
 """The cosine and PCGrad against two backward passes and closed forms; Appendix C's model; the figures."""
-from tests.shared import inputs_fixture, tiny_fixture  # noqa: F401
-from tests.shared import BASE, T, randomise_lora  # before torch
+from tests.shared import BASE, T, randomise_lora
 
 import json
 from pathlib import Path

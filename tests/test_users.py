@@ -1,6 +1,5 @@
 """What users of such projects run into: each is one clear line, or simply right."""
-from tests.shared import knobs_fixture  # noqa: F401
-from tests.shared import BASE, ROOT  # before torch
+from tests.shared import BASE, ROOT
 
 import dataclasses
 import json

@@ -1,6 +1,4 @@
 """The toy world's scores have known answers on videos whose truth is known."""
-import tests.shared  # noqa: F401, before torch
-
 import dataclasses
 import functools
 import hashlib

@@ -39,11 +39,11 @@ def ensure_data(cfg, presets):
     on the run's own device; any other --cache is left as it is. With other data, another base or random crops nothing
     is cached, and each step encodes its own.
     """
-    write_missing(cfg.images, cfg.videos, cfg.val_images, cfg.val_videos)
+    write_missing(cfg.images, cfg.videos, f"{cfg.images}_val", f"{cfg.videos}_val")
     if Path(cfg.cache).parent != Path("toy/data"):
         return cfg
     usual = {f.name: f.default for f in dataclasses.fields(cfg)} | presets
-    encoding = ("base", "frames", "fps", "height", "width", "crop_jitter", "fit", "vae_tiling")
+    encoding = ("base", "frames", "fps", "crop_jitter")
     same = {k: getattr(cfg, k) for k in encoding}
     ours = all(Path(folder).parent == Path("toy/data") for folder in (cfg.images, cfg.videos))
     if not ours or any(same[k] != usual[k] for k in encoding):
@@ -73,14 +73,11 @@ def sample_test_set(pipe, test, references=None, seed=0, batch=16, **options):
     return np.stack(videos)
 
 
-def score_lora(lora, n, with_reference=True, guidance=0.0, frames=0, cache_threshold=0.0, **options):
+def score_lora(lora, n, with_reference=True, guidance=0.0, frames=0, **options):
     """(scores, videos) of the LoRA at `lora` on the first n of the test set. guidance 0 takes the LoRA's own.
 
     frames=1 samples single pictures instead, of a creature that stands: what image steps train."""
-    from diffusers import FirstBlockCacheConfig
     pipe, header = load(lora=str(lora))
-    if cache_threshold:
-        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=cache_threshold))
     test = draw_test_set(n)
     if frames == 1:
         test = dataclasses.replace(test, prompts=[caption(f) for f in test.fields])
@@ -120,7 +117,6 @@ class Score:
     steps: int = knob(50, "denoising steps")
     guidance: float = knob(0.0, "classifier-free guidance scale; 0 takes the LoRA's")
     frames: int = knob(0, "1 scores single pictures; 0 takes the base's length")
-    cache_threshold: float = knob(0.0, "as in sample.py")
     controls: bool = knob(False, "also print what the scores can be fooled by")
     out: str = knob("", "also write the rows to this json file")
 
@@ -130,8 +126,7 @@ def score(cfg):
     rows = score_controls(cfg.lora[0], cfg.n, steps=cfg.steps) if cfg.controls else {}
     seeds = []
     for lora in cfg.lora:
-        rows[lora], _ = score_lora(lora, cfg.n, guidance=cfg.guidance, frames=cfg.frames, steps=cfg.steps,
-                                  cache_threshold=cfg.cache_threshold)
+        rows[lora], _ = score_lora(lora, cfg.n, guidance=cfg.guidance, frames=cfg.frames, steps=cfg.steps)
         seeds.append(rows[lora])
     if len(seeds) > 1:
         rows["mean"] = {k: float(np.mean([s[k] for s in seeds])) for k in seeds[0]}
