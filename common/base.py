@@ -1,4 +1,4 @@
-"""Loads a CogVideoX base: device, dtype, 8-bit weights, VAE tiles, attention kernels. Nothing here is the paper's."""
+"""Loads a CogVideoX base: device, dtype, 8-bit weights, VAE tiles, attention kernels. The method is not here."""
 import os
 import sys
 import warnings

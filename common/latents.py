@@ -1,7 +1,7 @@
 """Cached latents: each pair and clip is encoded once, and training reads the result.
 
-`python -m paper.prepare cache` writes them, and train.py reads them with --cache. A cache knows what its numbers depend
-on and is refused when any of that has changed: a stale one would silently train on the wrong latents.
+`python -m paper.prepare cache` writes them, and train.py reads them with --cache. A cache records what its
+numbers depend on, and it is refused when any of that has changed: training would silently use the wrong latents.
 """
 import json
 import os

@@ -1,4 +1,4 @@
-"""Pictures and clips, from files and to files: what Pillow and PyAV read becomes RGB pictures of one size.
+"""Pictures and clips, read from files and written to them. What Pillow and PyAV read becomes RGB pictures of one size.
 
 Nothing here knows the method. A picture that is turned, mirrored, transparent or in another colour space comes out as a
 viewer shows it, and so does a clip.

@@ -1,4 +1,4 @@
-"""Watching a run: its log and progress bar, held-out losses, sample sheets. Nothing here affects what is trained."""
+"""Watching a run: its log and progress bar, held-out losses and cosines, sample sheets. Training never sees it."""
 import json
 import sys
 import time

@@ -6,18 +6,12 @@
     python -m toy.world score --lora DIR  sample 96 unseen creatures and score the videos exactly
     python -m toy.world picture           assets/toy.webp: references and their videos, side by side
 
-A creature is a random left-right symmetric bitmap of 8x8 cells in two colours: every identity is new, and no
-caption can describe it, so a model can only get it right by looking at the reference. Cells are 2 px, a creature is
-16x16 px, and it always stands on the grid of 8-px tiles that the transformer's tokens cover (VAE 2x, patch 4). A clip
-has 9 frames of 32x32, which the VAE turns into 5 latent frames (1, 2, 2, 2, 2). The creature makes up to two steps of
-one tile in one direction, each at the start of a latent frame, and stays inside the field.
+toy/creatures.py says what a creature is, how it moves and how a video of it is scored. Both views of a pair show it in
+the same place, as the centred subjects of Subjects200K (5.4): with another place in each view an image-only model tears
+creatures apart. The base has seen more than the LoRA's clips show, as a real one has: shots in which nothing moves,
+other actions, other frame rates (toy/train_base.py).
 
-Both views of a pair show the creature in the same place, as the centred subjects of Subjects200K (5.4): with another
-place in each view an image-only model tears creatures apart. The base has seen more than the LoRA's clips show, as a
-real one has: shots in which nothing moves, other actions, other frame rates (toy/train_base.py).
-
-Because the truth is known the scores are exact: no learned metric decides whether the right creature walked the
-right way. `score` also prints the control rows that show what each score can be fooled by.
+`score` also prints the control rows (--controls True) that show what each score can be fooled by.
 """
 import dataclasses
 import json
