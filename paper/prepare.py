@@ -50,7 +50,7 @@ def share(text):
 
 
 def parquet_files(source, folder):
-    """{name: function that returns its path} of a data set's parquet files: local ones, or a hub id's, put in `folder`."""
+    """{name: function that returns its path} of a data set's parquet files: local, or a hub id's, put in `folder`."""
     def from_hub(get, *name, **options):
         try:
             return get(source, *name, repo_type="dataset", **options)
