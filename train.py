@@ -4,16 +4,13 @@
     torchrun --nproc_per_node=8 train.py      # the paper's run: CogVideoX-5B, Subjects200K, Pexels clips
     python train.py --toy                     # the same code on the toy world, minutes on two CPU cores
 
-The model sees one picture of the subject, the reference, as extra tokens. Each step flips one coin. With probability p
-it takes plain clips and learns image-to-video (motion): the reference is a random frame of the clip with half of its
-tokens dropped, so that it cannot just be copied. Otherwise it takes pairs of pictures of one subject and learns to make
-one from the other (identity); half of these steps' micro-batches come without the reference, so that the model also
-follows the caption. The same LoRA learns both.
+Each step flips one coin. With probability p it takes plain clips and learns motion: image-to-video from a random frame
+of the clip, with half of its tokens dropped. Otherwise it takes pairs of pictures and learns identity: one from the
+other. The same LoRA learns both.
 
 A run writes out/NAME/: config.json, log.jsonl (one line per step), step-000400/ (LoRA weights and training state); with
---val_every also val.jsonl and samples/, with --gradcos_every gradcos.jsonl. Run the same command to continue from the
-newest checkpoint: on a CPU bit for bit, on a GPU to its rounding. On SIGTERM a run finishes its step, saves a
-checkpoint and stops.
+--val_every also val.jsonl and samples/, with --gradcos_every gradcos.jsonl. The same command continues from the newest
+checkpoint: on a CPU bit for bit. On SIGTERM a run finishes its step, saves a checkpoint and stops.
 """
 import json
 import sys
@@ -31,6 +28,7 @@ from diffusers.utils import logging as diffusers_logging
 import gradcos
 from common.base import attention_order, autocast, find_device, use_device
 from common.latents import cls_for
+from common.look import write_sheet
 from common.media import normalise
 from common.run import (SIGTERM, check, claim, command_line, join_ranks, knob, newest_checkpoint, print0,
                         rank_and_world_size, resume, rng, save_checkpoint, settings_of, sigterm_asks, start_log,
@@ -98,6 +96,8 @@ class Config:
     workers: int = knob(4, "processes per rank that read data", trains=False)
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
     # watching the run
+    look: int = knob(0, "train nothing: draw this many micro-batches as the model gets them, out/NAME/look.png",
+                     trains=False)
     gradcos_every: int = knob(0, "steps between measurements of the two gradients' cosine (4.1, B.1); 0 never",
                               trains=False)
     val_every: int = knob(0, "steps between held-out losses (B.1's batches), and samples of --val_refs; 0 never",
@@ -359,6 +359,20 @@ def held_out_batches(cfg, pipe, size, frames, n_ref):
     return held_out
 
 
+def look(cfg):
+    """--look: the real loader and the real drops of the first micro-batches, drawn."""
+    cfg, pipe, _ = load_model(divide_batches(cfg, 1), use_device(cfg.device))
+    datasets, _, _, n_ref = open_data(cfg, pipe)
+    micros = [micro for step in range(min(cfg.look, cfg.steps)) for micro in plan(cfg, step)][:cfg.look]
+    seen = []
+    for micro, batch in zip(micros, batches(datasets, [micro.keys for micro in micros])):
+        keep = all_or_none(cfg, micro, cfg.view_drop) if micro.task == "image" else tokens_to_keep(cfg, micro, n_ref)
+        x, ref, _ = encode(cfg, pipe, batch, micro.task, keep, torch_rng(cfg.seed, "noise", micro.step, micro.index))
+        seen.append((micro, batch, x, ref, keep))
+    write_sheet(cfg, pipe, seen, Path(cfg.out) / cfg.name / "look.png")
+    print0(f"wrote {Path(cfg.out) / cfg.name / 'look.png'}")
+
+
 def make_optimizer(cfg, parameters):
     """AdamW and its learning rate: warm-up, then cosine with restarts (A.2)."""
     # The paper is silent on weight decay and on the number of restarts: one cycle is a plain cosine.
@@ -386,7 +400,7 @@ def main(cfg):
         if cfg.toy:
             from toy import world
             cfg = world.ensure_data(cfg, TOY)
-        train(cfg)
+        look(cfg) if cfg.look else train(cfg)
     if dist.is_initialized():  # train() must return first: its DDP model uses the group
         dist.barrier()
         dist.destroy_process_group()
