@@ -46,7 +46,9 @@ def write_sheet(cfg, pipe, seen, path):
     for micro, batch, x, ref, keep in seen:
         (reference,) = pictures_of(pipe, ref[:1])
         enlarge = max(1, HEIGHT // reference.height)
-        row = contact_sheet(pictures_of(pipe, x[:1]), grey_out(reference, keep, side), enlarge)
+        size = (reference.width * enlarge, reference.height * enlarge)
+        kept = grey_out(reference, keep, side).resize(size, Image.NEAREST)
+        row = contact_sheet(pictures_of(pipe, x[:1]), kept, enlarge)
         rows.append((f"step {micro.step}, {micro.task}: {words_for_t5(cfg, pipe, batch, micro.task)}", row))
     high = rows[0][1].height + WORDS
     sheet = Image.new("RGB", (max(row.width for _, row in rows), high * len(rows)), "white")

@@ -164,8 +164,8 @@ PAPER = dict(  # 5.1, A.1, A.2, Algorithm 1 and 3.2 to 3.4
 SILENT = dict(  # ours, or the authors' code
     crop_jitter=0.1, image_micro=1, video_micro=1, seed=0,
     image_checkpointing="none", video_checkpointing="attention", compile=False, int8=False, guidance=6.0, workers=4,
-    gradcos_every=0, val_every=0, look=0, init_lora="", cache="", val_refs="", images="data/subjects200k", videos="data/pexels",
-    out="out", name="subject", device="", tensorboard=False)
+    gradcos_every=0, val_every=0, look=0, init_lora="", cache="", val_refs="", images="data/subjects200k",
+    videos="data/pexels", out="out", name="subject", device="", tensorboard=False)
 SAMPLING = dict(
     steps=50, guidance=0.0, lora_scale=1.0, seed=0, frames=0, fps=0.0, height=0, width=0, fit="cover", batch=1,
     out="sample.mp4", lora="", base="", ref="", prompt="", prompts="", bench="", images=".", device="", int8=False,
