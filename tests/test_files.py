@@ -16,26 +16,25 @@ from common import media
 from common.run import write
 
 RED = Image.new("RGB", (64, 32), (255, 0, 0))
+# sRGB with its red and its green exchanged: what the numbers call red looks green.
+EXCHANGED = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+EXCHANGED = EXCHANGED.replace(b"rXYZ", b"....").replace(b"gXYZ", b"rXYZ").replace(b"....", b"gXYZ")
+PROFILE, TURNED = {"icc_profile": EXCHANGED}, Image.Exif()
+TURNED[0x0112] = 6  # by 90 degrees
 
 
-# ---- colours ---------------------------------------------------------------------------------------------------------
-
-def exchanged():
-    """An RGB profile that means green where others mean red: sRGB with these two exchanged."""
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    return profile.replace(b"rXYZ", b"....").replace(b"gXYZ", b"rXYZ").replace(b"....", b"gXYZ")
-
-
-@pytest.mark.parametrize("name, mode, profile, wanted", [
-    ("a.jpg", "RGB", exchanged(), [0, 255, 0]), ("a.png", "P", exchanged(), [0, 255, 0]),
-    ("a.png", "RGBA", exchanged(), [127, 255, 127]), ("a.png", "L", exchanged(), [76, 76, 76]),
-    ("a.png", "RGB", b"no profile", [255, 0, 0]), ("a.png", "RGB", exchanged()[:200], [255, 0, 0])])
-def test_a_colour_profile_that_can_be_used_decides_what_colours_are(tmp_path, name, mode, profile, wanted):
-    image = RED.convert(mode)
-    if mode == "RGBA":
-        image.putalpha(128)  # half of it over white
-    image.save(tmp_path / name, icc_profile=profile)
-    assert np.abs(np.asarray(media.load_image(tmp_path / name), int) - wanted).max() < 4
+@pytest.mark.parametrize("picture, name, options, wanted", [
+    (RED, "a.jpg", PROFILE, [0, 255, 0]), (RED.convert("P"), "a.png", PROFILE, [0, 255, 0]),
+    (Image.new("RGBA", (64, 32), (255, 0, 0, 128)), "a.png", PROFILE, [127, 255, 127]),
+    (RED.convert("L"), "a.png", PROFILE, [76, 76, 76]), (RED, "a.png", {"icc_profile": b"no profile"}, [255, 0, 0]),
+    (RED, "a.png", {"icc_profile": EXCHANGED[:200]}, [255, 0, 0]), (RED.convert("CMYK"), "a.jpg", {}, [255, 0, 0]),
+    (Image.fromarray(np.full((32, 64), 0x8080, np.uint16)), "deep.png", {}, [128] * 3),  # convert("RGB") would give 255
+    (Image.fromarray(np.full((32, 64), -50, np.float32)), "below.tif", {}, [0] * 3),  # darker than black
+    (RED.convert("P"), "clear.png", {"transparency": RED.convert("P").getpixel((0, 0))}, [255] * 3),
+    (Image.new("RGB", (32, 64)), "turned.jpg", {"exif": TURNED}, [0] * 3)])
+def test_a_picture_is_rgb_on_white_and_upright_in_the_colours_of_its_profile(tmp_path, picture, name, options, wanted):
+    picture.save(tmp_path / name, **options)
+    assert np.abs(np.asarray(media.load_image(tmp_path / name), int) - np.full((32, 64, 3), wanted)).max() < 4
 
 
 # ---- what cannot be read, what cannot be written ---------------------------------------------------------------------
@@ -52,12 +51,12 @@ def save_video(path, n=1):
     (media.load_image, "empty", "Save it as PNG or JPEG"), (media.load_image, "a.mp4", "of a video save one frame"),
     (media.load_image, "folder", "is a folder"), (media.load_image, "pipe", "a pipe"),
     (media.load_image, "none", "no picture at"), (load_clip, "empty", "cannot read the clip"),
-    (load_clip, "a.png", "cannot read the clip"), (load_clip, "folder", "is a folder"),
+    (load_clip, "a.mp4", "too short: 1 frames at 8 fps, 9 asked"), (load_clip, "folder", "is a folder"),
     (media.load_image, "https://x.org/a.png", "download the picture first"), (load_clip, "none", "no clip at"),
     (media.read_text, "latin-1", "is not a UTF-8 text file"), (data.read_pairs, "cut", "line 1 is not the JSON"),
     (save_video, "none/a.mp4", "cannot write"), (save_video, "empty", "name it .mp4")])
 def test_a_file_that_cannot_be_used_is_named_in_one_line(tmp_path, act, name, message):
-    for file, content in {"empty": b"", "latin-1": b"\xe9", "cut": b'{"image_0": ', "a.png": b"cut"}.items():
+    for file, content in {"empty": b"", "latin-1": b"\xe9", "cut": b'{"image_0": '}.items():
         (tmp_path / file).write_bytes(content)
     save_video(tmp_path / "a.mp4")
     (tmp_path / "folder").mkdir()
