@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -88,12 +89,6 @@ def test_no_token_kept_is_text_to_video_at_frames_one_to_T(tiny, inputs):
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
-
-def test_lora_is_float32_on_a_bfloat16_base(tiny):
-    parameters = add_lora(tiny[0].to(torch.bfloat16), 4, 2)
-    assert parameters and all(p.dtype == torch.float32 for p in parameters)
-    assert not any(p.requires_grad for n, p in tiny[0].named_parameters() if "lora_" not in n)
-
 
 def test_reference_scope_changes_the_references_tokens_alone(tiny, inputs):
     """Each layer is compared with the stock one, both on the same inputs."""
@@ -179,14 +174,10 @@ def test_v_loss_is_float32_whatever_the_dtype():
     """bfloat16 would round alpha-bar to 1.0 for t = 0 and 1 (no noise at all), and the squares to three digits."""
     scheduler = CogVideoXPipeline.from_pretrained(BASE).scheduler
     x, noise = torch.randn(2, 2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
-    seen = []
-
-    def transformer(noisy, *args, **kwargs):
-        seen.append(noisy)
-        return (x,)
+    transformer = Mock(return_value=(x,))
     loss = v_loss(transformer, scheduler, x, None, torch.tensor([1, 1]), noise)
     a, x32, noise = scheduler.alphas_cumprod[1].float(), x.float(), noise.float()
-    assert torch.allclose(seen[0], a.sqrt() * x32 + (1 - a).sqrt() * noise, atol=1e-6)
+    assert torch.allclose(transformer.call_args.args[0], a.sqrt() * x32 + (1 - a).sqrt() * noise, atol=1e-6)
     v = a.sqrt() * noise - (1 - a).sqrt() * x32
     assert torch.allclose(loss, (x32 - v).square().mean((1, 2, 3, 4)), rtol=1e-6)
 
