@@ -63,7 +63,8 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
 
     @apply_lora_scale("attention_kwargs")
     def forward(self, hidden_states, encoder_hidden_states, timestep, timestep_cond=None, ofs=None,
-                image_rotary_emb=None, attention_kwargs=None, return_dict=True, reference=None, keep=None):
+                image_rotary_emb=None, attention_kwargs=None, return_dict=True, reference=None, keep=None,
+                first_frame=1):
         """Velocity of the noisy frames, (B,T,C,H,W).
 
         hidden_states (B,T,C,H,W): noisy latents. encoder_hidden_states (B,L,D_text). timestep (B,).
@@ -72,6 +73,8 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
             hands it in; one reference serves both halves of a classifier-free guidance batch.
         keep (K,): indices of the reference tokens that stay (TokenDrop in Algorithm 1); None keeps all N. The others
             leave the sequence. An empty `keep` is text-to-video with the video still at frames 1..T.
+        first_frame: the RoPE frame at which the noisy frames begin when there is a reference. Only training uses it, to
+            show a single picture at another distance from the reference (train.py's --image_frame).
         image_rotary_emb: the stock T-frame tables, used only without a reference; made from the config when None.
         """
         if self.config.patch_size_t is not None:
@@ -102,7 +105,8 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
 
         rope = image_rotary_emb  # a pair (cos, sin), each (F_all*N, head_dim)
         if self.config.use_rotary_positional_embeddings and (rope is None or reference is not None):
-            rope = self.rotary_tables(F_all, H, W, hidden_states.device)
+            skipped = 0 if reference is None else first_frame - 1
+            rope = self.rotary_tables(F_all, H, W, hidden_states.device, skipped)
 
         tokens = self.patch_embed(encoder_hidden_states, frames)  # (B, L + F_all*N, D)
         text, hidden = tokens[:, :L], tokens[:, L:]
@@ -159,11 +163,13 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
             set_span()
         return block(hidden, text, temb, image_rotary_emb=rope, attention_kwargs=attention_kwargs)
 
-    def rotary_tables(self, frames, height, width, device):
-        """RoPE (cos, sin) for `frames` latent frames of height x width latents, as the stock pipeline makes them."""
+    def rotary_tables(self, frames, height, width, device, skipped=0):
+        """RoPE (cos, sin) for `frames` latent frames of height x width latents, as the stock pipeline makes them.
+        skipped: how many frames of time are left out after the first one: frames 0, skipped + 1, skipped + 2, ..."""
         c = self.config
         return _rotary_tables(c.attention_head_dim, frames, height // c.patch_size, width // c.patch_size,
-                              c.sample_height // c.patch_size, c.sample_width // c.patch_size, torch.device(device))
+                              c.sample_height // c.patch_size, c.sample_width // c.patch_size, torch.device(device),
+                              skipped)
 
 
 ATTENTION = [op.default for op in (
@@ -171,10 +177,12 @@ ATTENTION = [op.default for op in (
     torch.ops.aten._scaled_dot_product_efficient_attention, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)]
 
 
-@lru_cache(maxsize=16)
-def _rotary_tables(head_dim, frames, height, width, base_height, base_width, device):
+@lru_cache(maxsize=32)
+def _rotary_tables(head_dim, frames, height, width, base_height, base_width, device, skipped):
     crop = get_resize_crop_region_for_grid((height, width), base_width, base_height)
-    return get_3d_rotary_pos_embed(head_dim, crop, (height, width), frames, device=device)
+    tables = get_3d_rotary_pos_embed(head_dim, crop, (height, width), frames + skipped, device=device)
+    N = height * width
+    return tuple(torch.cat([table[:N], table[(1 + skipped) * N:]]) for table in tables) if skipped else tables
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
@@ -382,11 +390,11 @@ def _reference_only_norm(norm, holder):
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
-def v_loss(transformer, scheduler, latents, text, timestep, noise, reference=None, keep=None):
+def v_loss(transformer, scheduler, latents, text, timestep, noise, reference=None, keep=None, first_frame=1):
     """The diffusion loss of both tasks, one value per sample (B,), float32.
 
-    latents (B,T,C,H,W) clean and scaled; text (B,L,D_text); timestep (B,); noise like latents; reference, keep: see
-    SubjectTransformer.forward. With a = alpha-bar at the timestep:
+    latents (B,T,C,H,W) clean and scaled; text (B,L,D_text); timestep (B,); noise like latents; reference, keep,
+    first_frame: see SubjectTransformer.forward. With a = alpha-bar at the timestep:
 
         x_t = sqrt(a) x + sqrt(1-a) e       v = sqrt(a) e - sqrt(1-a) x       loss = |v_pred - v|^2
 
@@ -397,7 +405,8 @@ def v_loss(transformer, scheduler, latents, text, timestep, noise, reference=Non
     latents, noise = latents.float(), noise.float()  # diffusers rounds alpha-bar to their dtype: bf16 loses small t
     noisy = scheduler.add_noise(latents, noise, timestep)
     v = scheduler.get_velocity(latents, noise, timestep)
-    v_pred = transformer(noisy, text, timestep, reference=reference, keep=keep, return_dict=False)[0]
+    v_pred = transformer(noisy, text, timestep, reference=reference, keep=keep, first_frame=first_frame,
+                         return_dict=False)[0]
     return F.mse_loss(v_pred.float(), v.float(), reduction="none").mean(dim=(1, 2, 3, 4))
 
 

@@ -78,6 +78,8 @@ class Config:
     token_drop: float = knob(0.5, "share of reference tokens dropped in video steps; 1 is text-to-video (Table 7)")
     drop: str = knob("tokens", "what --token_drop drops: tokens (3.4), or whole references", "tokens", "reference")
     view_drop: float = knob(0.5, "probability that an image micro-batch trains without its reference (A.2)")
+    image_frame: str = knob("first", "latent frame at which an image step's target stands: 1 (3.3), or any of a clip's",
+                            "first", "random")
     cls: str = knob("front", "where <cls>, the reference's mark, stands (3.3, Table 6)", "front", "item", "off")
     cls_video: bool = knob(True, "video prompts get <cls> too")
     # optimisation
@@ -222,6 +224,15 @@ def view_drop(cfg, step, micro_index):
     return all_or_none(cfg, cfg.view_drop, step, micro_index)
 
 
+def image_frame(cfg, step, micro_index, latent_frames):
+    """The latent frame (of RoPE) at which the target of an image micro-batch stands. The reference is frame 0, and a
+    picture is one frame long, so the paper's is always frame 1 (3.3): what image steps teach, they teach at one
+    distance from the reference, while a clip has frames 1..T. With --image_frame random it is any of those."""
+    if cfg.image_frame == "first":
+        return 1
+    return int(rng(cfg.seed, "image frame", step, micro_index).integers(1, latent_frames, endpoint=True))
+
+
 def all_or_none(cfg, drop, step, micro_index):
     """Which reference tokens of a micro-batch to KEEP: None for all; with probability `drop` an empty index: none."""
     if rng(cfg.seed, "drop", step, micro_index).random() < drop:
@@ -281,6 +292,7 @@ def train(cfg):
     pipe.vae.to(device)
     pipe.text_encoder.to(device)
     num_timesteps = pipe.scheduler.config.num_train_timesteps
+    T = latent_frames(pipe, frames)
 
     optimizer, lr_schedule = make_optimizer(cfg, parameters)
     state = {"optimizer": optimizer, "lr_schedule": lr_schedule}
@@ -330,8 +342,10 @@ def train(cfg):
             batch = next(loader)                                     # pairs, or clips with a random frame (3.4)
             if micro.task == "video":                                # keep: which of the reference's tokens stay
                 keep = token_drop(cfg, step, micro.index, n_ref)     # (K,): a random part of them
+                first_frame = 1                                      # frames 1..T, the reference is 0
             else:
                 keep = view_drop(cfg, step, micro.index)             # None: all of them; empty: none
+                first_frame = image_frame(cfg, step, micro.index, T)  # 1, the paper's, or any of 1..T
             noise_rng = torch_rng(cfg.seed, "noise", step, micro.index)
             x, ref, text = encode_batch(cfg, pipe, batch, keep, noise_rng)      # (B,T,C,H,W), (B,1,C,H,W), (B,L,D)
             keep = None if keep is None else to_device(keep, device)
@@ -341,7 +355,8 @@ def train(cfg):
             sync = micro is micros[-1]                               # ranks average gradients in the last backward
             with nullcontext() if sync or world_size == 1 else model.no_sync():
                 with autocast(device):                               # bfloat16 on a GPU
-                    loss = v_loss(model, pipe.scheduler, x, text, t, noise, ref, keep)  # (B,): L_vid or L_img
+                    loss = v_loss(model, pipe.scheduler, x, text, t, noise, ref, keep,  # (B,): L_vid or L_img
+                                  first_frame)
                 (loss.mean() / len(micros)).backward()               # g_vid or g_img
             add_losses(losses, micro.task, loss, t, num_timesteps)
             log.skipped(batch["skipped"])                            # unreadable files
@@ -423,6 +438,8 @@ def open_data(cfg, pipe):
     if frames != cfg.frames:
         print0(f"--frames {cfg.frames} cut to {frames}: the VAE takes no other length")
     warn_of_another_size(pipe, height, width, frames)
+    if cfg.image_frame == "random" and not pipe.transformer.config.use_rotary_positional_embeddings:
+        raise ValueError("--image_frame random chooses rows of the RoPE tables, and this base has no RoPE")
     datasets, caches = {}, open_caches(cfg, pipe, (height, width), frames)
     if cfg.p < 1:
         datasets["image"] = ImagePairs(cfg.images, (height, width), cfg.crop_jitter, cfg.seed, caches["image"], cfg.fit)
@@ -439,10 +456,15 @@ def open_data(cfg, pipe):
     return datasets, (height, width), frames, (height // multiple) * (width // multiple)
 
 
+def latent_frames(pipe, frames):
+    """T: how many latent frames the VAE makes of a clip of 8k+1 frames (13 of 49)."""
+    return (frames - 1) // pipe.vae_scale_factor_temporal + 1
+
+
 def held_out_batches(cfg, pipe, size, frames, n_ref):
-    """This rank's held-out micro-batches, (task, inputs of v_loss), as in B.1: fixed samples, noise, timesteps and kept
-    tokens, without view drop. They depend on the flags of data, prompts, token drop and micro-batch sizes, not
-    on --seed: compare held-out losses of runs that share these."""
+    """This rank's held-out micro-batches, (task, inputs of v_loss), as in B.1: fixed samples, noise, timesteps, kept
+    tokens and image frames, without view drop. They depend on the flags of data, prompts, token drop, image frame and
+    micro-batch sizes, not on --seed: compare held-out losses of runs that share these."""
     cfg = replace(cfg, seed=2**31 - 1)
     rank, world_size = rank_and_world_size()
     datasets = {"image": ImagePairs(cfg.val_images, size, cfg.crop_jitter, cfg.seed, fit=cfg.fit, in_order=True),
@@ -453,12 +475,14 @@ def held_out_batches(cfg, pipe, size, frames, n_ref):
             micro_index, keys = first // micro, [(task, 0, i) for i in range(first, min(n, first + micro))]
             noise_rng = torch_rng(cfg.seed, "noise", 0, micro_index)
             keep = token_drop(cfg, 0, micro_index, n_ref) if task == "video" else None
+            first_frame = image_frame(cfg, 0, micro_index, latent_frames(pipe, frames)) if task == "image" else 1
             batch = next(batches(datasets, [keys]))
             for reason in batch["skipped"]:
                 print(f"skipped, held out: {reason}", file=sys.stderr)
             x, ref, text = encode_batch(cfg, pipe, batch, keep, noise_rng)
             t, noise = sample_noise(x, pipe.scheduler, noise_rng)
-            yield task, dict(latents=x, text=text, timestep=t, noise=noise, reference=ref, keep=keep)
+            yield task, dict(latents=x, text=text, timestep=t, noise=noise, reference=ref, keep=keep,
+                             first_frame=first_frame)
 
 
 def make_optimizer(cfg, parameters):

@@ -210,7 +210,7 @@ class Validation:
         self.batches = {"image": [], "video": []}
         if cfg.gradcos_every or cfg.val_every:
             for task, inputs in batches:
-                self.batches[task].append({k: None if v is None else v.cpu() for k, v in inputs.items()})
+                self.batches[task].append({k: v.cpu() if torch.is_tensor(v) else v for k, v in inputs.items()})
         mine = {task: sum(len(inputs["timestep"]) for inputs in batches) for task, batches in self.batches.items()}
         self.count = sum_over_ranks({task: torch.tensor([n]) for task, n in mine.items()})  # samples of all ranks
         self.texts = sample_texts(pipe, cfg.val_refs, cfg.cls) if cfg.sample_every else {}
@@ -246,7 +246,7 @@ class Validation:
         """(loss per sample, its timestep) of each of this rank's micro-batches; LoRA dropout is off."""
         device = self.pipe.transformer.device
         for inputs in self.batches[task]:
-            inputs = {k: None if v is None else v.to(device) for k, v in inputs.items()}
+            inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
             with autocast(device):
                 loss = v_loss(self.pipe.transformer, self.pipe.scheduler, **inputs)
             yield loss, inputs["timestep"]

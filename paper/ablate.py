@@ -65,6 +65,15 @@ ROWS = {  # name: flags of train.py. Sizes of data sets are shares of the toy's 
     "mixed": {"task_schedule": "mixed", **train.TOY_AUTHORS},
     "cls-item": {"cls": "item"},
     "authors": {"recipe": "authors", **train.AUTHORS, **train.TOY_AUTHORS},
+    # The target of an image step at any latent frame of a clip instead of always the first: a row of each kind above.
+    "image-only-any-frame": {"p": 0.0, "image_frame": "random"},
+    "ours-any-frame": {"image_frame": "random"},
+    "base-walks-image-only-any-frame": {"base": "toy/base_walks", "p": 0.0, "image_frame": "random"},
+    "p-0.1-any-frame": {"p": 0.1, "image_frame": "random"},
+    "p-0.05-any-frame": {"p": 0.05, "image_frame": "random"},
+    "p-0.4-any-frame": {"p": 0.4, "image_frame": "random"},
+    "scope-reference-image-only-any-frame": {"lora_scope": "reference", "p": 0.0, "image_frame": "random"},
+    "view-drop-any-frame": {"view_drop": 0.5, "image_frame": "random"},
 }
 FIGURES = {  # figure: its rows. headline and dose are drawn from results, the next from gradcos, the others from runs
     "headline": ("ours", "image-only", "thaw"),
@@ -75,7 +84,8 @@ FIGURES = {  # figure: its rows. headline and dose are drawn from results, the n
     "figure12": ("first-frame-no-drop", "random-frame-no-drop", "ours"),
     "figure13": ("image-only", "two-stage", "ours"),
 }
-CURVES = FIGURES["headline"]  # scored at checkpoints too, and on single pictures
+CURVES = FIGURES["headline"]  # scored at checkpoints too
+PICTURES = (*CURVES, "ours-any-frame", "image-only-any-frame")  # scored on single pictures too
 WATCHED = {*FIGURES["figure9"], *FIGURES["figure10"], *FIGURES["cosines"]}  # measured with gradcos
 
 PAPER_COLUMNS = ("Motion Smoothness", "Dynamic Degree", "CLIP-T", "CLIP-I", "DINO-I")
@@ -124,6 +134,18 @@ TABLES = {  # table: (row, the paper's name, the paper's numbers in PAPER_COLUMN
                ("scope-reference", "LoRA on reference tokens only", None),
                ("scope-reference-image-only", "the same, p = 0", None), ("image-only", "all tokens, p = 0", None),
                ("thaw", "image-only, then 200 steps of clips", None)],
+    "any-frame": [("image-only", "p = 0, a picture's target at latent frame 1", None),
+                  ("image-only-any-frame", "the same, at any latent frame of a clip", None),
+                  ("p-0.05", "p = 0.05, at 1", None), ("p-0.05-any-frame", "the same, at any", None),
+                  ("p-0.1", "p = 0.1, at 1", None), ("p-0.1-any-frame", "the same, at any", None),
+                  ("ours", "p = 0.2, at 1", None), ("ours-any-frame", "the same, at any", None),
+                  ("p-0.4", "p = 0.4, at 1", None), ("p-0.4-any-frame", "the same, at any", None),
+                  ("view-drop", "view drop 0.5, p = 0.2, at 1", None),
+                  ("view-drop-any-frame", "the same, at any", None),
+                  ("scope-reference-image-only", "LoRA on reference tokens only, p = 0, at 1", None),
+                  ("scope-reference-image-only-any-frame", "the same, at any", None),
+                  ("base-walks-image-only", "a base that has seen no clip that stands, p = 0, at 1", None),
+                  ("base-walks-image-only-any-frame", "the same, at any", None)],
 }
 FINDINGS = [  # where, what the paper says, column, the higher row, the lower row (or a number), perhaps a margin
     ("Tables 3, 9", "dual-task moves more than image-only", "moves", "ours", "image-only"),
@@ -258,8 +280,9 @@ def score_row(cfg, run, config):
     if cfg.row in WATCHED:  # means over the second half of the run
         late = [r for r in records(run / "gradcos.jsonl") if r["step"] >= config.steps / 2]
         scored["scores"] |= {column: float(np.mean([r[column] for r in late])) for column in GRADIENT_COLUMNS}
-    if cfg.row in CURVES:
+    if cfg.row in PICTURES:
         scored["pictures"] = world.score_lora(run, cfg.n, frames=1, **options)[0]
+    if cfg.row in CURVES:
         checkpoints = sorted(d for d in run.glob("step-*") if d.suffix != ".tmp")
         scored["curve"] = [{"step": int(d.name[5:]), **world.score_lora(d, cfg.curve_n, **options)[0]}
                            for d in checkpoints]
@@ -348,9 +371,9 @@ def table_lines(table, results):
 
 
 def single_picture_lines(results):
-    """What the rows of the headline make of single pictures (--frames 1)."""
+    """What some rows make of single pictures (--frames 1)."""
     yield "| single pictures | seeds | whole | cells | identity_16 | field |\n|---|---|---|---|---|---|"
-    for row in CURVES:
+    for row in PICTURES:
         scores = [record["pictures"] for record in results.get(row, {}).values()]
         cells = [mean_and_std([s[c] for s in scores]) for c in ("cells", "identity_16", "field")]
         whole = mean_and_std([100 - s["broken"] for s in scores])
@@ -443,7 +466,8 @@ def print_real(whats):
     for what in whats:
         commands.append(f"# {what}")
         for row in [row for row, _, _ in TABLES[what]] if what in TABLES else FIGURES[what]:
-            if row.removesuffix("-image-only") in TOY_ONLY or row in ("thaw", "low-lr-image-only"):
+            kind = row.removesuffix("-any-frame").removesuffix("-image-only")
+            if kind in TOY_ONLY or row in ("thaw", "low-lr-image-only"):
                 commands.append(f"# {row}: the toy only")
                 continue
             small = what in PAIRS_4K or (what, row) == ("table3", "image-only")  # that row is Table 9's
