@@ -14,20 +14,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
-from peft.tuners.lora import LoraLayer
 from PIL import Image
 from tqdm import tqdm
 
-from base import (attention_order, find_device, frame_size, load_pipeline, sampling_dtype, tile_vae,
-                  warn_of_another_size)
-from data import clip_frames, fit_reference, load_image, normalise, read_text, resize_center_crop, save_video, to_pixels
-from model import (LORA_FILE, PAPER_BASE, REFERENCE_TOKEN, encode_prompt, encode_video, load_lora, lora_header,
-                   lora_path, merge_lora, with_reference_token)
-from run import check, command_line, join_ranks, knob, newest_checkpoint, rank_and_world_size, refuse_overwriting
-
-HERE = Path(__file__).parent
+from common.base import (ROOT, attention_order, find_device, find_lora, frame_size, load_pipeline, sampling_dtype,
+                         tile_vae, warn_of_another_size)
+from common.jobs import jobs_of_bench, jobs_of_flags, refuse_outputs, report, share_out
+from common.media import clip_frames, fit_reference, normalise, resize_center_crop, save_video, to_pixels
+from common.run import check, command_line, join_ranks, knob, rank_and_world_size, refuse_overwriting
+from model import (PAPER_BASE, REFERENCE_TOKEN, encode_prompt, encode_video, load_lora, lora_header,
+                   with_reference_token)
 
 
 @dataclass
@@ -45,20 +42,14 @@ class Config:
     steps: int = knob(50, "denoising steps")
     guidance: float = knob(0.0, "classifier-free guidance scale, on the text only; 1 is off; 0 takes the LoRA's (6)")
     lora_scale: float = knob(1.0, "how much of the LoRA: 0 is the base alone, 1 what was trained")
-    dynamic_cfg: bool = knob(False, "let the guidance scale grow over the steps (the pipeline's use_dynamic_cfg)")
-    negative_prompt: str = knob("", "negative prompt of the guidance")
     frames: int = knob(0, "frames of the video, cut to 8k+1; 1 makes a picture; 0 takes the base's (49)")
     fps: float = knob(0.0, "frames per second of the file; 0 takes the LoRA's training rate (8)")
     height: int = knob(0, "height in pixels; 0 takes the base's (480)")
     width: int = knob(0, "width in pixels; 0 takes the base's (720)")
-    fit: str = knob("", "how the reference fits the frame; empty takes the LoRA's (cover)", "", "cover", "pad")
-    enlarge: int = knob(0, "enlarge the file by this whole number; 0 picks one that makes tiny videos visible")
+    fit: str = knob("cover", "the reference fills the frame and is cut, or is shown whole on white", "cover", "pad")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
     int8: bool = knob(False, "keep the transformer in 8 bits (torchao): half the memory, another picture")
     offload: str = knob("none", "keeps weights in RAM until needed (for a small GPU)", "none", "model", "sequential")
-    compile: bool = knob(False, "compile the transformer's blocks: minutes first, then faster steps")
-    cache_threshold: float = knob(0.0, "skip all blocks but the first in steps where its output changes by less than "
-                                       "this share (0.1, say): faster, lossy; 0 is off (diffusers' FirstBlockCache)")
 
     def __post_init__(self):
         check(self, positive="steps batch")
@@ -77,17 +68,6 @@ class Config:
             raise ValueError("--prompt is blank")
         if self.fps and not 0.1 <= self.fps <= 1000:
             raise ValueError(f"--fps must be between 0.1 and 1000, got {self.fps:g}")
-        if self.compile and (self.cache_threshold or self.offload != "none"):
-            raise ValueError("--compile True goes with neither --cache_threshold nor --offload")
-
-
-def find_lora(path=""):
-    """The LoRA file of a file, folder or run; with no path the newest checkpoint under out/, else toy/lora."""
-    if path:
-        return lora_path(path)
-    newest = [newest_checkpoint(run) for run in Path("out").glob("*")]
-    files = [step / LORA_FILE for step in newest if step is not None and (step / LORA_FILE).is_file()]
-    return lora_path(max(files, key=lambda f: f.stat().st_mtime, default=HERE / "toy/lora"))
 
 
 def load(lora="", base="", device="cpu", use_lora=True, int8=False, lora_scale=1.0):
@@ -98,18 +78,18 @@ def load(lora="", base="", device="cpu", use_lora=True, int8=False, lora_scale=1
     file = find_lora(lora)
     header = lora_header(file)
     base = base or header.get("base", PAPER_BASE)
-    if not Path(base).exists() and (HERE / base).exists():
-        base = HERE / base  # "toy/base" means ours, wherever we are called from
+    if not Path(base).exists() and (ROOT / base).exists():
+        base = ROOT / base  # "toy/base" means ours, wherever we are called from
     print(f"base {base}, LoRA {file if use_lora else 'none'}", file=sys.stderr)
     dtype = sampling_dtype(base, find_device(device))
     pipe = load_pipeline(base, dtype, int8=int8, asked=device)  # in RAM: the caller moves or offloads it
     if use_lora:
         load_lora(pipe.transformer, file)
-        for module in pipe.transformer.modules():
-            if isinstance(module, LoraLayer):
-                module.scale_layer(lora_scale)
-        if pipe.transformer.lora_scope == "all" and not int8:
-            merge_lora(pipe.transformer)
+        if pipe.transformer.lora_scope == "all" and not int8:  # fold it into the base: a third fewer calls
+            pipe.transformer.fuse_lora(lora_scale=lora_scale)
+            pipe.transformer.unload_lora()
+        else:
+            pipe.transformer.set_adapters("default", lora_scale)
         for name, parameter in pipe.transformer.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)
@@ -133,14 +113,14 @@ def guidance_of(header):
 def encode_references(pipe, pictures, height, width, fit="cover"):
     """PIL pictures -> scaled latents (B,1,C,H/8,W/8) on the VAE's device.
 
-    Each picture is resized to cover the frame, or with white beside it to fit in (train.py's --fit), and encoded by the
-    VAE to its mean, so that nothing is random but the starting noise."""
+    Each picture is resized to cover the frame, or with white beside it to fit in (--fit pad). The VAE encodes it to its
+    mean, so that nothing is random but the starting noise."""
     pixels = [to_pixels([fit_reference(picture, height, width, fit)]) for picture in pictures]
     return encode_video(pipe.vae, normalise(torch.stack(pixels)))  # of (B, 1, 3, H, W)
 
 
 def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0, height=0, width=0, cls="front",
-             dynamic_cfg=False, negative_prompt="", text=None):
+             text=None):
     """Videos as lists of PIL pictures, one per prompt.
 
     references: latents from encode_references, one per prompt or one for all, or None (text-to-video). text: embeddings
@@ -148,14 +128,13 @@ def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0,
     """
     height, width = height or frame_size(pipe)[0], width or frame_size(pipe)[1]
     frames = clip_frames(frames or pipe.transformer.config.sample_frames, pipe.vae_scale_factor_temporal)
-    words = dict(prompt=[with_reference_token(p, cls) for p in prompts],
-                 negative_prompt=[negative_prompt] * len(prompts))
+    words = dict(prompt=[with_reference_token(p, cls) for p in prompts])
     if text is not None:
         words = dict(prompt_embeds=text[0], negative_prompt_embeds=text[1])
     return pipe(
         **words,
         height=height, width=width, num_frames=frames, num_inference_steps=steps, guidance_scale=guidance,
-        use_dynamic_cfg=dynamic_cfg, generator=[torch.Generator().manual_seed(s) for s in seeds],
+        generator=[torch.Generator().manual_seed(s) for s in seeds],
         max_sequence_length=pipe.transformer.config.max_text_seq_length,
         attention_kwargs={"reference": references}).frames
 
@@ -188,127 +167,29 @@ def contact_sheet(video, reference=None, enlarge=1, columns=6):
     return sheet
 
 
-def sample_texts(pipe, folder, cls="front"):
-    """{picture: embeddings of its prompt and of ""} for the pictures in `folder`, each with its prompt in a .txt file
-    of its name. Each rank takes its share of them."""
-    rank, world_size = rank_and_world_size()
-    pictures = sorted(f for f in Path(folder).glob("*") if f.with_suffix(".txt").is_file() and f.suffix != ".txt")
-    texts = {}
-    for file in pictures[rank::world_size]:
-        prompt = with_reference_token(read_text(file.with_suffix(".txt")), cls)
-        texts[file] = [encode_prompt(pipe, [t]).cpu() for t in (prompt, "")]
-    return texts
-
-
-def write_sample_sheets(pipe, texts, out, step, size, frames, guidance=6.0, fit="cover"):
-    """While training: a contact sheet for each picture of sample_texts, with a fixed seed: out/NAME-000400.png. Returns
-    {NAME: mean saturation of its video, 0 to 1}: where it climbs from sheet to sheet the colours burn out."""
-    out.mkdir(exist_ok=True)
-    pipe.set_progress_bar_config(disable=True)
-    saturation = {}
-    for file, text in texts.items():
-        picture = load_image(file)
-        (video,) = generate(pipe, encode_references(pipe, [picture], *size, fit), [""], [0], guidance=guidance,
-                            frames=frames, height=size[0], width=size[1],
-                            text=[t.to(pipe.transformer.device) for t in text])
-        sheet = contact_sheet(video, picture, max(1, 128 // video[0].height))
-        sheet.save(out / f"{file.stem}-{step:06d}.png")
-        colours = np.stack([np.asarray(frame.convert("HSV")) for frame in video])
-        saturation[file.stem] = round(colours[..., 1].mean() / 255, 4)
-    return saturation
-
-
-@dataclass
-class Job:
-    """A video to make: its file, the paths of its reference pictures (the model takes one or none), prompt and seed."""
-    file: Path
-    pictures: list
-    prompt: str
-    seed: int
-
-
-def jobs_of_flags(cfg):
-    """The jobs that --ref, --prompt and --prompts ask for."""
-    if cfg.ref:
-        load_image(cfg.ref)  # a bad picture is said before a missing prompt
-    beside = Path(cfg.ref or "none").with_suffix(".txt")
-    prompts = [cfg.prompt or (read_text(beside) if beside.is_file() else "")]
-    if cfg.prompts:
-        if not Path(cfg.prompts).is_file():
-            raise FileNotFoundError(f"--prompts: no file {cfg.prompts}; it takes a text file with a prompt per line")
-        prompts = [line.strip() for line in read_text(cfg.prompts).splitlines() if line.strip()]
-        if not prompts:
-            raise ValueError(f"--prompts: no prompts in {cfg.prompts}")
-    if not prompts[0]:
-        missing = "--prompt '...' (or a .txt file beside the picture)" if cfg.ref else "--ref PICTURE --prompt '...'"
-        raise ValueError(f"no prompt: pass {missing}")
-    out = Path(cfg.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    files = [out.with_stem(f"{out.stem}-{i}") for i in range(len(prompts))] if len(prompts) > 1 else [out]
-    return [Job(file, [cfg.ref] if cfg.ref else [], prompt, cfg.seed) for file, prompt in zip(files, prompts)]
-
-
-def refuse_outputs(cfg, jobs):
-    """An error, before the minutes of sampling, for an output that is also an input or that cannot be written."""
-    outputs = {file for job in jobs for file in (job.file, job.file.with_suffix(".png"))}  # video and contact sheet
-    refuse_overwriting([cfg.bench, cfg.prompts, *(path for job in jobs for path in job.pictures)], outputs)
-    if cfg.bench:  # there a file means a finished video
-        return
-    for file in outputs:
-        new = not file.exists()
-        with open(file, "ab"):  # OSError for a read-only folder, a name that is too long, a folder's name
-            pass
-        if new:
-            file.unlink()
-
-
-def share_out(cfg, jobs):
-    """(this rank's batches that are not done, {path: reference picture}, {id: why it cannot be sampled}).
-
-    Whole batches are shared out, and an incomplete one is sampled again: a video's last bits depend on its batch.
-    All pictures are read before the first video, so that a bad one is known at once."""
-    rank, world_size = rank_and_world_size()
-    batches, pictures, skipped = [], {}, {}
-    for first in range(rank * cfg.batch, len(jobs), world_size * cfg.batch):
-        batch = []
-        for job in jobs[first:first + cfg.batch]:
-            try:
-                if len(job.pictures) > 1:
-                    raise ValueError(f"it has {len(job.pictures)} reference pictures, and the model takes one")
-                for path in set(job.pictures) - pictures.keys():
-                    pictures[path] = load_image(path)
-                batch.append(job)
-            except (ValueError, OSError) as e:
-                if not cfg.bench:
-                    raise
-                skipped[job.file.stem] = str(e)
-        if not cfg.bench or not all(job.file.is_file() for job in batch):
-            batches.append(batch)
-    return batches, pictures, skipped
-
-
 def sample_in_batches(cfg, pipe, header, latents, batches, device):
     """(job, video) of each job, a batch of them at once; each is what it would be alone, to rounding.
 
     latents: {picture: its latents}. Each prompt goes through T5 once, and so does the negative one."""
     prompts = {job.prompt: with_reference_token(job.prompt, cls_of(header)) for batch in batches for job in batch}
     text = {prompt: encode_prompt(pipe, [words], device) for prompt, words in prompts.items()}
-    negative = encode_prompt(pipe, [cfg.negative_prompt], device)
+    negative = encode_prompt(pipe, [""], device)
     for batch in batches:
-        for job in batch if not cfg.bench else []:
-            print(f"{job.prompt!r}, seed {job.seed}")
+        if not cfg.bench:
+            for job in batch:
+                print(f"{job.prompt!r}, seed {job.seed}")
         references = torch.cat([latents[path] for job in batch for path in job.pictures]) if latents else None
         with attention_order(device):
             videos = generate(pipe, references, [""] * len(batch), [job.seed for job in batch], cfg.steps,
                               cfg.guidance or guidance_of(header), cfg.frames, cfg.height, cfg.width,
-                              dynamic_cfg=cfg.dynamic_cfg, text=(torch.cat([text[job.prompt] for job in batch]),
-                                                                 negative.expand(len(batch), -1, -1)))
+                              text=(torch.cat([text[job.prompt] for job in batch]),
+                                    negative.expand(len(batch), -1, -1)))
         yield from zip(batch, videos)
 
 
 def write_sample(cfg, job, video, pictures, fps):
     """A video as mp4 with its contact sheet, one of --bench without, a single picture as png. pictures: {path: PIL}."""
-    file, enlarge = job.file, cfg.enlarge or max(1, 256 // video[0].height)
+    file, enlarge = job.file, max(1, 256 // video[0].height)  # tiny videos are enlarged, so that they can be seen
     if len(video) == 1:
         picture = video[0].resize((video[0].width * enlarge, video[0].height * enlarge), Image.NEAREST)
         picture.save(file.with_suffix(".png"))
@@ -328,9 +209,11 @@ def main(cfg):
     if cfg.offload != "none" and device.type == "cpu":
         raise ValueError(f"--offload {cfg.offload} keeps weights off a GPU until needed, and this run has none")
     if cfg.bench:
-        from paper.benchmarks import jobs_of_bench, report
         join_ranks("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
-    every = jobs_of_bench(cfg) if cfg.bench else jobs_of_flags(cfg)
+        lora = find_lora(cfg.lora)
+        every = jobs_of_bench(cfg, lora, cls_of(lora_header(lora)))
+    else:
+        every = jobs_of_flags(cfg)
     refuse_outputs(cfg, every)
     batches, pictures, skipped = share_out(cfg, every)
     jobs = [job for batch in batches for job in batch]
@@ -353,7 +236,7 @@ def main(cfg):
               "without one in the prompt it goes in front")
     # References before any offloading: after it vae.device is not where the VAE runs.
     pipe.vae.to(device)
-    latents = {path: encode_references(pipe, [picture], height, width, cfg.fit or header.get("fit", "cover")).to(device)
+    latents = {path: encode_references(pipe, [picture], height, width, cfg.fit).to(device)
                for path, picture in pictures.items()}
     if cfg.offload == "none":
         pipe.to(device)
@@ -366,11 +249,6 @@ def main(cfg):
         else:
             pipe.enable_sequential_cpu_offload(device=device)
 
-    if cfg.compile:
-        pipe.transformer.compile_blocks()
-    if cfg.cache_threshold:
-        from diffusers import FirstBlockCacheConfig
-        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=cfg.cache_threshold))
     sampled = sample_in_batches(cfg, pipe, header, latents, batches, device)
     if cfg.bench:
         pipe.set_progress_bar_config(disable=True)

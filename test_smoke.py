@@ -2,8 +2,7 @@
 compared with something we did not write (stock diffusers, closed forms) or with an answer known beforehand.
 
 `pytest` needs no GPU and no download. The other tests: tests/, and beside their files in paper/ and toy/."""
-from tests.common import inputs_fixture, knobs_fixture, tiny_fixture  # noqa: F401
-from tests.common import BASE, ROOT, H, L, N, T, W, command, randomise_lora, run  # before torch
+from tests.shared import BASE, ROOT, H, L, N, T, W, command, randomise_lora, run
 
 import dataclasses
 import json
@@ -19,13 +18,13 @@ from PIL import Image
 from sentencepiece import sentencepiece_model_pb2
 from transformers import T5Tokenizer
 
-import base
-import data
+from common import media
+from common import base
 import model
 import sample
 import train
 from model import SubjectTransformer, add_lora, load_lora, save_lora, v_loss
-from run import command_line
+from common.run import command_line
 
 
 def rope(stock, frames):
@@ -411,7 +410,7 @@ def test_sample_command_line(tmp_path):
     assert r.returncode == 0, r.stderr
     sample.main(sample.Config(ref=ref, lora=str(ROOT / "toy/lora"), steps=8, out=str(tmp_path / "b.mp4")))
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
-    assert len(data.load_clip(tmp_path / "a.mp4", 9, 4)) == 9
+    assert len(media.load_clip(tmp_path / "a.mp4", 9, 4)) == 9
     assert Image.open(tmp_path / "a.png").size == (7 * 256 + 6 * 4, 256)
 
 
@@ -472,7 +471,7 @@ def test_train_command_line_and_a_sample_of_its_run(knobs, tmp_path):
     assert r.returncode == 0 and "Next: python sample.py --lora out/short" in r.stdout, r.stderr
     sample.main(sample.Config(lora=str(tmp_path / "out/short"), ref=str(ROOT / "toy/refs/creature-0.png"), steps=2,
                               out=str(tmp_path / "x.mp4")))
-    assert len(data.load_clip(tmp_path / "x.mp4", 9, 4)) == 9
+    assert len(media.load_clip(tmp_path / "x.mp4", 9, 4)) == 9
 
 
 def test_help_explains_every_knob():

@@ -12,7 +12,6 @@ leaves one file in --results, which is reused. --jobs rows run side by side. Del
 A finding of the paper (FINDINGS) says that one row is higher than another in one column, or as high within a margin;
 RULE says when it is reproduced.
 """
-import fcntl
 import json
 import shutil
 import subprocess
@@ -23,11 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
+import common.run
 import gradcos
 import train
-from run import changed, command_line, knob, newest_checkpoint, read_json, records, write
+from common.run import changed, command_line, knob, newest_checkpoint, read_json, records, write
 
 ROWS = {  # name: flags of train.py. Sizes of data sets are shares of the toy's 2,000 pairs and 400 clips.
     "ours": {},
@@ -241,8 +242,7 @@ def train_and_score(cfg):
     name, seed = f"{cfg.row}-{cfg.seeds}", cfg.seeds
     run, result = Path(cfg.out) / name, Path(cfg.results) / f"{name}.json"
     run.parent.mkdir(parents=True, exist_ok=True)
-    with open(Path(cfg.out) / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, then finds the row done
+    with FileLock(Path(cfg.out) / f"{name}.lock"):  # a second process waits, then finds the row done
         if result.is_file() and newest_checkpoint(run):
             return
         if before := ROWS[cfg.row].get("init_lora"):  # the run that this one goes on from
@@ -262,12 +262,13 @@ def train_row(cfg, name, seed):
     flags = flags_of(cfg.row, cfg.steps, seed, cfg.out)
     curve = {"save_every": cfg.steps}
     if cfg.row in CURVES:
-        curve = {"save_every": max(1, flags["steps"] // 5), "keep_checkpoints": 99}
+        curve = {"save_every": max(1, flags["steps"] // 5)}
+        common.run.KEPT = 99  # each of them is scored
     watched = {"gradcos_every": max(1, cfg.steps // 20)} if cfg.row in WATCHED else {}
     cache = "toy/data/cache_one_thread"  # not train.py's: more threads would change the last bits of its latents
     config = train.Config(**{**train.TOY, "toy": True, "seed": seed, "name": name, "out": cfg.out, "cache": cache,
-                             "val_every": 0, "sample_every": 0, **curve, **watched, **flags})
-    train.train(world.ensure_data(config))
+                             "val_every": 0, **curve, **watched, **flags})
+    train.train(world.ensure_data(config, train.TOY))
     return config
 
 

@@ -23,14 +23,15 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from base import find_device
-from data import (CLIP_SUFFIXES, as_shown, fit_reference, load_clip, load_image, open_clip, rate_of,
-                  resize_center_crop)
+from toy import creatures
+from common.base import find_device
+from common.media import (CLIP_SUFFIXES, as_shown, fit_reference, load_clip, load_image, open_clip, rate_of,
+                          resize_center_crop)
 from model import REFERENCE_TOKEN
 from paper import benchmarks, fvd, motion, opens2v
-from paper.benchmarks import read_bench
 from paper.report import contact_sheet_uri, write_report
-from run import check, command_line, knob, write
+from common.jobs import read_bench
+from common.run import check, command_line, knob, write
 
 COLUMNS = "Motion Smooth.", "Dynamic Degree", "CLIP-T", "CLIP-I", "DINO-I"  # the paper's order
 TABLE2 = {"OmniControl + I2V": (98.21, 51.67, 31.89, 72.58, 54.16), "BLIP + I2V": (97.53, 49.17, 28.19, 79.29, 56.58),
@@ -269,17 +270,16 @@ def fvd_rows(made, real, classes):
 def toy_scores(frames):
     """{score: one per creature, 0 to 1} of the toy's videos {id: frames}: toy/world.py has the rules, and what fools
     them."""
-    from toy import world
-    test = world.draw_test_set()
+    test = creatures.draw_test_set()
     number = {f"creature-{i}": i for i in range(len(test.prompts))}
     if unknown := frames.keys() - number.keys():
         raise ValueError(f"--toy True: {min(unknown)} is no id of python -m toy.world bench")
     which = [number[name] for name in frames]
-    part = world.TestSet(test.creatures[which], test.references[which], test.fields[which], test.directions[which],
+    part = creatures.TestSet(test.creatures[which], test.references[which], test.fields[which], test.directions[which],
                          [test.prompts[i] for i in which])
-    small = [np.stack([np.asarray(Image.fromarray(f).resize((world.SIZE,) * 2, Image.BOX)) for f in v])
+    small = [np.stack([np.asarray(Image.fromarray(f).resize((creatures.SIZE,) * 2, Image.BOX)) for f in v])
              for v in frames.values()]
-    return world.score_each(small, part)
+    return creatures.score_each(small, part)
 
 
 def score_folder(cfg, folder, bench, tools, real):

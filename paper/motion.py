@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import read_text
+from common.media import read_text
 
 
 def dynamic_degree(frames, fps, flow):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import read_text
+from common.media import read_text
 
 # OpenS2V's result files: (file, key in it, value that scores 0, value that scores 1).
 OPENS2V = {"aesthetics": ("aesthetic_score", "aes_score", 4, 7), "motion": ("motionscore", "motion_fb", 0, 1),

@@ -32,20 +32,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import requests
-import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
-from base import compute_dtype, find_device, frame_size, load_pipeline, tile_vae
-from data import (CLIP_SUFFIXES, SUBJECTS200K, Clips, ImagePairs, cache_key, caption_of, clip_frames, cls_for,
-                  fit_reference, load_clip, normalise, open_parquet, picture_of, read_text, save_video,
-                  split_views, to_pixels)
-from model import PAPER_BASE, VAE_PIXELS, encode_moments, encode_prompt, with_reference_token
-from run import (changed, check, command_line, join_ranks, knob, rank_and_world_size, read_json, refuse_overwriting,
-                 rng, write)
+from common.latents import Latents, prepare_cache
+from common.media import CLIP_SUFFIXES, load_clip, read_text, save_video
+from common.run import (changed, check, command_line, join_ranks, knob, rank_and_world_size, read_json,
+                        refuse_overwriting, write)
+from data import SUBJECTS200K, open_parquet, picture_of, split_views
 
 
 def share(text):
@@ -516,141 +511,11 @@ def fetch_all(queue, wanted, folder, done, manifest, cfg):
 
 # ---- cached latents --------------------------------------------------------------------------------------------------
 
-@dataclass
-class Latents:
-    out: str = knob("data/cache", "folder to write; train.py reads it with --cache")
-    base: str = knob(PAPER_BASE, "diffusers CogVideoX folder or hub id whose VAE (and text encoder) encode")
-    videos: str = knob("", "folder of clips; empty leaves them out")
-    images: str = knob("", "folder of image pairs; empty leaves them out")
-    crops: int = knob(1, "random crops of each pair (with --crop_jitter)")
-    crop_jitter: float = knob(0.1, "as in train.py")
-    fit: str = knob("cover", "as in train.py", "cover", "pad")
-    prompts: bool = knob(False, "also cache the prompts' embeddings (1.9 MB each for T5-XXL)")
-    cls: str = knob("front", "as in train.py", "front", "item", "off")
-    cls_video: bool = knob(True, "as in train.py")
-    height: int = knob(0, "as in train.py")
-    width: int = knob(0, "as in train.py")
-    frames: int = knob(49, "as in train.py")
-    fps: float = knob(8.0, "as in train.py")
-    vae_tiling: bool = knob(True, "as in train.py")
-    seed: int = knob(0, "seed of the random crops")
-    device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
-
-    def __post_init__(self):
-        check(self, positive="crops frames fps")
-
-
-def prepare_cache(cfg, rank=0, world_size=1):
-    """Encode each clip (and pair) once; this rank's share of the files."""
-    if not cfg.videos and not cfg.images:
-        raise ValueError("nothing to cache: pass --videos, --images or both")
-    device = find_device(cfg.device)
-    pipe = load_pipeline(cfg.base, compute_dtype(device),
-                         without=("transformer",) if cfg.prompts else ("transformer", "text_encoder"),
-                         asked=cfg.device)
-    pipe.vae.to(device)
-    if cfg.vae_tiling:
-        tile_vae(pipe.vae)
-    if cfg.prompts:
-        pipe.text_encoder.to(device)
-    size = (cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1])
-    frames = clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)
-    for task, folder in (("image", cfg.images), ("video", cfg.videos)):
-        if folder:
-            cache_task(cfg, pipe, task, folder, size, frames, rank, world_size)
-
 
 def prepare_cache_on_all_ranks(cfg):
     """Encode each clip (and pair) once. Under torchrun each rank takes its share of the files."""
     join_ranks("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
     prepare_cache(cfg, *rank_and_world_size())
-
-
-def load_item(cfg, task, dataset, item, size):
-    """(pixels, prompts, subject's name) of one clip, (1,F,3,H,W), or of all crops of a pair, (crops * 2,1,3,H,W).
-
-    A crop holds the two views; with --fit pad four pictures: both as targets, then both as references."""
-    if task == "video":
-        frames = load_clip(item, dataset.frames, dataset.fps, size)
-        return to_pixels(frames)[None], [caption_of(item)], ""
-    views, prompts, name = dataset.load(item)
-    r = rng(cfg.seed, "crops", item)
-    crops = [to_pixels([fit_reference(view, *size, fit, cfg.crop_jitter, r)])
-             for _ in range(cfg.crops) for fit in dict.fromkeys(["cover", cfg.fit]) for view in views]
-    return torch.stack(crops), prompts, name
-
-
-def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
-    out = Path(cfg.out) / task
-    key = cache_key(cfg, pipe, task, size, frames, cfg.prompts)
-    if task == "image":
-        key |= {"crops": cfg.crops, "seed": cfg.seed}
-    dataset = ImagePairs(folder, size) if task == "image" else Clips(folder, size, frames, cfg.fps)
-    items = list(range(len(dataset))) if task == "image" else dataset.files
-    index = out / "index.json"
-    out.mkdir(parents=True, exist_ok=True)
-    if index.is_file():
-        made = {k: v for k, v in read_json(index).items() if k not in ("complete", "cached")}
-        if differ := changed(made, dict.fromkeys(made) | key):
-            raise ValueError(f"{out} was made with other settings ({differ}): choose another --out")
-    mine = []
-    for item in items[rank::world_size]:
-        try:
-            name, stamp = dataset.source(item)
-            mine.append((item, out / f"{name}.safetensors", stamp))
-        except (ValueError, OSError) as e:
-            print(f"skipped: {e}", file=sys.stderr)
-    todo = [(item, file, stamp) for item, file, stamp in mine if stamp_of(file) != stamp]  # not there, cut, or stale
-    counts = torch.tensor([len(todo), len(mine) - len(todo)])  # to do and cached, all ranks together
-    if world_size > 1:
-        dist.all_reduce(counts)
-    if rank == 0 and counts[0]:
-        write(index, json.dumps(key | {"complete": False}, indent=1))
-    cached = torch.tensor(0)
-    pictures = 2 * cfg.crops if task == "image" else frames  # in an item
-    together = min(8, max(1, VAE_PIXELS // (pictures * size[0] * size[1])))
-    for i in tqdm(range(0, len(todo), together), desc=f"caching {task}s", disable=rank > 0):
-        files, pixels, prompts = [], [], []
-        for item, file, stamp in todo[i:i + together]:
-            try:
-                loaded, *words = load_item(cfg, task, dataset, item, size)
-            except (ValueError, KeyError, OSError) as e:
-                print(f"skipped: {e}", file=sys.stderr)
-                continue
-            files, pixels, prompts = [*files, (file, stamp)], [*pixels, loaded], [*prompts, words]
-        if not files:
-            continue
-        moments = encode_moments(pipe.vae, normalise(torch.cat(pixels))).cpu().chunk(len(files))
-        for (file, stamp), m, (words, name) in zip(files, moments, prompts):
-            tensors = {"moments": m[0] if task == "video" else m.unflatten(0, (cfg.crops, -1))}
-            if cfg.prompts:
-                words_with_cls = [with_reference_token(p, cls_for(cfg, task), name) for p in words]
-                texts = encode_prompt(pipe, words_with_cls).cpu()
-                tensors |= {f"text_{d}": text for d, text in enumerate(texts)}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                save_file({k: v.contiguous().clone() for k, v in tensors.items()}, f"{file}.tmp",
-                          metadata={"stamp": stamp, "prompts": json.dumps(words), "item": name})
-                os.replace(f"{file}.tmp", file)
-            except (SafetensorError, OSError) as e:
-                Path(f"{file}.tmp").unlink(missing_ok=True)
-                raise OSError(f"cannot write {file}: {e}. The same command goes on where it stopped")
-            cached += 1
-    if world_size > 1:
-        dist.all_reduce(cached)
-    if rank == 0:
-        cached = (counts[1] + cached).item()
-        write(index, json.dumps(key | {"complete": True, "cached": cached}, indent=1))
-        print(f"{out}: {cached} of {len(items)} {task}s cached")
-
-
-def stamp_of(file):
-    """The stamp in a cached file, None when there is no whole file."""
-    try:
-        with safe_open(file, "pt") as f:
-            return (f.metadata() or {}).get("stamp")
-    except (SafetensorError, OSError):
-        return None
 
 
 if __name__ == "__main__":
@@ -663,6 +528,6 @@ if __name__ == "__main__":
             sys.exit()
         sys.exit(usage)
     config, action = commands[sys.argv[1]]
-    command_line(action, config, action.__doc__, sys.argv[2:], out_of_memory="--vae_tiling True")
+    command_line(action, config, action.__doc__, sys.argv[2:])
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -10,7 +10,7 @@ import json
 
 from PIL import Image
 
-from run import write
+from common.run import write
 from sample import contact_sheet
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>

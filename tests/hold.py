@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-import run
-import watch
+from common import run
+from common import watch
 
 PLACE, STEP = os.environ["HOLD"].split()
 log_step, torch_save = watch.Log.step, torch.save

@@ -1,5 +1,5 @@
 """The data sets: pictures, pairs and clips of every kind, and what is said about those that cannot be used."""
-from tests.common import write_clip  # before torch
+from tests.shared import write_clip
 
 import gc
 import json
@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from common import media
 import data
 
 
@@ -45,7 +46,7 @@ def test_a_padding_of_an_eighth_of_the_height_is_none(padding, view):
 def test_load_image_modes(tmp_path):
     def saved(image, name, **kw):
         image.save(tmp_path / name, **kw)
-        return np.asarray(data.load_image(tmp_path / name))
+        return np.asarray(media.load_image(tmp_path / name))
     deep = Image.fromarray(np.full((4, 6), 0x8080, np.uint16))
     assert saved(deep, "deep.png").tolist()[0][0] == [128, 128, 128]  # convert("RGB") alone would give 255
     below = Image.fromarray(np.full((4, 6), -50, np.float32))  # darker than black
@@ -65,34 +66,34 @@ def test_load_image_modes(tmp_path):
 
 def test_resize_center_crop():
     rows = np.broadcast_to(np.arange(100, dtype=np.uint8)[:, None, None], (100, 60, 3))
-    cut = np.asarray(data.resize_center_crop(Image.fromarray(rows.copy()), 30, 60))
+    cut = np.asarray(media.resize_center_crop(Image.fromarray(rows.copy()), 30, 60))
     assert cut.shape == (30, 60, 3) and cut[:, 0, 0].tolist() == list(range(35, 65))  # the middle, untouched
     blocks = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8))
     big = blocks.resize((256, 256), Image.NEAREST)
-    assert np.array_equal(data.resize_center_crop(big, 32, 32), blocks)  # whole-number shrinking is exact
-    assert data.resize_center_crop(Image.new("RGB", (64, 33)), 16, 32).size == (32, 16)  # a whole number across alone
-    a, b = (np.asarray(data.resize_center_crop(big, 32, 32, 0.2, np.random.default_rng(s))) for s in (0, 1))
+    assert np.array_equal(media.resize_center_crop(big, 32, 32), blocks)  # whole-number shrinking is exact
+    assert media.resize_center_crop(Image.new("RGB", (64, 33)), 16, 32).size == (32, 16)  # a whole number across alone
+    a, b = (np.asarray(media.resize_center_crop(big, 32, 32, 0.2, np.random.default_rng(s))) for s in (0, 1))
     assert a.shape == b.shape == (32, 32, 3) and not np.array_equal(a, b)
 
 
 def test_only_the_wanted_frame_becomes_a_picture(tmp_path, monkeypatch):
     """As with cached latents: the reference frame alone is converted and resized."""
     grey = [Image.new("RGB", (64, 64), (20 * k,) * 3) for k in range(9)]
-    data.save_video(tmp_path / "a.mp4", grey, 8.0)
-    calls, crop = [], data.resize_center_crop
-    monkeypatch.setattr(data, "resize_center_crop", lambda *args: calls.append(1) or crop(*args))
-    (frame,) = data.load_clip(tmp_path / "a.mp4", 9, 8, (16, 16), first=8)
+    media.save_video(tmp_path / "a.mp4", grey, 8.0)
+    calls, crop = [], media.resize_center_crop
+    monkeypatch.setattr(media, "resize_center_crop", lambda *args: calls.append(1) or crop(*args))
+    (frame,) = media.load_clip(tmp_path / "a.mp4", 9, 8, (16, 16), first=8)
     assert len(calls) == 1 and abs(np.asarray(frame).mean() - 160) < 6
 
 
 def test_load_clip_picks_frames_by_time(tmp_path):
     write_clip(tmp_path / "a.mp4", range(0, 240, 8), 24)  # 30 frames at 24 fps; brightness 8n
-    at8 = [np.asarray(f).mean() for f in data.load_clip(tmp_path / "a.mp4", 9, 8)]
+    at8 = [np.asarray(f).mean() for f in media.load_clip(tmp_path / "a.mp4", 9, 8)]
     assert np.allclose(at8, [8 * 3 * k for k in range(9)], atol=3)
-    at24 = [np.asarray(f).mean() for f in data.load_clip(tmp_path / "a.mp4", 17, 24)]
+    at24 = [np.asarray(f).mean() for f in media.load_clip(tmp_path / "a.mp4", 17, 24)]
     assert np.allclose(at24, [8 * k for k in range(17)], atol=3)
     with pytest.raises(ValueError, match="too short: 10 frames at 8 fps, 17 asked"):
-        data.load_clip(tmp_path / "a.mp4", 17, 8)
+        media.load_clip(tmp_path / "a.mp4", 17, 8)
 
 
 def write_frames(path, pictures, times=None, rate=8, clock=Fraction(1, 90000), before=None):
@@ -136,7 +137,7 @@ def test_each_instant_shows_the_frame_that_is_on_screen(tmp_path, suffix, clock,
     """The newest frame whose time has come: not the next one, however long that takes."""
     path, times = tmp_path / f"a{suffix}", [time - times[0] for time in times]
     write_frames(path, [numbered(n) for n in range(len(times))], times, 30, Fraction(1, clock))
-    shown = [number_in(picture) for picture in data.load_clip(path, 41, 8)]
+    shown = [number_in(picture) for picture in media.load_clip(path, 41, 8)]
     rounded = [round(time * clock) / clock for time in times]
     assert shown == [max(n for n, time in enumerate(rounded) if time <= k / 8) for k in range(41)]
 
@@ -144,18 +145,18 @@ def test_each_instant_shows_the_frame_that_is_on_screen(tmp_path, suffix, clock,
 def test_a_reference_of_a_still_start_is_the_frame_of_the_whole_clip(tmp_path):
     """It alone is decoded, where latents are cached: the frames up to it do not say how fast the clip is."""
     write_frames(tmp_path / "a.mp4", [numbered(n) for n in range(51)], PAUSES["a still start"], 30)
-    whole = data.load_clip(tmp_path / "a.mp4", 41, 8)
+    whole = media.load_clip(tmp_path / "a.mp4", 41, 8)
     for i in (2, 20, 40):
-        (reference,) = data.load_clip(tmp_path / "a.mp4", i + 1, 8, first=i)
+        (reference,) = media.load_clip(tmp_path / "a.mp4", i + 1, 8, first=i)
         assert reference == whole[i]
 
 
 @pytest.mark.parametrize("suffix, clock", [(".mp4", 90000), (".mkv", 1000), (".gif", 100)])
 def test_the_last_frame_stays_for_its_own_duration(tmp_path, suffix, clock):
     write_frames(tmp_path / f"a{suffix}", [numbered(n) for n in range(9)], None, 10, Fraction(1, clock))
-    assert [number_in(p) for p in data.load_clip(tmp_path / f"a{suffix}", 9, 10)] == list(range(9))
+    assert [number_in(p) for p in media.load_clip(tmp_path / f"a{suffix}", 9, 10)] == list(range(9))
     with pytest.raises(ValueError, match="too short: 9 frames at 10 fps, 10 asked"):
-        data.load_clip(tmp_path / f"a{suffix}", 10, 10)
+        media.load_clip(tmp_path / f"a{suffix}", 10, 10)
 
 
 @pytest.mark.parametrize("rate", [Fraction(24000, 1001), Fraction(30000, 1001), Fraction(30)])
@@ -163,7 +164,7 @@ def test_a_steady_rate_is_exact_although_mkv_rounds_times_to_milliseconds(tmp_pa
     write_frames(tmp_path / "a.mkv", [numbered(n) for n in range(49)], None, rate, 1 / rate)
     for fps in (float(rate), 10.0):
         count = int(48 / rate * Fraction(fps)) + 1
-        shown = [number_in(picture) for picture in data.load_clip(tmp_path / "a.mkv", count, fps)]
+        shown = [number_in(picture) for picture in media.load_clip(tmp_path / "a.mkv", count, fps)]
         assert shown == [int(k / fps * float(rate) + 1e-6) for k in range(count)]
 
 
@@ -183,30 +184,31 @@ def test_a_frame_that_comes_too_late_is_left_out():
     """Times 0, 2, 1, none: the third is late, the last comes a frame's time after the second."""
     stream = Stream(-5.0, -3.0, -4.0, None)
     first, second, _, last = stream.frames
-    assert list(data.shown_frames(stream)) == [(first, 0.0, 2.0), (second, 2.0, 3.0), (last, 3.0, 4.0)]
+    assert list(media.shown_frames(stream)) == [(first, 0.0, 2.0), (second, 2.0, 3.0), (last, 3.0, 4.0)]
 
 
 def test_of_two_frames_with_one_time_the_second_stays():
     stream = Stream(0.0, 1.0, 1.0, 2.0)
     a, b, c, d = stream.frames
-    assert list(data.shown_frames(stream)) == [(a, 0.0, 1.0), (b, 1.0, 1.0), (c, 1.0, 2.0), (d, 2.0, 3.0)]
+    assert list(media.shown_frames(stream)) == [(a, 0.0, 1.0), (b, 1.0, 1.0), (c, 1.0, 2.0), (d, 2.0, 3.0)]
 
 
 def test_a_last_frame_of_four_seconds_stays_four_seconds():
     stream = Stream(0.0, 1.0, duration=4)
-    assert [times for _, *times in data.shown_frames(stream)] == [[0.0, 1.0], [1.0, 5.0]]
+    assert [times for _, *times in media.shown_frames(stream)] == [[0.0, 1.0], [1.0, 5.0]]
 
 
 def test_a_clip_slower_than_asked_is_refused_and_a_hair_slower_is_not(tmp_path):
     for name, rate in (("film", Fraction(24000, 1001)), ("tv", Fraction(30000, 1001)), ("slow", Fraction(8))):
         write_frames(tmp_path / f"{name}.mp4", [numbered(n) for n in range(40)], None, rate, 1 / rate)
-    assert len(data.load_clip(tmp_path / "film.mp4", 33, 24)) == len(data.load_clip(tmp_path / "tv.mp4", 33, 30)) == 33
+    for name, fps in (("film", 24), ("tv", 30)):
+        assert len(media.load_clip(tmp_path / f"{name}.mp4", 33, fps)) == 33
     for name, fps, rate in (("slow", 16, "8"), ("film", 30, "24"), ("tv", 1000, "30")):
         with pytest.raises(ValueError, match=f"{name}.mp4 is too slow for {fps} fps: it has {rate} pictures a second"):
-            data.load_clip(tmp_path / f"{name}.mp4", 33, fps)
+            media.load_clip(tmp_path / f"{name}.mp4", 33, fps)
     uneven = [n / 10 for n in range(60)] + [6 + n / 100 for n in range(60)]  # most frames are slow, the average is not
     write_frames(tmp_path / "uneven.mp4", [numbered(n) for n in range(120)], uneven, 18)
-    assert len(data.load_clip(tmp_path / "uneven.mp4", 65, 12)) == 65
+    assert len(media.load_clip(tmp_path / "uneven.mp4", 65, 12)) == 65
     (tmp_path / "uneven.mp4").unlink()
     (tmp_path / "slow.txt").write_text("a thing moves")
     for name in ("film", "tv"):
@@ -239,10 +241,10 @@ def test_a_clip_is_turned_and_mirrored_as_its_file_says(tmp_path, degrees, mirro
     write_frames(tmp_path / "a.mp4", [corners()] * 3, before=before if degrees or mirrored else None)
     wanted = corners().rotate(degrees, expand=True)
     wanted = ImageOps.mirror(wanted) if mirrored else wanted
-    (shown,) = data.load_clip(tmp_path / "a.mp4", 1, 8)
+    (shown,) = media.load_clip(tmp_path / "a.mp4", 1, 8)
     assert shown.size == wanted.size
     assert (np.abs(np.asarray(shown, int) - np.asarray(wanted)) > 60).mean() < 0.05
-    assert data.load_clip(tmp_path / "a.mp4", 1, 8, (16, 32))[0].size == (32, 16)
+    assert media.load_clip(tmp_path / "a.mp4", 1, 8, (16, 32))[0].size == (32, 16)
 
 
 def test_frames_leave_the_memory_at_once(tmp_path):
@@ -251,7 +253,7 @@ def test_frames_leave_the_memory_at_once(tmp_path):
     gc.collect()
     gc.disable()
     try:
-        data.load_clip(tmp_path / "a.mp4", 2, 8)
+        media.load_clip(tmp_path / "a.mp4", 2, 8)
         assert not [one for one in gc.get_objects() if type(one) is av.VideoFrame]
     finally:
         gc.enable()
@@ -261,7 +263,7 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path):
     def before(stream):
         stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
     write_frames(tmp_path / "a.mp4", [corners()] * 3, before=before)
-    (shown,) = data.load_clip(tmp_path / "a.mp4", 1, 8)
+    (shown,) = media.load_clip(tmp_path / "a.mp4", 1, 8)
     assert shown.size == (128, 64)  # 96 * 4 / 3
     assert shown.getpixel((60, 5))[0] > 150 and shown.getpixel((68, 5))[1] > 150
 
@@ -272,7 +274,7 @@ def test_pixels_more_than_four_times_as_wide_or_high_are_a_mistake(tmp_path, asp
     def before(stream):
         stream.codec_context.sample_aspect_ratio = aspect
     write_frames(tmp_path / "a.mp4", [corners()] * 3, before=before)
-    assert data.load_clip(tmp_path / "a.mp4", 1, 8)[0].size == (width, 64)
+    assert media.load_clip(tmp_path / "a.mp4", 1, 8)[0].size == (width, 64)
 
 
 @pytest.mark.parametrize("rows", [1080, 2160])
@@ -280,7 +282,7 @@ def test_shrinking_by_no_whole_number_is_plain_lanczos(rows):
     """A first shrink by boxes would cost detail: this noise would be 20 levels off, and a ninth flatter."""
     noise = Image.fromarray(np.random.default_rng(0).integers(90, 170, (rows, rows // 3, 3)).astype(np.uint8))
     plain = np.asarray(noise.resize((160, 480), Image.LANCZOS), int)
-    assert np.abs(np.asarray(data.resize_center_crop(noise, 480, 160), int) - plain).max() <= 2
+    assert np.abs(np.asarray(media.resize_center_crop(noise, 480, 160), int) - plain).max() <= 2
 
 
 @pytest.mark.parametrize("size", [(1, 20000), (20000, 1)])
@@ -293,14 +295,14 @@ def test_of_a_thin_strip_only_the_part_that_stays_is_resized(monkeypatch, size):
         return resize(image, size, *args, **kwargs)
     monkeypatch.setattr(Image.Image, "resize", small)
     strip = Image.new("RGB", size, (9, 80, 200))
-    assert data.resize_center_crop(strip, 480, 720).getcolors() == [(480 * 720, (9, 80, 200))]
+    assert media.resize_center_crop(strip, 480, 720).getcolors() == [(480 * 720, (9, 80, 200))]
 
 
 @pytest.mark.parametrize("box, jitter", [((70, 101), 0.0), ((333, 97), 0.0), ((64, 64), 0.2)])
 def test_the_cut_is_that_of_the_whole_picture_resized(box, jitter):
     noise = Image.fromarray(np.random.default_rng(1).integers(90, 170, (*box, 3)).astype(np.uint8))  # nothing clips
     r, again = np.random.default_rng(2), np.random.default_rng(2)
-    cut = np.asarray(data.resize_center_crop(noise, 48, 72, jitter, r), int)
+    cut = np.asarray(media.resize_center_crop(noise, 48, 72, jitter, r), int)
     zoom, (dy, dx) = 1 + jitter * again.random() if jitter else 1, jitter * (again.random(2) - 0.5)
     scale = max(48 / noise.height, 72 / noise.width) * zoom
     w, h = max(72, round(noise.width * scale)), max(48, round(noise.height * scale))
@@ -310,8 +312,8 @@ def test_the_cut_is_that_of_the_whole_picture_resized(box, jitter):
 
 
 def test_clip_frames():
-    assert [data.clip_frames(n) for n in (1, 8, 9, 13, 16, 17, 49, 50)] == [1, 1, 9, 9, 9, 17, 49, 49]
-    assert [data.clip_frames(n, 2) for n in (4, 5, 9, 12)] == [1, 5, 9, 9]
+    assert [media.clip_frames(n) for n in (1, 8, 9, 13, 16, 17, 49, 50)] == [1, 1, 9, 9, 9, 17, 49, 49]
+    assert [media.clip_frames(n, 2) for n in (4, 5, 9, 12)] == [1, 5, 9, 9]
 
 
 def test_corrupt_clip_is_skipped_and_counted(tmp_path):

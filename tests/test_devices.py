@@ -1,6 +1,5 @@
 """What a machine with a GPU does, emulated on a CPU: its dtype, and modules that lie on different devices."""
-from tests.common import knobs_fixture  # noqa: F401
-from tests.common import BASE, ROOT, go_back, log_of, weights_of  # before torch
+from tests.shared import BASE, ROOT, go_back, log_of, weights_of
 
 import gc
 import json
@@ -13,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import base
+from toy import creatures
+from common import latents
+from common import base
 import sample
 import train
-from paper import prepare
 from toy import world
 
 
@@ -36,9 +36,9 @@ def small_toy(tmp_path, monkeypatch):
     for suffix in (".png", ".txt"):
         shutil.copy(ROOT / f"toy/refs/creature-0{suffix}", "toy/refs")
     monkeypatch.setattr(sample, "generate", partial(sample.generate, steps=2))  # of 50: bfloat16 is slow on a CPU
-    for name, write, n in (("pairs", world.write_pairs, 4), ("clips", world.write_clips, 2),
-                           ("val_pairs", world.write_pairs, 2), ("val_clips", world.write_clips, 1)):
-        monkeypatch.setitem(world.DATA, name, partial(write, n=n, seed=int("val" in name)))
+    for name, write, n in (("pairs", creatures.write_pairs, 4), ("clips", creatures.write_clips, 2),
+                           ("val_pairs", creatures.write_pairs, 2), ("val_clips", creatures.write_clips, 1)):
+        monkeypatch.setitem(creatures.DATA, name, partial(write, n=n, seed=int("val" in name)))
 
 
 SHORT = dict(steps=4, save_every=2, image_batch=4, image_micro=4, video_batch=2, video_micro=2, val_every=4, p=0.5,
@@ -69,17 +69,17 @@ def test_the_toys_first_command_in_the_dtype_of_a_gpu(small_toy, bfloat16):
 
 def test_each_dtype_has_its_own_cache(small_toy, request):
     """Both kinds of machine share one folder of data, on a network disk, say."""
-    on_a_cpu = world.ensure_data(train.Config(toy=True)).cache
+    on_a_cpu = world.ensure_data(train.Config(toy=True), train.TOY).cache
     request.getfixturevalue("bfloat16")
     assert on_a_cpu == "toy/data/cache/pairs+clips-float32"
-    assert world.ensure_data(train.Config(toy=True)).cache == "toy/data/cache/pairs+clips-bfloat16"
+    assert world.ensure_data(train.Config(toy=True), train.TOY).cache == "toy/data/cache/pairs+clips-bfloat16"
 
 
 def test_with_cached_prompts_the_text_encoder_is_gone_when_samples_are_made(knobs, small_toy, monkeypatch):
     """diffusers takes the pipeline's device from its first module by name, the text encoder: left in RAM it would
     draw the noise of the samples there. Here RAM is the meta device: whatever is moved to it cannot compute."""
     cfg = train.Config(**{**knobs, "cache": "cache", "steps": 2, "sample_every": 2, "val_every": 2})
-    prepare.prepare_cache(prepare.Latents(out="cache", prompts=True, device="cpu", **{
+    latents.prepare_cache(latents.Latents(out="cache", prompts=True, device="cpu", **{
         k: getattr(cfg, k) for k in ("base", "images", "videos", "crop_jitter", "frames", "fps", "vae_tiling")}))
     load, encoders = train.load_pipeline, []
 

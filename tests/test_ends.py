@@ -1,6 +1,5 @@
 """Every way out of a run ends it, with its error and exit status, and leaves a folder that the next run understands."""
-from tests.common import knobs_fixture  # noqa: F401
-from tests.common import TORCHRUN, command, log_of, run  # before torch
+from tests.shared import TORCHRUN, command, log_of, run
 
 import shutil
 import signal
@@ -15,13 +14,14 @@ import data
 import model
 import sample
 import train
-from run import checkpoints, command_line, newest_checkpoint, read_json, records, resume, save_checkpoint, start_log
+from common.run import (checkpoints, command_line, newest_checkpoint, read_json, records, resume, save_checkpoint,
+                        start_log)
 
 # train.py, but that something happens in step 2 on the last rank, while two processes read ahead.
 BREAK = """
 import os, runpy, signal, subprocess, sys
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
-import watch
+from common import watch
 log_step = watch.Log.step
 def step(log, number, *rest):
     log_step(log, number, *rest)
@@ -147,7 +147,7 @@ def test_a_copied_checkpoint_is_neither_resumed_nor_sampled(knobs, finished, tmp
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, "out/whole")
     shutil.copytree("out/whole/step-000003", "out/whole/step-best")
-    assert sample.find_lora().parent.name == model.lora_path("out/whole").parent.name == "step-000006"
+    assert sample.find_lora().parent.name == sample.find_lora("out/whole").parent.name == "step-000006"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]"])

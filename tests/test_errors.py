@@ -1,6 +1,5 @@
 """Mistakes and broken files: each is one line that names what is wrong."""
-from tests.common import knobs_fixture  # noqa: F401
-from tests.common import BASE, ROOT, large_vae, run  # before torch
+from tests.shared import BASE, ROOT, large_vae, run
 
 import json
 import runpy
@@ -11,15 +10,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import base
+from toy import creatures
+from common import latents
+from common import base
 import data
 import gradcos
 import model
 import sample
 import train
 from paper import prepare
-from watch import Log
-from toy import world
+from common.watch import Log
 
 REF = str(ROOT / "toy/refs/creature-0.png")
 LORA = str(ROOT / "toy/lora")
@@ -31,14 +31,14 @@ def cut(path, share=2):
 
 
 def truncated_parquet(knobs):
-    world.write_pairs("pairs", n=4)
+    creatures.write_pairs("pairs", n=4)
     cut("pairs/pairs.parquet")
     data.ImagePairs("pairs", (32, 32))
 
 
 def truncated_source(knobs):
     truncated = Path("source")
-    world.write_pairs(truncated, n=4)
+    creatures.write_pairs(truncated, n=4)
     cut(truncated / "pairs.parquet")
     prepare.prepare_subjects(prepare.Subjects200K(out="out", source="source"))
 
@@ -58,7 +58,7 @@ def prompts_that_are_no_text(knobs):
 
 
 def caption_that_is_no_text(knobs):
-    world.write_clips("clips", n=1)
+    creatures.write_clips("clips", n=1)
     shutil.copy(REF, "clips/0000.txt")
     data.Clips("clips", (32, 32), 9, 4)[0, 0]
 
@@ -97,7 +97,7 @@ def huge_base(act):
 
 train_huge = huge_base(lambda knobs: train.train(train.Config(**{**knobs, "base": "huge"})))
 sample_huge = huge_base(lambda knobs: sample.main(sample.Config(ref=REF, prompt="x", lora=LORA, base="huge")))
-cache_huge = huge_base(lambda knobs: prepare.prepare_cache(prepare.Latents(base="huge", images=knobs["images"])))
+cache_huge = huge_base(lambda knobs: latents.prepare_cache(latents.Latents(base="huge", images=knobs["images"])))
 
 
 @pytest.mark.parametrize("act, message", [
@@ -209,10 +209,10 @@ def test_the_cache_needs_no_transformer_and_no_text_encoder(knobs, tmp_path, mon
         for weights in Path("base", part).glob("*.safetensors"):
             weights.unlink()
     cfg = dict(base="base", images=knobs["images"], frames=9, fps=4.0, crop_jitter=0.0)
-    prepare.prepare_cache(prepare.Latents(out="cache", **cfg))
+    latents.prepare_cache(latents.Latents(out="cache", **cfg))
     assert json.loads(Path("cache/image/index.json").read_text())["cached"] == 40
     with pytest.raises(OSError):
-        prepare.prepare_cache(prepare.Latents(out="prompts", prompts=True, **cfg))
+        latents.prepare_cache(latents.Latents(out="prompts", prompts=True, **cfg))
 
 
 def test_a_cut_log_of_gradients_still_draws(tmp_path, monkeypatch):

@@ -2,8 +2,7 @@
 
 A GPU repeats numbers to its rounding only, so each test states its tolerance. GPU_TESTS_ON=cpu tries the tests
 themselves on a CPU, in bfloat16 as on a GPU and with shorter runs; what a CPU has not got is skipped."""
-from tests.common import inputs_fixture, tiny_fixture  # noqa: F401
-from tests.common import BASE, ROOT, go_back, log_of, randomise_lora  # before torch
+from tests.shared import BASE, ROOT, go_back, log_of, randomise_lora
 
 import importlib.util
 import os
@@ -14,15 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-import base
-import data
+from toy import creatures
+from common import media
+from common import base
 import gradcos
 import model
 import sample
 import train
 from paper import bench
 from toy import world
-from watch import sum_over_ranks
+from common.watch import sum_over_ranks
 
 ON_CPU = os.environ.get("GPU_TESTS_ON") == "cpu"
 DEVICE = torch.device("cpu" if ON_CPU else "cuda")
@@ -50,7 +50,7 @@ def toy(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         if ON_CPU:
             for name in ("pairs", "clips", "val_pairs", "val_clips"):
-                patch.setitem(world.DATA, name, partial(world.DATA[name], n=8))
+                patch.setitem(creatures.DATA, name, partial(creatures.DATA[name], n=8))
         yield folder
 
 
@@ -127,7 +127,7 @@ def test_one_rank_of_nccl(tiny, inputs, tmp_path):
 def video_of(tmp_path, **flags):
     out = tmp_path / "a.mp4"
     sample.main(sample.Config(ref=REF, lora=str(ROOT / "toy/lora"), steps=4, device=DEVICE.type, out=str(out), **flags))
-    return np.stack([np.asarray(frame) for frame in data.load_clip(out, 9, 4)]).astype(int)
+    return np.stack([np.asarray(frame) for frame in media.load_clip(out, 9, 4)]).astype(int)
 
 
 @needs_a_gpu

@@ -1,6 +1,5 @@
 """What makes a step cheaper changes neither losses nor gradients, and does what it says: counted, never timed."""
-from tests.common import BASE, command, inputs_fixture, knobs_fixture, run, tiny_fixture  # noqa: F401
-from tests.common import ROOT, TORCHRUN, randomise_lora  # before torch
+from tests.shared import BASE, ROOT, TORCHRUN, command, randomise_lora, run
 
 from functools import partial
 from unittest.mock import patch
@@ -12,12 +11,12 @@ import torch
 from diffusers import CogVideoXPipeline, FirstBlockCacheConfig
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
-import base
+from common import base
 import model
 import sample
 from model import add_lora, v_loss
 from paper.bench import Counter
-from run import records
+from common.run import records
 from train import Config, train
 
 MODES = ["none", "attention", "full"]
@@ -277,7 +276,8 @@ def test_merged_lora_gives_the_same_output_with_fewer_products(tiny, inputs):
     products, outputs = [], []
     for merged in (False, True):
         if merged:
-            model.merge_lora(ours)
+            ours.fuse_lora()
+            ours.unload_lora()
         with torch.no_grad(), Counter() as counter:
             outputs.append(ours(latents, text, timestep, reference=reference).sample)
         products.append(counter.flops)
@@ -293,7 +293,8 @@ def test_lora_is_merged_in_float32_and_then_rounded(tiny):
     layer = ours.transformer_blocks[0].attn1.to_q
     update = 0.5 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight  # alpha / rank = 0.5, float32
     expected = (layer.base_layer.weight.float() + update).bfloat16()
-    model.merge_lora(ours)
+    ours.fuse_lora()
+    ours.unload_lora()
     assert torch.equal(ours.transformer_blocks[0].attn1.to_q.weight, expected)
 
 

@@ -1,8 +1,7 @@
 """The paper's recipe and its authors': what drops, where <cls> stands, the coins of a step, one VAE path for pictures.
 """
-from tests.common import inputs_fixture, knobs_fixture, tiny_fixture  # noqa: F401
-from tests.common import (BASE, ROOT, TORCHRUN, C, H, L, N, T, W, command, go_back, large_vae, log_of, run,
-                          weights_of)  # before torch
+from tests.shared import (BASE, ROOT, TORCHRUN, C, H, L, N, T, W, command, go_back, large_vae, log_of, run,
+                          weights_of)
 
 import dataclasses
 import io
@@ -20,18 +19,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
-from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from PIL import Image
 
-import base
+from toy import creatures
+from common import media
+from common import latents
+from common import base
 import data
 import model
 import sample
 import train
-from paper import prepare
-from run import torch_rng
-from toy import world
+from common.run import torch_rng
 
 
 # ---- what drops ------------------------------------------------------------------------------------------------------
@@ -47,88 +45,6 @@ def test_drop_reference_keeps_all_or_nothing():
         assert train.token_drop(train.Config(drop=drop, token_drop=0.0), 0, 0, 9) is None
     with pytest.raises(ValueError, match="nothing to train .*0 with --drop reference"):
         train.Config(drop="reference", lora_scope="reference", view_drop=0.0)
-
-
-# ---- where a picture's target stands in time -------------------------------------------------------------------------
-
-@pytest.mark.parametrize("frame", [1, 3])
-@pytest.mark.parametrize("keep", [None, [0, 3, 4, 11, 20], []])
-def test_a_picture_at_a_latent_frame(tiny, inputs, frame, keep):
-    """The stock transformer fed [reference | picture], with rows 0 and `frame` of the tables of frame + 1 frames."""
-    ours, stock = tiny
-    latents, text, t, ref = inputs
-    picture, kept = latents[:, :1], list(range(N)) if keep is None else keep
-    rows = torch.cat([torch.arange(N), torch.arange(frame * N, (frame + 1) * N)])
-    tables = tuple(table[rows] for table in stock_rope(stock, frame + 1))
-    made = ours.rotary_tables(2, H, W, "cpu", skipped=frame - 1)
-    assert all(torch.equal(a, b) for a, b in zip(made, tables))
-    got = ours(picture, text, t, reference=ref, keep=None if keep is None else torch.tensor(keep, dtype=torch.long),
-               first_frame=frame).sample
-    if keep is None:
-        expected = stock(torch.cat([ref, picture], 1), text, t, image_rotary_emb=tables).sample[:, 1:]
-        assert (got - expected).abs().max() < 1e-6
-    if keep == []:
-        expected = stock(picture, text, t, image_rotary_emb=tuple(table[N:] for table in tables)).sample
-        assert (got - expected).abs().max() < 1e-6
-    elsewhere = ours(picture, text, t, reference=ref, keep=torch.tensor(kept, dtype=torch.long)).sample
-    assert ((got - elsewhere).abs().max() > 1e-5) == (frame > 1)  # frame 1 is the default
-
-
-def stock_rope(stock, frames):
-    """The tables of `frames` latent frames, by diffusers' function."""
-    crop = get_resize_crop_region_for_grid((H // 2, W // 2), W // 2, H // 2)
-    return get_3d_rotary_pos_embed(stock.config.attention_head_dim, crop, (H // 2, W // 2), frames)
-
-
-def test_frame_one_changes_no_bit(tiny, inputs):
-    ours, _ = tiny
-    x, text, t, ref = inputs
-    for keep in (None, torch.arange(5)):
-        today = ours(x, text, t, reference=ref, keep=keep).sample
-        assert torch.equal(ours(x, text, t, reference=ref, keep=keep, first_frame=1).sample, today)
-    assert all(torch.equal(a, b) for a, b in zip(ours.rotary_tables(T, H, W, "cpu"), stock_rope(ours, T)))
-
-
-def test_the_image_frame_is_drawn_evenly_and_alike_on_all_ranks(monkeypatch):
-    first, random = train.Config(), train.Config(image_frame="random")
-    assert {train.image_frame(first, step, 0, 13) for step in range(50)} == {1}  # the default is the paper's
-    drawn = Counter(train.image_frame(random, step, micro, 13) for step in range(1300) for micro in range(2))
-    assert sorted(drawn) == list(range(1, 14)) and all(150 < n < 250 for n in drawn.values())  # 200 each
-    cfg, frames = dataclasses.replace(random, image_micro=8, p=0.0), {}
-    for world_size in (1, 2, 8):
-        monkeypatch.setenv("WORLD_SIZE", str(world_size))
-        for rank in range(world_size):
-            monkeypatch.setenv("RANK", str(rank))
-            for micro in train.plan(cfg, 3):
-                frame = train.image_frame(cfg, micro.step, micro.index, 13)
-                assert frames.setdefault(micro.index, frame) == frame
-    assert len(frames) == 32 and len(set(frames.values())) > 5  # one for each micro-batch
-
-
-def test_a_run_with_image_frames(knobs, tmp_path, monkeypatch):
-    """Image steps take the drawn frame, video steps 1, held-out batches too; the run resumes bit for bit."""
-    monkeypatch.chdir(tmp_path)
-    seen, v_loss = [], train.v_loss
-    monkeypatch.setattr(train, "v_loss", lambda *args: seen.append(args[-1]) or v_loss(*args))
-    cfg = train.Config(**{**knobs, "image_frame": "random", "val_every": 6, "gradcos_every": 6, "name": "whole"})
-    train.train(cfg)
-    expected = [train.image_frame(cfg, micro.step, micro.index, 5) if micro.task == "image" else 1
-                for step in range(6) for micro in train.plan(cfg, step)]
-    assert seen == expected and len(set(expected)) > 2
-    go_back(tmp_path / "out/whole", 3, tmp_path / "out/killed")
-    train.train(dataclasses.replace(cfg, name="killed"))
-    assert torch.equal(weights_of("out/killed"), weights_of("out/whole"))
-    _, pipe, _ = train.load_model(cfg, torch.device("cpu"))
-    for choice, frames in (("first", {1}), ("random", {1, 2, 3, 4, 5})):
-        small = dataclasses.replace(cfg, image_frame=choice, image_micro=1, val_pairs=6)
-        batches = list(train.held_out_batches(small, pipe, (32, 32), 9, 16))
-        assert {b["first_frame"] for task, b in batches if task == "image"} <= frames
-        assert {b["first_frame"] for task, b in batches if task == "video"} == {1}
-        if choice == "random":
-            assert len({b["first_frame"] for task, b in batches}) > 2
-    with pytest.raises(ValueError, match="--image_frame random .* this base has no RoPE"):
-        pipe.transformer.register_to_config(use_rotary_positional_embeddings=False)
-        train.open_data(cfg, pipe)
 
 
 # ---- <cls> -----------------------------------------------------------------------------------------------------------
@@ -281,7 +197,7 @@ def test_what_the_recipe_set_stands_in_config_json(knobs, tmp_path, monkeypatch)
     train.command_line(train.train, train.Config, "", argv, **train.defaults(argv))
     config = json.loads(Path("out/toy/config.json").read_text())
     expected = dict(recipe="authors", drop="tokens", task_schedule="mixed", view_drop=0, cls_video=False)
-    assert {k: config[k] for k in expected} == expected
+    assert {k: (config | config["not_trained"])[k] for k in expected} == expected
 
 
 # ---- one VAE path ----------------------------------------------------------------------------------------------------
@@ -298,19 +214,19 @@ def test_a_picture_has_the_same_latents_in_training_cache_and_sampling(tmp_path,
     pipe = SimpleNamespace(vae=vae, transformer=SimpleNamespace(device=torch.device("cpu")))
     monkeypatch.setattr(train, "sample_latents", lambda vae, moments, noise_rng: model.sample_latents(vae, moments))
     (tmp_path / "out").mkdir()
-    latents = prepare.Latents(images=str(tmp_path), out=str(tmp_path / "out"), crop_jitter=0.0)
-    prepare.cache_task(latents, pipe, "image", str(tmp_path), size, 49, 0, 1)
+    wanted = latents.Latents(images=str(tmp_path), out=str(tmp_path / "out"), crop_jitter=0.0)
+    latents.cache_task(wanted, pipe, "image", str(tmp_path), size, 49, 0, 1)
     found = {}
-    cache = data.Cache(tmp_path / "out/image", {"tiling": False})
+    cache = latents.Cache(tmp_path / "out/image", {"tiling": False})
     for name, cache in (("trained", None), ("cached", cache)):
         pairs = data.ImagePairs(tmp_path, size, cache=cache)
         batch = next(data.batches({"image": pairs}, [[("image", 0, 0)]])) | {"text": torch.zeros(1, 1, 1)}
         x, ref, _ = train.encode_batch(train.Config(), pipe, batch, None, None)
         found[name] = dict(zip((batch["prompt"][0], "ab".replace(batch["prompt"][0], "")), (x, ref)))
-    pictures = [data.load_image(tmp_path / f"{name}.png") for name in "ab"]
+    pictures = [media.load_image(tmp_path / f"{name}.png") for name in "ab"]
     found["sampled"] = dict(zip("ab", sample.encode_references(pipe, pictures, *size).split(1)))
     for name, picture in zip("ab", pictures):
-        stock = data.normalise(data.to_pixels([picture]))[None].transpose(1, 2)  # (1,3,1,H,W)
+        stock = media.normalise(media.to_pixels([picture]))[None].transpose(1, 2)  # (1,3,1,H,W)
         tiles = vae.encode(stock).latent_dist.mode().transpose(1, 2) * vae.config.scaling_factor
         vae.disable_tiling()
         whole = vae.encode(stock).latent_dist.mode().transpose(1, 2) * vae.config.scaling_factor
@@ -324,11 +240,11 @@ def test_fit_covers_or_pads():
     """A white-framed square of one colour: cover cuts its top and bottom, pad shows all of it between white bars."""
     picture = Image.new("RGB", (40, 40), "red")
     picture.paste("blue", (0, 0, 40, 5))  # a stripe at the top, which covering 3:2 loses
-    cover, pad = (np.asarray(data.fit_reference(picture, 24, 36, fit)).astype(int) for fit in ("cover", "pad"))
+    cover, pad = (np.asarray(media.fit_reference(picture, 24, 36, fit)).astype(int) for fit in ("cover", "pad"))
     assert cover.shape == pad.shape == (24, 36, 3) and np.abs(cover[2:-2] - (255, 0, 0)).max() < 5
     assert (pad[:, :5] > 250).all() and (pad[:, -5:] > 250).all()
     assert np.abs(pad[8:-2, 8:28] - (255, 0, 0)).max() < 5 and np.abs(pad[0, 8:28] - (0, 0, 255)).max() < 25
-    tall = np.asarray(data.fit_reference(Image.new("RGB", (90, 160), "red"), 24, 36, "pad"))
+    tall = np.asarray(media.fit_reference(Image.new("RGB", (90, 160), "red"), 24, 36, "pad"))
     assert (tall[12, :, 1] < 128).sum() in (13, 14)  # 24 * 9 / 16
 
 
@@ -366,7 +282,7 @@ def test_a_dropped_reference_is_not_encoded_and_the_draws_stay(knobs):
                          ids=["paper", "authors", "ablations"])
 def test_cached_and_uncached_losses_are_equal_under_every_recipe(knobs, tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
-    world.write_pairs("pairs", n=8)
+    creatures.write_pairs("pairs", n=8)
     for file in Path("pairs").glob("*.parquet"):  # wider than high: where the two fits differ
         rows = pq.read_table(file).to_pylist()
         for row in rows:
@@ -376,7 +292,7 @@ def test_cached_and_uncached_losses_are_equal_under_every_recipe(knobs, tmp_path
         pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=16)
     cfg = train.Config(**{**knobs, "images": "pairs", "steps": 4, "lora_dropout": 0.0, **flags, "image_micro": 4,
                           "video_micro": 2})
-    prepare.prepare_cache(prepare.Latents(out="cache", prompts=True, device="cpu", **{
+    latents.prepare_cache(latents.Latents(out="cache", prompts=True, device="cpu", **{
         k: getattr(cfg, k) for k in ("base", "images", "videos", "crop_jitter", "fit", "cls", "cls_video", "frames",
                                      "fps", "vae_tiling")}))
     for name, cache in (("plain", ""), ("cached", "cache")):
@@ -390,7 +306,7 @@ def test_cached_and_uncached_losses_are_equal_under_every_recipe(knobs, tmp_path
 def test_lora_scale():
     """0 is the base, 1 changes nothing, 2 is a LoRA whose B is doubled."""
     def video(pipe):
-        latents = sample.encode_references(pipe, [data.load_image(ROOT / "toy/refs/creature-0.png")], 32, 32)
+        latents = sample.encode_references(pipe, [media.load_image(ROOT / "toy/refs/creature-0.png")], 32, 32)
         (video,) = sample.generate(pipe, latents, ["a creature stands"], [0], steps=2, guidance=2.0)
         return np.stack([np.asarray(frame) for frame in video]).astype(int)
 

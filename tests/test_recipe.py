@@ -3,10 +3,9 @@
 Three golden runs say that nothing else has moved: their losses, norms, learning rates, measurements and some weights
 stand in golden.json. After a change that is meant to move them, write it anew and read the diff:
 
-    python -m tests.test_recipe
+    CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 python -m tests.test_recipe
 """
-from tests.common import inputs_fixture, knobs_fixture, tiny_fixture  # noqa: F401
-from tests.common import BASE, ROOT, log_of, randomise_lora, small_knobs  # before torch
+from tests.shared import BASE, ROOT, log_of, randomise_lora, small_knobs
 
 import dataclasses
 import importlib.metadata
@@ -25,14 +24,14 @@ from diffusers import CogVideoXPipeline
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from common import media
+from common import latents
 import data
 import gradcos
 import model
-import run
 import sample
 import train
-import watch
-from paper import prepare
+from common import watch
 
 GOLDEN = Path(__file__).with_name("golden.json")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow", "av")
@@ -57,7 +56,7 @@ def golden_run(knobs, name, folder):
     cfg = train.Config(**{**knobs, **flags, "name": name, "out": str(folder)})
     if cached:
         cfg.cache = str(folder / f"cache-{name}")
-        prepare.prepare_cache(prepare.Latents(
+        latents.prepare_cache(latents.Latents(
             out=cfg.cache, prompts=cached == "images", device="cpu", **{cached: getattr(cfg, cached)},
             **{k: getattr(cfg, k) for k in ("base", "frames", "fps", "fit", "crop_jitter", "cls", "cls_video",
                                             "vae_tiling")}))
@@ -71,7 +70,7 @@ def golden_run(knobs, name, folder):
     hook.remove()
     written = {f"{name}/{file}/{line['step']}": line for file in ("log", "gradcos", "val")
                for line in log_of(folder / name, f"{file}.jsonl")}
-    weights = model.load_file(model.lora_path(folder / name))
+    weights = model.load_file(sample.find_lora(folder / name))
     for key in [k for k in weights if "blocks.2." in k or "blocks" not in k]:
         written[f"{name}/{key}"] = [weights[key].norm().item(), *weights[key].flatten()[:2].tolist()]
     return written, norms
@@ -137,7 +136,7 @@ def test_the_newest_checkpoints_stay(golden):
 
 
 def test_the_header_says_how_to_sample(golden):
-    header = model.lora_header(golden.folder)
+    header = model.lora_header(sample.find_lora(golden.folder))
     cls, scope = ("item", "reference") if golden.name == "ablations" else ("front", "all")
     assert {k: header[k] for k in ("base", "cls", "fit", "fps", "guidance", "lora_scope")} == dict(
         base=BASE, cls=cls, fit="cover", fps="4.0", guidance="2.0", lora_scope=scope)
@@ -277,7 +276,7 @@ def test_init_lora_brings_rank_alpha_and_weights_and_the_flag_its_dropout(knobs)
     assert (cfg.lora_rank, cfg.lora_alpha, cfg.lora_scope) == (32, 16.0, "all")
     for layer in lora_layers(pipe.transformer).values():
         assert layer.lora_dropout["default"].p == 0.25 and layer.scaling == {"default": 0.5}
-    there = model.load_file(model.lora_path(start))
+    there = model.load_file(sample.find_lora(start))
     got = pipe.transformer.transformer_blocks[0].ff.net[2].lora_B["default"].weight
     assert torch.equal(got, there["transformer.transformer_blocks.0.ff.net.2.lora_B.weight"]) and got.any()
 
@@ -394,7 +393,7 @@ def test_training_draws_target_and_reference_each_from_its_posterior(loaded):
 
 def test_pixels_reach_the_vae_from_minus_one_to_one():
     pixels = torch.tensor([0, 51, 255], dtype=torch.uint8)
-    assert torch.allclose(data.normalise(pixels), torch.tensor([-1.0, -0.6, 1.0]))
+    assert torch.allclose(media.normalise(pixels), torch.tensor([-1.0, -0.6, 1.0]))
 
 
 def test_kept_tokens_are_sorted_and_every_micro_batchs_own():
@@ -443,7 +442,7 @@ def cuts(height, width, across, jitter, n=400):
     """(zoom, shift of the middle as a share of the picture) of n random cuts of 60 x 60."""
     found = []
     for seed in range(n):
-        cut = np.asarray(data.resize_center_crop(ramp(height, width, across), 60, 60, jitter,
+        cut = np.asarray(media.resize_center_crop(ramp(height, width, across), 60, 60, jitter,
                                                  np.random.default_rng(seed)))
         line = (cut[30] if across else cut[:, 30])[5:-5]  # the filter bends the ramp at the picture's edges
         slope = (line[-1] - line[0]) / (len(line) - 1)    # pixels of the picture per pixel of the cut
@@ -499,7 +498,7 @@ def cached_fixture(knobs, loaded, tmp_path_factory):
     cfg, pipe, _ = loaded
     plain = dataclasses.replace(cfg, crop_jitter=0.0, cls_video=False)
     cached = dataclasses.replace(plain, cache=str(tmp_path_factory.mktemp("cache")))
-    prepare.prepare_cache(prepare.Latents(
+    latents.prepare_cache(latents.Latents(
         out=cached.cache, images=cfg.images, videos=cfg.videos, prompts=True, crops=3, device="cpu",
         **{k: getattr(cached, k) for k in ("base", "frames", "fps", "crop_jitter", "cls_video", "vae_tiling")}))
     return pipe, train.open_data(plain, pipe)[0], train.open_data(cached, pipe)[0]
@@ -512,7 +511,7 @@ def test_a_cached_sample_is_the_uncached_one(cached, task, cls):
     for step in range(6):
         a, b = plain[task][step, 0], kept[task][step, 0]
         assert a["prompt"] == b["prompt"] and a["item"] == b["item"]
-        moments = {k: model.encode_moments(pipe.vae, data.normalise(a[k])[None])[0] for k in ("pixels", "reference")}
+        moments = {k: model.encode_moments(pipe.vae, media.normalise(a[k])[None])[0] for k in ("pixels", "reference")}
         if task == "video":
             assert torch.equal(a["reference"], b["reference"])  # it is decoded either way
         else:
@@ -523,7 +522,7 @@ def test_a_cached_sample_is_the_uncached_one(cached, task, cls):
 
 def test_each_crop_of_a_cached_pair_is_drawn(loaded, wide_pair, tmp_path):
     cfg = dataclasses.replace(loaded[0], images=str(wide_pair), p=0.0, cache=str(tmp_path / "cache"))
-    prepare.prepare_cache(prepare.Latents(out=cfg.cache, images=cfg.images, base=BASE, crops=3, vae_tiling=False,
+    latents.prepare_cache(latents.Latents(out=cfg.cache, images=cfg.images, base=BASE, crops=3, vae_tiling=False,
                                           device="cpu"))
     pairs = train.open_data(cfg, loaded[1])[0]["image"]
     assert len({pairs[step, 0]["pixels"].sum().item() for step in range(60)}) == 6  # three crops, two directions
@@ -534,14 +533,14 @@ def test_each_crop_of_a_cached_pair_is_drawn(loaded, wide_pair, tmp_path):
     ("video", dict(cls_video=False)), ("video", dict(vae_tiling=True))])
 def test_a_cache_of_other_settings_is_another(loaded, task, change):
     cfg, pipe, _ = loaded
-    key = data.cache_key(cfg, pipe, task, (32, 48), 9)
-    assert key != data.cache_key(dataclasses.replace(cfg, **change), pipe, task, (32, 48), 9)
+    key = latents.cache_key(cfg, pipe, task, (32, 48), 9)
+    assert key != latents.cache_key(dataclasses.replace(cfg, **change), pipe, task, (32, 48), 9)
 
 
 @pytest.mark.parametrize("size, frames", [((48, 48), 9), ((32, 32), 9), ((32, 48), 17)])
 def test_a_cache_of_other_shapes_is_another(loaded, size, frames):
     cfg, pipe, _ = loaded
-    assert data.cache_key(cfg, pipe, "video", (32, 48), 9) != data.cache_key(cfg, pipe, "video", size, frames)
+    assert latents.cache_key(cfg, pipe, "video", (32, 48), 9) != latents.cache_key(cfg, pipe, "video", size, frames)
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
@@ -549,9 +548,9 @@ def test_a_cache_of_another_base_is_another(loaded, part):
     cfg, pipe, _ = loaded
     layer = pipe.vae.encoder.conv_in.conv if part == "vae" else pipe.text_encoder.get_input_embeddings()
     weight = layer.weight
-    key = data.cache_key(cfg, pipe, "image", (32, 48), 9)
+    key = latents.cache_key(cfg, pipe, "image", (32, 48), 9)
     weight.data.mul_(2)
-    other = data.cache_key(cfg, pipe, "image", (32, 48), 9)
+    other = latents.cache_key(cfg, pipe, "image", (32, 48), 9)
     weight.data.div_(2)  # exact: the other tests see what was there
     assert {k for k in key if key[k] != other[k]} == {part}
 
@@ -568,7 +567,7 @@ def test_a_cached_pair_with_another_caption_is_another(wide_pair):
 def test_a_cache_of_pictures_does_not_depend_on_tiling(loaded):
     cfg, pipe, _ = loaded
     tiled = dataclasses.replace(cfg, vae_tiling=True)
-    assert data.cache_key(cfg, pipe, "image", (32, 48), 9) == data.cache_key(tiled, pipe, "image", (32, 48), 9)
+    assert latents.cache_key(cfg, pipe, "image", (32, 48), 9) == latents.cache_key(tiled, pipe, "image", (32, 48), 9)
 
 
 def test_the_flags_of_the_data_reach_the_data(loaded):
@@ -758,7 +757,7 @@ REF = str(ROOT / "toy/refs/creature-0.png")
 
 
 def rate_of(file):
-    with data.av.open(str(file)) as container:
+    with media.av.open(str(file)) as container:
         return container.streams.video[0].average_rate
 
 
@@ -772,8 +771,8 @@ def test_sampling_takes_guidance_rate_and_cls_from_the_lora(tmp_path, calls):
     pipe = sample.load(str(ROOT / "toy/lora"))[0]
     assert torch.allclose(words["prompt_embeds"], model.encode_prompt(pipe, ["<cls> a creature"]), atol=1e-5)
     assert torch.allclose(words["negative_prompt_embeds"], model.encode_prompt(pipe, [""]), atol=1e-5)
-    picture = data.to_pixels([data.resize_center_crop(data.load_image(REF), 32, 32)])
-    stock = pipe.vae.encode(data.normalise(picture)[:, :, None]).latent_dist.mode() * pipe.vae.config.scaling_factor
+    picture = media.to_pixels([media.resize_center_crop(media.load_image(REF), 32, 32)])
+    stock = pipe.vae.encode(media.normalise(picture)[:, :, None]).latent_dist.mode() * pipe.vae.config.scaling_factor
     assert torch.allclose(words["attention_kwargs"]["reference"], stock.transpose(1, 2), atol=1e-5)
 
 
@@ -859,7 +858,7 @@ def test_ranks_share_the_sample_sheets(tmp_path, monkeypatch):
     shares = []
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
-        shares.append([file.stem for file in sample.sample_texts(pipe, tmp_path)])
+        shares.append([file.stem for file in watch.sample_texts(pipe, tmp_path)])
     assert shares == [["a", "c"], ["b"]]
 
 
@@ -876,7 +875,7 @@ def test_the_newest_checkpoint_is_sampled(tmp_path, monkeypatch):
 
 def test_knobs_that_a_run_may_go_on_with():
     """Any other is part of what is trained."""
-    assert run.NOT_TRAINED == {
+    assert {f.name for f in dataclasses.fields(train.Config) if not f.metadata["trains"]} == {
         "toy", "recipe", "tensorboard", "name", "out", "workers", "save_every", "keep_checkpoints", "guidance",
         "grad_device", "gradcos_every", "val_every", "sample_every", "val_images", "val_videos", "val_pairs",
         "val_clips", "val_refs", "image_checkpointing", "video_checkpointing"}

@@ -1,8 +1,7 @@
 """Runs of train.py: what they write, how they go on after any kind of end, on one rank and on two, and what stops them.
 """
-from tests.common import knobs_fixture  # noqa: F401
-from tests.common import (BASE, PATIENCE, ROOT, TORCHRUN, children, command, go_back, kill_job, log_lines, log_of, run,
-                          start_and_wait, weights_of, write_clip)  # before torch
+from tests.shared import (BASE, PATIENCE, ROOT, TORCHRUN, children, command, go_back, kill_job, log_lines, log_of, run,
+                          start_and_wait, weights_of, write_clip)
 
 import dataclasses
 import importlib.util
@@ -19,12 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
-import base
+from common import base
 import model
 import sample
 import train
 from model import add_lora, load_lora
-from run import command_line
+from common.run import command_line, settings_of
 
 
 def go(knobs, **more):
@@ -232,7 +231,7 @@ def test_a_run_of_other_code_is_refused(knobs, tmp_path, monkeypatch):
     """Its config.json has a knob that is no longer there."""
     monkeypatch.chdir(tmp_path)
     Path("out/old/step-000003").mkdir(parents=True)
-    config = dataclasses.asdict(train.Config(**{**knobs, "name": "old"}))
+    config = settings_of(train.Config(**{**knobs, "name": "old"}))
     config["rank"] = config.pop("lora_rank")
     Path("out/old/config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError) as error:

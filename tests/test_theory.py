@@ -1,6 +1,5 @@
 """The cosine and PCGrad against two backward passes and closed forms; Appendix C's model; the figures."""
-from tests.common import inputs_fixture, tiny_fixture  # noqa: F401
-from tests.common import BASE, T, randomise_lora  # before torch
+from tests.shared import BASE, T, randomise_lora
 
 import json
 from pathlib import Path
@@ -15,8 +14,9 @@ from diffusers import CogVideoXPipeline
 
 import gradcos
 from model import add_lora, v_loss
+from paper import theory
 from paper.theory import cosines, descend, draw_theory
-from run import command_line
+from common.run import command_line
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -247,7 +247,7 @@ def test_the_figure_of_the_theory_shows_the_closed_forms():
 
 
 def test_a_figure_of_the_theory_is_written(tmp_path):
-    gradcos.main(gradcos.Config(theory=True, out=str(tmp_path / "figures/theory.png")))
+    theory.main(theory.Config(out=str(tmp_path / "figures/theory.png")))
     assert (tmp_path / "figures/theory.png").is_file()
 
 

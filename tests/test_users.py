@@ -1,6 +1,5 @@
 """What users of such projects run into: each is one clear line, or simply right."""
-from tests.common import knobs_fixture  # noqa: F401
-from tests.common import BASE, ROOT  # before torch
+from tests.shared import BASE, ROOT
 
 import dataclasses
 import json
@@ -12,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import base
+from common import base
 import model
 import sample
 import train
-import watch
-from run import command_line
+from common import watch
+from common.run import command_line
 
 LORA = ROOT / "toy/lora"
 

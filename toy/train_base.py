@@ -8,7 +8,7 @@ clips and on some still pictures, with captions that sometimes name the creature
 sometimes are empty (for classifier-free guidance). It never sees a reference: that is the paper's job.
 
 By default all clips walk. The committed base went on (--init) with clips that stand or jump, and with frames at random
-distances in time: without them image-only training breaks instead of freezing. The six runs: paper/NOTES.md.
+distances in time: without them image-only training breaks instead of freezing. The six runs: paper/TRIALS.md.
 """
 import copy
 import math
@@ -27,9 +27,9 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from tqdm import tqdm
 
+from toy import creatures
 from model import SubjectTransformer, encode_prompt, encode_video, v_loss
-from run import command_line, knob
-from toy import world
+from common.run import command_line, knob
 
 
 @dataclass
@@ -58,8 +58,8 @@ class Config:
 def build_tokenizer(folder):
     """A sentencepiece model for T5 in CogVideoX-5b's layout: the toy's words, and single characters for any other."""
     # "jumps" is spelled in characters: as a word it would renumber the tokens of bases that do not know it.
-    words = {w for f in range(8) for d in range(world.JUMPS) for c in range(8)
-             for w in world.caption(f, d, (c, (c + 1) % 8)).split()}
+    words = {w for f in range(8) for d in range(creatures.JUMPS) for c in range(8)
+             for w in creatures.caption(f, d, (c, (c + 1) % 8)).split()}
     model = sentencepiece_model_pb2.ModelProto()
     model.trainer_spec.model_type, model.trainer_spec.unk_id = model.trainer_spec.UNIGRAM, 2
     model.trainer_spec.pad_id, model.trainer_spec.eos_id, model.trainer_spec.bos_id = 0, 1, -1
@@ -86,14 +86,14 @@ def build(seed):
     vae = AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 2, up_block_types=("CogVideoXUpBlock3D",) * 2,
         block_out_channels=(16, 32), latent_channels=4, layers_per_block=1, norm_num_groups=8,
-        temporal_compression_ratio=2, sample_height=world.SIZE, sample_width=world.SIZE, scaling_factor=1.0)
+        temporal_compression_ratio=2, sample_height=creatures.SIZE, sample_width=creatures.SIZE, scaling_factor=1.0)
     for block in vae.modules():
         if isinstance(block, CogVideoXResnetBlock3D):  # start as a linear map: learns twice as fast
             torch.nn.init.zeros_(block.conv2.conv.weight)
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=4, attention_head_dim=32, num_layers=5, in_channels=4, out_channels=4, patch_size=4,
-        time_embed_dim=64, text_embed_dim=64, temporal_compression_ratio=2, sample_frames=world.FRAMES,
-        sample_width=world.SIZE // 2, sample_height=world.SIZE // 2, max_text_seq_length=16,
+        time_embed_dim=64, text_embed_dim=64, temporal_compression_ratio=2, sample_frames=creatures.FRAMES,
+        sample_width=creatures.SIZE // 2, sample_height=creatures.SIZE // 2, max_text_seq_length=16,
         use_rotary_positional_embeddings=True)
     scheduler = CogVideoXDDIMScheduler(  # CogVideoX-5b's
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
@@ -103,22 +103,22 @@ def build(seed):
 
 def draw(rng, n, still, device, **shares):
     """n scenes: pixels (n, 9 or 1, 3, 32, 32) in [-1,1], and what is in them: field, direction, colours."""
-    creatures = world.draw_creatures(rng, n)
-    fields, directions, tiles = world.draw_clips(rng, n, **shares)
+    drawn = creatures.draw_creatures(rng, n)
+    fields, directions, tiles = creatures.draw_clips(rng, n, **shares)
     if still:
-        directions, tiles = np.full(n, world.STANDS), rng.integers(0, world.GRID, (n, 1, 2))
-    cells = torch.from_numpy(world.render_cells(creatures, fields, tiles)).to(device)  # small: enlarged on the device
-    pixels = cells.repeat_interleave(world.CELL, 2).repeat_interleave(world.CELL, 3)
+        directions, tiles = np.full(n, creatures.STANDS), rng.integers(0, creatures.GRID, (n, 1, 2))
+    cells = torch.from_numpy(creatures.render_cells(drawn, fields, tiles)).to(device)  # small: enlarged on the device
+    pixels = cells.repeat_interleave(creatures.CELL, 2).repeat_interleave(creatures.CELL, 3)
     if not still:
-        pixels = pixels.repeat_interleave(torch.tensor(world.BEATS, device=device), 1)
-    return pixels.permute(0, 1, 4, 2, 3).float() / 127.5 - 1, (fields, directions, creatures.colours)
+        pixels = pixels.repeat_interleave(torch.tensor(creatures.BEATS, device=device), 1)
+    return pixels.permute(0, 1, 4, 2, 3).float() / 127.5 - 1, (fields, directions, drawn.colours)
 
 
 def all_captions():
     """Every caption the base can see, and the row (field, direction, colour pair or 64 for none)."""
-    table = [world.caption(f, d, None if c == 64 else divmod(c, 8))
-             for f in range(8) for d in range(len(world.VERBS)) for c in range(65)]
-    return table, lambda f, d, c: (f * len(world.VERBS) + d) * 65 + c
+    table = [creatures.caption(f, d, None if c == 64 else divmod(c, 8))
+             for f in range(8) for d in range(len(creatures.VERBS)) for c in range(65)]
+    return table, lambda f, d, c: (f * len(creatures.VERBS) + d) * 65 + c
 
 
 def encode_pool(pipe, rng, n, still, device, cfg):
@@ -181,7 +181,7 @@ def train_transformer(pipe, cfg, device, autocast):
     texts = torch.cat([encode_prompt(pipe, captions[i:i + 256]) for i in range(0, len(captions), 256)])  # (3121,16,64)
     forward = torch.compile(transformer, dynamic=False) if cfg.compile else transformer
     side = transformer.config.sample_height
-    beats = len(world.BEATS)
+    beats = len(creatures.BEATS)
     rope = [table.unflatten(0, (2 * beats, -1))  # cos and sin, each (10 times, 16 patches, head_dim)
             for table in SubjectTransformer.rotary_tables(transformer, 2 * beats, side, side, device)]
 

@@ -1,6 +1,5 @@
 """What several test files share: a tiny model, runs that take seconds, and how to start them and read what they wrote.
-
-Every test file imports this before torch: the tests compare bits, so they run on one CPU thread."""
+"""
 import json
 import os
 import shutil
@@ -11,22 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from PIL import Image
 
-if os.environ.get("TESTS_ON") != "gpu":  # see conftest.py
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-
-import torch  # noqa: E402
-from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel  # noqa: E402
-from PIL import Image  # noqa: E402
-
-import data  # noqa: E402
-import model  # noqa: E402
-import train  # noqa: E402
-from toy import world  # noqa: E402
-
-if os.environ.get("TESTS_ON") != "gpu":
-    torch.set_num_threads(1)  # as in the processes that are started below: the order of a sum decides its last bits
+from toy import creatures
+from common import media
+import model
+import train
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "toy/base")
@@ -51,8 +42,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port
 
 # ---- a tiny model ----------------------------------------------------------------------------------------------------
 
-@pytest.fixture(name="tiny")
-def tiny_fixture():
+def tiny_models():
     """A random tiny CogVideoX in our class and in the stock one, same weights."""
     torch.manual_seed(0)
     config = dict(num_attention_heads=2, attention_head_dim=16, in_channels=C, out_channels=C, time_embed_dim=8,
@@ -63,8 +53,7 @@ def tiny_fixture():
     return ours, stock
 
 
-@pytest.fixture(name="inputs")
-def inputs_fixture():
+def tiny_inputs():
     """Latents, text, timesteps and a reference, two of each."""
     g = torch.Generator().manual_seed(1)
     latents, text = torch.randn(2, T, C, H, W, generator=g), torch.randn(2, L, 12, generator=g)
@@ -89,29 +78,22 @@ def randomise_lora(transformer, seed=5):
 
 # ---- runs of seconds -------------------------------------------------------------------------------------------------
 
-@pytest.fixture(name="knobs", scope="module")
-def knobs_fixture(tmp_path_factory):
-    """The knobs of a run of seconds on a small toy world; every test that trains starts from these."""
-    return small_knobs(tmp_path_factory.getbasetemp() / "toy")
-
-
 def small_knobs(folder):
-    """These knobs, and their data in `folder`, written once: no test changes it."""
+    """The knobs of a run of seconds, and its data in `folder`, written once: no test changes it."""
     if not folder.is_dir():
-        world.write_pairs(folder / "pairs", n=40)
-        world.write_clips(folder / "clips", n=6)
-        world.write_pairs(folder / "val_pairs", n=6, seed=1)
-        world.write_clips(folder / "val_clips", n=3, seed=1)
+        creatures.write_pairs(folder / "pairs", n=40)
+        creatures.write_clips(folder / "clips", n=6)
+        creatures.write_pairs(folder / "pairs_val", n=6, seed=1)
+        creatures.write_clips(folder / "clips_val", n=3, seed=1)
     return {**train.TOY, "base": BASE, "cache": "", "images": str(folder / "pairs"), "videos": str(folder / "clips"),
-            "val_images": str(folder / "val_pairs"), "val_videos": str(folder / "val_clips"), "val_pairs": 6,
-            "val_clips": 3, "val_every": 0, "sample_every": 0, "image_batch": 8, "image_micro": 4, "video_batch": 4,
+            "val_every": 0, "image_batch": 8, "image_micro": 4, "video_batch": 4,
             "video_micro": 2, "lora_dropout": 0.1, "view_drop": 0.3, "save_every": 3, "p": 0.5, "steps": 6,
             "lora_rank": 4, "lora_alpha": 2.0}
 
 
 def write_clip(path, levels, fps, caption="a thing moves"):
     """A clip of grey frames, one per brightness in `levels`."""
-    data.save_video(path, [Image.new("RGB", (64, 64), (v, v, v)) for v in levels], fps)
+    media.save_video(path, [Image.new("RGB", (64, 64), (v, v, v)) for v in levels], fps)
     if caption:
         path.with_suffix(".txt").write_text(caption)
 

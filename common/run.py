@@ -12,7 +12,7 @@ import sys
 import threading
 import zlib
 from contextlib import contextmanager
-from dataclasses import field, fields
+from dataclasses import asdict, field, fields, make_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +24,11 @@ from transformers import HfArgumentParser
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
-def knob(default, text, *choices):
-    """A field of a script's Config: its default, its line of --help, and the values it can take, where it is a name."""
-    metadata = {"help": text, "choices": choices} if choices else {"help": text}
+def knob(default, text, *choices, trains=True):
+    """A field of a script's Config: its default, its line of --help, and the values it can take, where it is a name.
+
+    trains=False: what is trained does not depend on it, so a run goes on when it has changed."""
+    metadata = {"help": text, "trains": trains} | ({"choices": choices} if choices else {})
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -57,22 +59,30 @@ def changed(before, now):
     return "; ".join(f"{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v)
 
 
-def command_line(main, Config, description, argv=None, positional=None, out_of_memory="", **defaults):
+def command_line(main, Config, description, argv=None, positional=None, out_of_memory="", presets=None):
     """Parse the knobs of dataclass `Config` from the command line and call main(config).
 
-    `defaults` replace the dataclass's own; `positional` names the list knob that leading words without -- fill;
-    `out_of_memory` says which flags save memory. A user's mistake (bad flag, value or file) is one line and exit status
-    1 or 2, Ctrl-C is one line and 130; with TRACEBACK=1 in the environment each is a traceback.
+    `presets(toy, recipe)` gives the defaults that these two knobs put in the place of others; `positional` names the
+    list knob that leading words without -- fill; `out_of_memory` says which flags save memory. A user's mistake (bad
+    flag, value or file) is one line and exit status 1 or 2, Ctrl-C is one line and 130; with TRACEBACK=1 in the
+    environment each is a traceback.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may hold what the terminal cannot show
     words = f"[{positional} ...] " if positional else ""
-    parser = HfArgumentParser(Config, description=description.split("\n\n")[0], allow_abbrev=False,
+    # HfArgumentParser hands all metadata to argparse, which does not know "trains".
+    known = [(f.name, f.type, field(default=f.default, default_factory=f.default_factory,
+                                    metadata={k: v for k, v in f.metadata.items() if k != "trains"}))
+             for f in fields(Config)]
+    parser = HfArgumentParser(make_dataclass(Config.__name__, known), allow_abbrev=False,
+                              description=description.split("\n\n")[0],
                               usage=f"%(prog)s {words}[--knob value ...]      (--help explains the knobs)")
-    parser.set_defaults(**defaults)
     argv = sys.argv[1:] if argv is None else argv
     if positional and argv and not argv[0].startswith("-"):
         argv = [f"--{positional}", *argv]
+    if presets:  # a flag given by hand wins over them, and --help shows them
+        asked, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+        parser.set_defaults(**presets(asked.toy, asked.recipe))
     try:
         main(Config(**vars(parser.parse_args(argv))))
     except BrokenPipeError:  # "| head" has read enough
@@ -130,10 +140,7 @@ def print0(*words):
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
-# Knobs of train.py that leave what is trained as it is: runs that differ only in these are the same run.
-NOT_TRAINED = {"toy", "recipe", "tensorboard", "name", "out", "workers", "save_every", "keep_checkpoints", "guidance",
-               "grad_device", "gradcos_every", "val_every", "sample_every", "val_images", "val_videos", "val_pairs",
-               "val_clips", "val_refs", "image_checkpointing", "video_checkpointing"}
+KEPT = 3  # checkpoints of a run that stay on disk
 LOCKS = {}  # the open lock file of each run that this process holds
 SIGTERM = threading.Event()  # the job is asked to end: it saves first
 
@@ -209,12 +216,14 @@ def remove_half_saved(run):
         shutil.rmtree(part)
 
 
-def save_checkpoint(run, step, keep, save_weights, state):
+def save_checkpoint(run, step, save_weights, state):
     """Write run/step-000400/: what save_weights(folder) puts there, and training_state.pt. All or nothing.
 
     It is written under another name, flushed to disk, then renamed: a kill at any moment leaves the old checkpoints and
-    at most a .tmp folder. A full disk ends the run with one line. The newest `keep` checkpoints stay.
+    at most a .tmp folder. A full disk ends the run with one line. The newest KEPT checkpoints stay. Only rank 0 writes.
     """
+    if rank_and_world_size()[0] > 0:
+        return
     final, part = run / f"step-{step:06d}", run / f"step-{step:06d}.tmp"
     remove_half_saved(run)
     try:
@@ -229,9 +238,16 @@ def save_checkpoint(run, step, keep, save_weights, state):
         remove_half_saved(run)
         sys.exit(f"cannot save {final}: {e}. Free some space and run the same command: it goes on from "
                  f"{newest_checkpoint(run) or 'the start'}")
-    for old in checkpoints(run)[:-keep]:
+    for old in checkpoints(run)[:-KEPT]:
         os.replace(old, f"{old}.tmp")  # a kill while deleting leaves no half checkpoint under its name
         shutil.rmtree(f"{old}.tmp")
+
+
+def settings_of(cfg):
+    """What config.json holds: the knobs that decide what is trained, and in "not_trained" all others."""
+    others = [f.name for f in fields(cfg) if not f.metadata["trains"]]
+    settings = {name: value for name, value in asdict(cfg).items() if name not in others}
+    return settings | {"not_trained": {name: getattr(cfg, name) for name in others}}
 
 
 def resume(run, settings, load_weights, state):
@@ -255,7 +271,7 @@ def restore(run, checkpoint, settings, load_weights, state):
     if unknown := before.keys() - settings.keys():
         raise ValueError(f"{run} was started by another version of this code (it has --{min(unknown)}): choose another "
                          "--name")
-    if differ := changed(before, {k: v for k, v in settings.items() if k not in NOT_TRAINED}):
+    if differ := changed(before, {k: v for k, v in settings.items() if k != "not_trained"}):
         raise ValueError(f"{run} was started with other settings ({differ}): choose another --name (with --init_lora "
                          f"{run} it starts from this run's weights)")
     try:
@@ -274,7 +290,9 @@ def restore(run, checkpoint, settings, load_weights, state):
 
 
 def claim(run):
-    """Hold a run's folder until this process ends. ValueError when another process trains there."""
+    """Hold a run's folder until rank 0 ends. ValueError when another job trains there."""
+    if rank_and_world_size()[0] > 0:
+        return
     run.mkdir(parents=True, exist_ok=True)
     LOCKS[run] = open(run / ".lock", "w")
     try:
@@ -286,7 +304,9 @@ def claim(run):
 
 
 def start_log(run, settings, start):
-    """Write config.json, and cut from the logs the steps that will be run again."""
+    """Write config.json, and cut from the logs the steps that will be run again. Only rank 0 writes."""
+    if rank_and_world_size()[0] > 0:
+        return
     run.mkdir(parents=True, exist_ok=True)
     remove_half_saved(run)
     write(run / "config.json", json.dumps(settings, indent=1))

@@ -1,0 +1,99 @@
+"""Where the target of an image step stands in time (--image_frame), and guidance on the picture (--ref_guidance)."""
+from tests.shared import H, N, T, W, go_back, weights_of
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+import train
+from common.setup import load_model, open_data
+
+
+# ---- where a picture's target stands in time -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("frame", [1, 3])
+@pytest.mark.parametrize("keep", [None, [0, 3, 4, 11, 20], []])
+def test_a_picture_at_a_latent_frame(tiny, inputs, frame, keep):
+    """The stock transformer fed [reference | picture], with rows 0 and `frame` of the tables of frame + 1 frames."""
+    ours, stock = tiny
+    latents, text, t, ref = inputs
+    picture, kept = latents[:, :1], list(range(N)) if keep is None else keep
+    rows = torch.cat([torch.arange(N), torch.arange(frame * N, (frame + 1) * N)])
+    tables = tuple(table[rows] for table in stock_rope(stock, frame + 1))
+    made = ours.rotary_tables(2, H, W, "cpu", skipped=frame - 1)
+    assert all(torch.equal(a, b) for a, b in zip(made, tables))
+    got = ours(picture, text, t, reference=ref, keep=None if keep is None else torch.tensor(keep, dtype=torch.long),
+               first_frame=frame).sample
+    if keep is None:
+        expected = stock(torch.cat([ref, picture], 1), text, t, image_rotary_emb=tables).sample[:, 1:]
+        assert (got - expected).abs().max() < 1e-6
+    if keep == []:
+        expected = stock(picture, text, t, image_rotary_emb=tuple(table[N:] for table in tables)).sample
+        assert (got - expected).abs().max() < 1e-6
+    elsewhere = ours(picture, text, t, reference=ref, keep=torch.tensor(kept, dtype=torch.long)).sample
+    assert ((got - elsewhere).abs().max() > 1e-5) == (frame > 1)  # frame 1 is the default
+
+
+def stock_rope(stock, frames):
+    """The tables of `frames` latent frames, by diffusers' function."""
+    crop = get_resize_crop_region_for_grid((H // 2, W // 2), W // 2, H // 2)
+    return get_3d_rotary_pos_embed(stock.config.attention_head_dim, crop, (H // 2, W // 2), frames)
+
+
+def test_frame_one_changes_no_bit(tiny, inputs):
+    ours, _ = tiny
+    x, text, t, ref = inputs
+    for keep in (None, torch.arange(5)):
+        today = ours(x, text, t, reference=ref, keep=keep).sample
+        assert torch.equal(ours(x, text, t, reference=ref, keep=keep, first_frame=1).sample, today)
+    assert all(torch.equal(a, b) for a, b in zip(ours.rotary_tables(T, H, W, "cpu"), stock_rope(ours, T)))
+
+
+def test_the_image_frame_is_drawn_evenly_and_alike_on_all_ranks(monkeypatch):
+    first, random = train.Config(), train.Config(image_frame="random")
+
+    def frame_of(cfg, step, index, task="image"):
+        return train.image_frame(cfg, train.MicroBatch(task, step, index, []), 13)
+    assert {frame_of(first, step, 0) for step in range(50)} == {1}  # the default is the paper's
+    assert {frame_of(random, step, 0, "video") for step in range(50)} == {1}
+    drawn = Counter(frame_of(random, step, index) for step in range(1300) for index in range(2))
+    assert sorted(drawn) == list(range(1, 14)) and all(150 < n < 250 for n in drawn.values())  # 200 each
+    cfg, frames = dataclasses.replace(random, image_micro=8, p=0.0), {}
+    for world_size in (1, 2, 8):
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        for rank in range(world_size):
+            monkeypatch.setenv("RANK", str(rank))
+            for micro in train.plan(cfg, 3):
+                frame = train.image_frame(cfg, micro, 13)
+                assert frames.setdefault(micro.index, frame) == frame
+    assert len(frames) == 32 and len(set(frames.values())) > 5  # one for each micro-batch
+
+
+def test_a_run_with_image_frames(knobs, tmp_path, monkeypatch):
+    """Image steps take the drawn frame, video steps 1, held-out batches too; the run resumes bit for bit."""
+    monkeypatch.chdir(tmp_path)
+    seen, v_loss = [], train.v_loss
+    monkeypatch.setattr(train, "v_loss", lambda *args: seen.append(args[-1]) or v_loss(*args))
+    cfg = train.Config(**{**knobs, "image_frame": "random", "val_every": 6, "gradcos_every": 6, "val_refs": "",
+                          "name": "whole"})
+    train.train(cfg)
+    expected = [train.image_frame(cfg, micro, 5) for step in range(6) for micro in train.plan(cfg, step)]
+    assert seen == expected and len(set(expected)) > 2
+    go_back(tmp_path / "out/whole", 3, tmp_path / "out/killed")
+    train.train(dataclasses.replace(cfg, name="killed"))
+    assert torch.equal(weights_of("out/killed"), weights_of("out/whole"))
+    _, pipe, _ = load_model(cfg, torch.device("cpu"))
+    for choice, frames in (("first", {1}), ("random", {1, 2, 3, 4, 5})):
+        small = dataclasses.replace(cfg, image_frame=choice, image_micro=1)
+        batches = list(train.held_out_batches(small, pipe, (32, 32), 9, 16))
+        assert {b["first_frame"] for task, b in batches if task == "image"} <= frames
+        assert {b["first_frame"] for task, b in batches if task == "video"} == {1}
+        if choice == "random":
+            assert len({b["first_frame"] for task, b in batches}) > 2
+    with pytest.raises(ValueError, match="--image_frame random .* this base has no RoPE"):
+        pipe.transformer.register_to_config(use_rotary_positional_embeddings=False)
+        open_data(cfg, pipe)
