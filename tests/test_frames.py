@@ -1,16 +1,21 @@
 """Where the target of an image step stands in time (--image_frame), and guidance on the picture (--ref_guidance)."""
-from tests.shared import H, N, T, W, go_back, weights_of
+from tests.shared import ROOT, H, N, T, W, go_back, randomise_lora, weights_of
 
 import dataclasses
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from PIL import Image
 
+import sample
 import train
+from common.base import find_lora, load_pipeline
 from common.setup import load_model, open_data
+from model import add_lora, load_lora
 
 
 # ---- where a picture's target stands in time -------------------------------------------------------------------------
@@ -97,3 +102,51 @@ def test_a_run_with_image_frames(knobs, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--image_frame random .* this base has no RoPE"):
         pipe.transformer.register_to_config(use_rotary_positional_embeddings=False)
         open_data(cfg, pipe)
+
+
+# ---- guidance on the picture -----------------------------------------------------------------------------------------
+
+def test_guidance_on_the_picture(tiny, inputs):
+    """none + S (with - none), both at frames 1..T; S = 1 is off, bit for bit; a scale of the LoRA counts once."""
+    ours, _ = tiny
+    x, text, t, ref = inputs
+    add_lora(ours, 4, 2)
+    randomise_lora(ours)
+    for scale in (1.0, 0.5):
+        def call(S=None, ref=ref, **more):
+            kwargs = {"reference": ref, "scale": scale} | ({} if S is None else {"ref_guidance": S})
+            return ours(x, text, t, attention_kwargs=kwargs, **more).sample
+        plain, none = call(), call(keep=torch.empty(0, dtype=torch.long))
+        assert torch.equal(call(1.0), plain)
+        assert (call(2.5) - (none + 2.5 * (plain - none))).abs().max() < 1e-6
+        assert (call(0.0) - none).abs().max() < 1e-6
+        assert torch.equal(call(2.5, ref=None), call(ref=None))  # without a picture there is nothing to guide
+        assert (plain - none).abs().max() > 1e-3
+
+
+def test_sampling_with_guidance_on_the_picture(tmp_path):
+    """The stock pipeline, the LoRA merged or not, alone or in a batch; one scale more in the command line."""
+    pictures = [Image.open(ROOT / f"toy/refs/creature-{i}.png") for i in range(2)]
+    prompts = [(ROOT / f"toy/refs/creature-{i}.txt").read_text().strip() for i in range(2)]
+
+    def videos(pipe, chosen, S):
+        latents = sample.encode_references(pipe, [pictures[i] for i in chosen], 32, 32)
+        made = sample.generate(pipe, latents, [prompts[i] for i in chosen], chosen, steps=4, guidance=2.0,
+                               ref_guidance=S)
+        return np.stack([[np.asarray(frame, int) for frame in video] for video in made])
+    merged, _ = sample.load(ROOT / "toy/lora")
+    together = videos(merged, [0, 1], 1.5)
+    assert np.abs(together[1:] - videos(merged, [1], 1.5)).max() <= 1
+    assert np.abs(together - videos(merged, [0, 1], 1.0)).max() > 20
+    separate = load_pipeline(str(ROOT / "toy/base"))
+    load_lora(separate.transformer, find_lora(ROOT / "toy/lora"))
+    separate.transformer.eval()
+    assert np.abs(together - videos(separate, [0, 1], 1.5)).max() <= 2
+    with pytest.raises(ValueError, match="--ref_guidance is guidance on a picture"):
+        sample.Config(prompt="a creature stands", ref_guidance=2.0)
+
+    options = dict(ref=str(ROOT / "toy/refs/creature-0.png"), lora=str(ROOT / "toy/lora"), steps=2)
+    for name, more in (("off", {}), ("one", {"ref_guidance": 1.0}), ("two", {"ref_guidance": 2.0})):
+        sample.main(sample.Config(**options, **more, out=str(tmp_path / f"{name}.mp4")))
+    off, one, two = ((tmp_path / f"{name}.mp4").read_bytes() for name in ("off", "one", "two"))
+    assert off == one and one != two

@@ -116,6 +116,7 @@ class Score:
     n: int = knob(96, "unseen creatures and prompts")
     steps: int = knob(50, "denoising steps")
     guidance: float = knob(0.0, "classifier-free guidance scale; 0 takes the LoRA's")
+    ref_guidance: float = knob(1.0, "guidance scale on the picture, as in sample.py")
     frames: int = knob(0, "1 scores single pictures; 0 takes the base's length")
     controls: bool = knob(False, "also print what the scores can be fooled by")
     out: str = knob("", "also write the rows to this json file")
@@ -126,7 +127,8 @@ def score(cfg):
     rows = score_controls(cfg.lora[0], cfg.n, steps=cfg.steps) if cfg.controls else {}
     seeds = []
     for lora in cfg.lora:
-        rows[lora], _ = score_lora(lora, cfg.n, guidance=cfg.guidance, frames=cfg.frames, steps=cfg.steps)
+        rows[lora], _ = score_lora(lora, cfg.n, guidance=cfg.guidance, frames=cfg.frames, steps=cfg.steps,
+                                  ref_guidance=cfg.ref_guidance)
         seeds.append(rows[lora])
     if len(seeds) > 1:
         rows["mean"] = {k: float(np.mean([s[k] for s in seeds])) for k in seeds[0]}
