@@ -47,7 +47,7 @@ ROWS = {  # name: flags of train.py. Sizes of data sets are shares of the toy's 
     "first-frame-no-drop": {"random_frame": False, "token_drop": 0.0},
     "random-frame-no-drop": {"token_drop": 0.0},
     "first-frame-drop": {"random_frame": False},
-    "t2v-finetuning": {"p": 1.0, "token_drop": 1.0},  # for a fifth of the steps: Table 11's baseline
+    "t2v-finetuning": {"p": 1.0, "token_drop": 1.0},
     "thaw": {"p": 1.0, "init_lora": "image-only", "steps": 200, "warmup": 10, "lr": 1e-3},  # goes on from that run
     "elsewhere": {"images": "toy/data/pairs_elsewhere"},
     "elsewhere-image-only": {"images": "toy/data/pairs_elsewhere", "p": 0.0},
@@ -75,7 +75,12 @@ ROWS = {  # name: flags of train.py. Sizes of data sets are shares of the toy's 
     "p-0.4-any-frame": {"p": 0.4, "image_frame": "random"},
     "scope-reference-image-only-any-frame": {"lora_scope": "reference", "p": 0.0, "image_frame": "random"},
     "view-drop-any-frame": {"view_drop": 0.5, "image_frame": "random"},
+    # The rival (3.5, Figure 4): another LoRA makes a single picture of the subject (PICTURE_BY), then image-to-video.
+    "picture-then-video": {"p": 1.0, "random_frame": False, "token_drop": 0.0},  # as many clips as `ours` sees
+    "picture-then-video-long": {"p": 1.0, "random_frame": False, "token_drop": 0.0, "steps": train.TOY["steps"]},
 }
+PICTURE_BY = {"picture-then-video": "image-only", "picture-then-video-long": "image-only"}
+SHORT = {"t2v-finetuning", "picture-then-video"}  # a fifth of the steps: Table 11's baseline had 800 of 4,000
 FIGURES = {  # figure: its rows. headline and dose are drawn from results, the next from gradcos, the others from runs
     "headline": ("ours", "image-only", "thaw"),
     "dose": ("image-only", "p-0.05", "p-0.1", "ours", "p-0.4", "p-0.6"),
@@ -147,6 +152,9 @@ TABLES = {  # table: (row, the paper's name, the paper's numbers in PAPER_COLUMN
                   ("scope-reference-image-only-any-frame", "the same, at any", None),
                   ("base-walks-image-only", "a base that has seen no clip that stands, p = 0, at 1", None),
                   ("base-walks-image-only-any-frame", "the same, at any", None)],
+    "rival": [("ours", "dual-task: 360 steps of pairs and 90 of clips", None),
+              ("picture-then-video", "450 of pairs for a picture, then 90 of clips: image-to-video", None),
+              ("picture-then-video-long", "the same with 450 of clips", None)],
 }
 FINDINGS = [  # where, what the paper says, column, the higher row, the lower row (or a number), perhaps a margin
     ("Tables 3, 9", "dual-task moves more than image-only", "moves", "ours", "image-only"),
@@ -228,8 +236,8 @@ class Config:
 
 
 def flags_of(row, steps, seed=0, out=""):
-    """The flags of a row for one seed. Table 11's baseline has a fifth of the steps (800 of 4,000)."""
-    flags = {"steps": steps // 5 if row == "t2v-finetuning" else steps, **ROWS[row]}
+    """The flags of a row for one seed."""
+    flags = {"steps": steps // 5 if row in SHORT else steps, **ROWS[row]}
     if "init_lora" in flags:
         flags["init_lora"] = f"{out}/{flags['init_lora']}-{seed}"
     return flags
@@ -245,7 +253,7 @@ def train_and_score(cfg):
     with FileLock(Path(cfg.out) / f"{name}.lock"):  # a second process waits, then finds the row done
         if result.is_file() and newest_checkpoint(run):
             return
-        if before := ROWS[cfg.row].get("init_lora"):  # the run that this one goes on from
+        if before := ROWS[cfg.row].get("init_lora") or PICTURE_BY.get(cfg.row):  # the run that this one needs
             train_and_score(replace(cfg, row=before))
         shutil.rmtree(run, ignore_errors=True)
         config = train_row(cfg, name, seed)
@@ -277,6 +285,8 @@ def score_row(cfg, run, config):
     from toy import world
     seen = config.p < 1 or config.token_drop < 1 or config.init_lora  # did this row ever see a reference?
     options = {"with_reference": bool(seen), "steps": cfg.sample_steps}
+    if cfg.row in PICTURE_BY:
+        options["picture_by"] = f"{cfg.out}/{PICTURE_BY[cfg.row]}-{cfg.seeds}"
     scored = {"scores": world.score_lora(run, cfg.n, **options)[0]}
     if cfg.row in WATCHED:  # means over the second half of the run
         late = [r for r in records(run / "gradcos.jsonl") if r["step"] >= config.steps / 2]
@@ -468,7 +478,7 @@ def print_real(whats):
         commands.append(f"# {what}")
         for row in [row for row, _, _ in TABLES[what]] if what in TABLES else FIGURES[what]:
             kind = row.removesuffix("-any-frame").removesuffix("-image-only")
-            if kind in TOY_ONLY or row in ("thaw", "low-lr-image-only"):
+            if kind in TOY_ONLY or row in PICTURE_BY or row in ("thaw", "low-lr-image-only"):
                 commands.append(f"# {row}: the toy only")
                 continue
             small = what in PAIRS_4K or (what, row) == ("table3", "image-only")  # that row is Table 9's

@@ -73,17 +73,21 @@ def sample_test_set(pipe, test, references=None, seed=0, batch=16, **options):
     return np.stack(videos)
 
 
-def score_lora(lora, n, with_reference=True, guidance=0.0, frames=0, **options):
+def score_lora(lora, n, with_reference=True, guidance=0.0, frames=0, picture_by=None, **options):
     """(scores, videos) of the LoRA at `lora` on the first n of the test set. guidance 0 takes the LoRA's own.
 
-    frames=1 samples single pictures instead, of a creature that stands: what image steps train."""
+    frames=1 samples single pictures instead, of a creature that stands: what image steps train. picture_by: a LoRA that
+    first makes such pictures on the prompts' fields; they are then the references."""
     pipe, header = load(lora=str(lora))
     test = draw_test_set(n)
     if frames == 1:
         test = dataclasses.replace(test, prompts=[caption(f) for f in test.fields])
     cls = cls_of(header)
     test = dataclasses.replace(test, prompts=[with_reference_token(p, cls, "creature") for p in test.prompts])
-    videos = sample_test_set(pipe, test, test.references if with_reference else None, cls=cls,
+    references = test.references if with_reference else None
+    if picture_by:
+        references = score_lora(picture_by, n, frames=1, **options)[1][:, 0]
+    videos = sample_test_set(pipe, test, references, cls=cls,
                              guidance=guidance or guidance_of(header), frames=frames, **options)
     return score_videos(videos, test), videos
 
