@@ -70,7 +70,7 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
         reference (B or 1, 1,C,H,W): clean scaled latents of the reference picture, or None: then this is the stock
             model with frames 0..T-1. Also taken from attention_kwargs["reference"], which is how the stock pipeline
             hands it in; one reference serves both halves of a classifier-free guidance batch.
-            attention_kwargs["ref_guidance"]: guidance scale on the picture; 1 is off, and costs nothing.
+            attention_kwargs["ref_guidance"]: guidance scale on the picture; 1 is off. It needs a reference per video.
         keep (K,): indices of the reference tokens that stay (TokenDrop in Algorithm 1); None keeps all N. The others
             leave the sequence. An empty `keep` is text-to-video with the video still at frames 1..T.
         first_frame: the RoPE frame at which the noisy frames begin when there is a reference. Only training uses it, to
@@ -84,6 +84,9 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
         reference = attention_kwargs.pop("reference", None) if reference is None else reference
         ref_guidance = attention_kwargs.pop("ref_guidance", 1.0)
         B, T, _, H, W = hidden_states.shape
+        videos = B if reference is None else len(reference)  # half of B under classifier-free guidance: [uncond | cond]
+        if ref_guidance != 1 and B not in (videos, 2 * videos):
+            raise ValueError(f"ref_guidance needs a reference for each video, got {videos} for a batch of {B}")
         patch = self.config.patch_size
         L, N = encoder_hidden_states.shape[1], (H // patch) * (W // patch)
 
@@ -139,13 +142,16 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
         velocity = velocity.permute(0, 1, 4, 2, 5, 3, 6)                           # (B, T, C, h, p, w, q)
         velocity = velocity.flatten(5, 6).flatten(3, 4)                            # (B, T, C, H, W)
         if ref_guidance != 1 and K > 0:
-            # Classifier-free guidance on the picture: away from what the model makes without it, with the same text.
-            # The pipeline's own guidance on the text comes on top. Its halves [uncond | cond] are both guided, so this
-            # needs not know which is which. An empty keep: the video stays at frames 1..T, as in training's drops.
+            # Guidance on the picture: with scale s on the text and S on the picture the pipeline then makes
+            #     v(no text, ref) + s (v(text, ref) - v(no text, ref)) + (S - 1) (v(text, ref) - v(text, no ref)).
+            # The last term is the same in both halves, so that s does not multiply it: guiding each half alone gives it
+            # the factor s and tears the toy's creatures at S = 3. And it has the text, as training always does. It
+            # costs half a call more. An empty keep: the video stays at frames 1..T, as in training's drops.
             none = SubjectTransformer.forward(
-                self, hidden_states, encoder_hidden_states, timestep, timestep_cond, ofs, image_rotary_emb,
-                attention_kwargs, False, reference, torch.empty(0, dtype=torch.long), first_frame)[0]
-            velocity = none + ref_guidance * (velocity - none)
+                self, hidden_states[-videos:], encoder_hidden_states[-videos:], timestep[-videos:], timestep_cond, ofs,
+                image_rotary_emb, attention_kwargs, False, reference[-videos:], torch.empty(0, dtype=torch.long))[0]
+            pull = velocity[-videos:] - none
+            velocity = velocity + (ref_guidance - 1) * pull.repeat(B // videos, 1, 1, 1, 1)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def enable_gradient_checkpointing(self, *_):

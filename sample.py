@@ -41,8 +41,8 @@ class Config:
     seed: int = knob(0, "seed of the starting noise; video number i of --bench has seed + i")
     steps: int = knob(50, "denoising steps")
     guidance: float = knob(0.0, "classifier-free guidance scale, on the text only; 1 is off; 0 takes the LoRA's (6)")
-    ref_guidance: float = knob(1.0, "guidance scale on the picture: above 1 the subject is more like it, for nearly "
-                                    "twice the time; 1 is off")
+    ref_guidance: float = knob(1.0, "guidance scale on the picture: above 1 the subject is more like it, in half as "
+                                    "much time again; 1 is off")
     lora_scale: float = knob(1.0, "how much of the LoRA: 0 is the base alone, 1 what was trained")
     frames: int = knob(0, "frames of the video, cut to 8k+1; 1 makes a picture; 0 takes the base's (49)")
     fps: float = knob(0.0, "frames per second of the file; 0 takes the LoRA's training rate (8)")
@@ -132,6 +132,8 @@ def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0,
     """
     height, width = height or frame_size(pipe)[0], width or frame_size(pipe)[1]
     frames = clip_frames(frames or pipe.transformer.config.sample_frames, pipe.vae_scale_factor_temporal)
+    if references is not None:
+        references = references.expand(len(prompts), -1, -1, -1, -1)
     words = dict(prompt=[with_reference_token(p, cls) for p in prompts])
     if text is not None:
         words = dict(prompt_embeds=text[0], negative_prompt_embeds=text[1])

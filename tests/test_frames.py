@@ -107,21 +107,28 @@ def test_a_run_with_image_frames(knobs, tmp_path, monkeypatch):
 # ---- guidance on the picture -----------------------------------------------------------------------------------------
 
 def test_guidance_on_the_picture(tiny, inputs):
-    """none + S (with - none), both at frames 1..T; S = 1 is off, bit for bit; a scale of the LoRA counts once."""
+    """Both halves of [uncond | cond] move by (S - 1) (cond - cond without the picture), which is computed once; S = 1
+    is off, bit for bit; a scale of the LoRA counts once."""
     ours, _ = tiny
-    x, text, t, ref = inputs
+    x, text, t, ref = inputs  # two videos, or the halves of one
     add_lora(ours, 4, 2)
     randomise_lora(ours)
     for scale in (1.0, 0.5):
         def call(S=None, ref=ref, **more):
             kwargs = {"reference": ref, "scale": scale} | ({} if S is None else {"ref_guidance": S})
             return ours(x, text, t, attention_kwargs=kwargs, **more).sample
-        plain, none = call(), call(keep=torch.empty(0, dtype=torch.long))
+        nothing = torch.empty(0, dtype=torch.long)
+        plain, none = call(), call(keep=nothing)
         assert torch.equal(call(1.0), plain)
-        assert (call(2.5) - (none + 2.5 * (plain - none))).abs().max() < 1e-6
-        assert (call(0.0) - none).abs().max() < 1e-6
+        assert (call(2.5) - (none + 2.5 * (plain - none))).abs().max() < 1e-6  # two videos, without halves
         assert torch.equal(call(2.5, ref=None), call(ref=None))  # without a picture there is nothing to guide
+        assert torch.equal(call(2.5, keep=nothing), none)
+        plain, none = call(ref=ref[:1]), call(ref=ref[:1], keep=nothing)
+        assert (call(2.5, ref=ref[:1]) - (plain + 1.5 * (plain - none)[1:])).abs().max() < 1e-6
         assert (plain - none).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="ref_guidance needs a reference for each video, got 1 for a batch of 4"):
+        ours(x.repeat(2, 1, 1, 1, 1), text.repeat(2, 1, 1), t.repeat(2),
+             attention_kwargs={"reference": ref[:1], "ref_guidance": 2.0})
 
 
 def test_sampling_with_guidance_on_the_picture(tmp_path):
