@@ -23,10 +23,11 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common.media import (CLIP_SUFFIXES, check_file, fingerprint, fit_reference, load_clip, load_image, read_text,
-                          resize_center_crop, save_video, to_pixels)
+from common.media import (CLIP_SUFFIXES, check_file, fingerprint, load_clip, load_image, read_text, resize_center_crop,
+                          save_video, to_pixels)
 from common.run import read_json, rng
 
+TASKS = ("image", "video")  # the two data sets, and the two branches of Algorithm 1
 SUBJECTS200K = {"image": {"bytes"}, "description": {"description_0", "description_1"}}  # columns, the fields we read
 __all__ = ["load_image", "load_clip", "save_video", "ImagePairs", "Clips", "batches"]  # what others call
 
@@ -109,15 +110,16 @@ def picture_of(image):
 class ImagePairs(Dataset):
     """D_img: (I_ref, I_out, P). Each pair serves in both directions: view d with its own caption, the other as I_ref.
 
-    folder, size (height, width), crop_jitter, seed, fit (of the reference). Item (step, index) -> {"reference" and
-    "pixels" (1,3,H,W) uint8, "prompt", "item": the subject's name or "", "skipped": one line for each unreadable pair
-    met on the way}. With a `cache` (see Cache) the first two are VAE moments (1,2C,h,w) instead, and "text" may hold
-    the prompt's embedding. in_order: item (step, index) is pair `index` in direction index % 2, so each comes once.
+    folder, size (height, width), crop_jitter, seed. Item (step, index) -> {"reference" and "target" (1,3,H,W) uint8,
+    "prompt", "item": the subject's name or "", "skipped": one line for each unreadable pair met on the way}. A `cache`
+    (see common/latents.py) gives VAE moments (1,2C,h,w) as "reference_moments" and "target_moments" instead, and
+    perhaps the prompt's embedding, "text". in_order: item (step, index) is pair `index` in direction index % 2, so each
+    comes once.
     """
 
-    def __init__(self, folder, size, crop_jitter=0.0, seed=0, cache=None, fit="cover", in_order=False):
+    def __init__(self, folder, size, crop_jitter=0.0, seed=0, cache=None, in_order=False):
         self.folder, self.size, self.crop_jitter, self.seed = Path(folder), size, crop_jitter, seed
-        self.cache, self.fit, self.in_order = cache, fit, in_order
+        self.cache, self.in_order = cache, in_order
         if not self.folder.is_dir():
             raise FileNotFoundError(f"no folder of image pairs at {folder}")
         self.rows = []  # (file, row group, row in it) of parquet, or a dict of pairs.jsonl
@@ -180,13 +182,13 @@ class ImagePairs(Dataset):
             d = pick % 2  # direction: view d is the target
             if self.cache:
                 cached, prompts, item = self.cache.read(*self.source(pick // 2))
-                crop = cached["moments"][int(r.integers(len(cached["moments"])))]  # (2 or 4 with --fit pad,1,2C,h,w)
-                return {"reference": crop[-1 - d], "pixels": crop[d], "prompt": prompts[d], "item": item,
-                        **_text(cached, d)}
+                views = cached["views"][int(r.integers(len(cached["views"])))]  # of one crop: (2,1,2C,h,w)
+                return {"reference_moments": views[1 - d], "target_moments": views[d], "prompt": prompts[d],
+                        "item": item, **_text(cached, d)}
             views, captions, item = self.load(pick // 2)
             target = resize_center_crop(views[d], *self.size, self.crop_jitter, r)
-            reference = fit_reference(views[1 - d], *self.size, self.fit, self.crop_jitter, r)
-            return {"reference": to_pixels([reference]), "pixels": to_pixels([target]), "prompt": captions[d],
+            reference = resize_center_crop(views[1 - d], *self.size, self.crop_jitter, r)
+            return {"reference": to_pixels([reference]), "target": to_pixels([target]), "prompt": captions[d],
                     "item": item}
         return _first_readable(make, self.seed, "image", key)
 
@@ -210,9 +212,9 @@ class Clips(Dataset):
     """D_vid: (T, V), with a reference frame out of the clip itself (Sec. 3.4).
 
     folder, size (height, width), frames (8k+1), fps, random_frame (False: always the first frame), seed.
-    Item (step, index) -> {"reference" (1,3,H,W) uint8, "pixels" (F,3,H,W) uint8, "prompt", "item", "skipped"}. Cached
-    "pixels" are VAE moments (T,2C,h,w); the reference is always decoded, because a frame encoded alone is not a slice
-    of the clip's latents, and there are as many as frames. in_order: item (step, index) is clip `index`, each once.
+    Item (step, index) -> {"reference" (1,3,H,W) uint8, "target" (F,3,H,W) uint8, "prompt", "item", "skipped"}. A cache
+    gives "target_moments" (T,2C,h,w); the reference is always decoded, because a frame encoded alone is not a slice of
+    the clip's latents, and there are as many as frames. in_order: item (step, index) is clip `index`, each once.
     """
 
     def __init__(self, folder, size, frames, fps, random_frame=True, seed=0, cache=None, in_order=False):
@@ -252,10 +254,10 @@ class Clips(Dataset):
             if self.cache:
                 cached, prompts, _ = self.cache.read(*self.source(file))
                 reference = load_clip(file, i + 1, self.fps, self.size, first=i)
-                return {"reference": to_pixels(reference), "pixels": cached["moments"], "prompt": prompts[0],
+                return {"reference": to_pixels(reference), "target_moments": cached["clip"], "prompt": prompts[0],
                         "item": "", **_text(cached, 0)}
             pixels = to_pixels(load_clip(file, self.frames, self.fps, self.size))
-            return {"reference": pixels[i:i + 1], "pixels": pixels,
+            return {"reference": pixels[i:i + 1], "target": pixels,
                     "prompt": caption_of(file), "item": ""}
         return _first_readable(make, self.seed, "video", key)
 
@@ -292,13 +294,13 @@ class _Tasks(Dataset):
 
     def __getitem__(self, key):
         task, *place = key
-        return self.datasets[task][place] | {"key": key}
+        return self.datasets[task][place]
 
 
 def _collate(samples):
-    batch = {k: torch.stack([s[k] for s in samples]) for k in ("reference", "pixels", "text") if k in samples[0]}
+    batch = {name: torch.stack([s[name] for s in samples]) for name, value in samples[0].items()
+             if torch.is_tensor(value)}
     batch |= {"prompt": [s["prompt"] for s in samples], "item": [s["item"] for s in samples]}
-    batch["keys"] = [s["key"] for s in samples]
     batch["skipped"] = [reason for s in samples for reason in s["skipped"]]
     return batch
 
@@ -314,8 +316,8 @@ def batches(datasets, keys, workers=0):
     """The micro-batches of a run, one after the other, made ahead of time by `workers` processes.
 
     datasets: {"image": ImagePairs, "video": Clips}. keys: for each micro-batch the list of (task, step, index) it
-    holds, in the order in which the loop will ask. Yields {"reference" (B,1,3,H,W), "pixels" (B,F,3,H,W) uint8, or the
-    moments of a cache, "prompt", "item", "keys", "skipped"}.
+    holds, in the order in which the loop will ask. Yields what the data sets give, stacked: "reference" (B,1,3,H,W) and
+    "target" (B,F,3,H,W), or the moments of a cache, "prompt", "item", "skipped".
     """
     loader = iter(DataLoader(_Tasks(datasets), batch_sampler=keys, num_workers=workers, collate_fn=_collate,
                              prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available(),

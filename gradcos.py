@@ -33,19 +33,19 @@ def cosine(g_img, g_vid, eps=1e-12):
     return phi.item(), norm_img.item(), norm_vid.item()
 
 
-def flat_gradient(losses, parameters, device=None):
-    """The gradient of the sum of `losses` over all ranks, as one float32 vector (sum of numel,) on `device`.
+def flat_gradient(losses, parameters):
+    """The gradient of the sum of `losses` over all ranks, as one float32 vector (sum of numel,) in RAM (B.1).
 
     losses: an iterator of scalars; each graph is freed before the next one is built. autograd.grad leaves `.grad` and
     DDP's hooks alone, so this is B.1's pre-sync gradient, and does not affect training. A parameter without a
     gradient counts as zero.
     """
-    flat = torch.zeros(sum(p.numel() for p in parameters), device=device or parameters[0].device)
+    flat = torch.zeros(sum(p.numel() for p in parameters))
     pieces = split(flat, parameters)
     for loss in losses:
         for piece, g in zip(pieces, torch.autograd.grad(loss, parameters, allow_unused=True)):
             if g is not None:
-                piece += g.flatten().to(flat.device)
+                piece += g.flatten().cpu()
     if dist.is_initialized():
         dist.all_reduce(flat)
     return flat
@@ -67,15 +67,15 @@ def layer_groups(names):
     return {name: indices for name, indices in groups.items() if indices}
 
 
-def measure(losses_of, named_parameters, device=None):
+def measure(losses_of, named_parameters):
     """One measurement: {"cosine", "norm_img", "norm_vid", "groups": {name: [cosine, norm_img, norm_vid]}}.
 
     losses_of(task) iterates over the scalar losses of the fixed held-out batch of "image" or "video", this rank's
-    share. named_parameters: (name, tensor) of what is trained. The two flat gradients (2 GB each at rank 128 on
-    CogVideoX-5B) live on `device`; "cpu" keeps them off the GPU.
+    share. named_parameters: (name, tensor) of what is trained. The two flat gradients have 2 GB each at rank 128 on
+    CogVideoX-5B.
     """
     names, parameters = zip(*named_parameters)
-    g_img, g_vid = (split(flat_gradient(losses_of(task), parameters, device), parameters)
+    g_img, g_vid = (split(flat_gradient(losses_of(task), parameters), parameters)
                     for task in ("image", "video"))
     phi, norm_img, norm_vid = cosine(g_img, g_vid)
     groups = {name: cosine([g_img[i] for i in indices], [g_vid[i] for i in indices])
@@ -98,16 +98,16 @@ class PCGrad:
     gradients in the buffer (the last `size` steps, this one included), once there are any. Both tasks are projected
     (Eq. 5, C.5); as the coin takes an image step with probability 1-p, the mean update is near C.5's
     (1-p) g~_img + p g~_vid: the other task's gradient is some steps old, and often there is none yet. The buffer holds
-    gradients as they came, in float32, averaged over ranks: `size` x 2 GB at full size, on `device`.
+    gradients as they came, in float32, averaged over ranks: `size` x 2 GB at full size, on their device.
     """
 
-    def __init__(self, size, device):
-        self.buffer, self.device = deque(maxlen=size), device
+    def __init__(self, size):
+        self.buffer = deque(maxlen=size)
 
     def __call__(self, parameters, task):
-        flat = torch.cat([p.grad.flatten().to(self.device) for p in parameters])
+        flat = torch.cat([p.grad.flatten() for p in parameters])
         self.buffer.append((task, flat))
-        others = [g for t, g in self.buffer if t != task]
+        others = [g.to(flat.device) for name, g in self.buffer if name != task]
         if others:
             mean = torch.zeros_like(flat)
             for g in others:
@@ -120,7 +120,7 @@ class PCGrad:
         return [(task, g.cpu()) for task, g in self.buffer]
 
     def load_state_dict(self, state):
-        self.buffer.extend((task, g.to(self.device)) for task, g in state)
+        self.buffer.extend(state)
 
 
 # ---- the figures -----------------------------------------------------------------------------------------------------

@@ -28,10 +28,10 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import CogVideoXLayerNormZero
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from diffusers.training_utils import cast_training_params
 from diffusers.utils import apply_lora_scale
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -40,7 +40,8 @@ PAPER_BASE = "THUDM/CogVideoX-5b"
 REFERENCE_TOKEN = "<cls>"  # Sec. 3.3: "An <CLS> armchair in the living room"
 # Sec. A.1. Names match by suffix: "proj" is both ff.net.0.proj and the convolution patch_embed.proj.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj", "text_proj", "norm1.linear", "norm2.linear", "ff.net.2"]
-VAE_PIXELS = 8 * 480 * 720  # in a call: they keep the VAE busy, and above them a convolution of diffusers 0.42.1 fails
+# At most 8 pictures of 480x720 per VAE call: that fills a GPU, and with more a convolution of diffusers 0.42.1 raises.
+VAE_PIXELS = 8 * 480 * 720
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers' own loader looks for
 AUTHORS_LORA_FILE = "pytorch_lora_weights_transformer.safetensors"  # the name of the authors' release
 logging.getLogger("diffusers.pipelines.cogvideo.pipeline_cogvideox").setLevel("ERROR")  # encode_prompt says it once
@@ -57,19 +58,23 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
     """
 
     lora_scope = "all"  # or "reference": see add_lora
-    checkpointing = {"image": "none", "video": "none"}  # per task: see run_block
+    checkpointing = "none"  # what backward recomputes: see run_block
 
     @apply_lora_scale("attention_kwargs")
     def forward(self, hidden_states, encoder_hidden_states, timestep, timestep_cond=None, ofs=None,
-                image_rotary_emb=None, attention_kwargs=None, return_dict=True, reference=None, keep=None):
+                image_rotary_emb=None, attention_kwargs=None, return_dict=True, reference=None, keep=None,
+                first_frame=1):
         """Velocity of the noisy frames, (B,T,C,H,W).
 
         hidden_states (B,T,C,H,W): noisy latents. encoder_hidden_states (B,L,D_text). timestep (B,).
         reference (B or 1, 1,C,H,W): clean scaled latents of the reference picture, or None: then this is the stock
             model with frames 0..T-1. Also taken from attention_kwargs["reference"], which is how the stock pipeline
             hands it in; one reference serves both halves of a classifier-free guidance batch.
+            attention_kwargs["ref_guidance"]: guidance scale on the picture; 1 is off. It needs a reference per video.
         keep (K,): indices of the reference tokens that stay (TokenDrop in Algorithm 1); None keeps all N. The others
             leave the sequence. An empty `keep` is text-to-video with the video still at frames 1..T.
+        first_frame: the RoPE frame at which the noisy frames begin when there is a reference. Only training uses it, to
+            show a single picture at another distance from the reference (train.py's --image_frame).
         image_rotary_emb: the stock T-frame tables, used only without a reference; made from the config when None.
         """
         if self.config.patch_size_t is not None:
@@ -77,7 +82,11 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
                              f"frame 0; use a 1.0 base such as {PAPER_BASE}")
         attention_kwargs = dict(attention_kwargs or {})
         reference = attention_kwargs.pop("reference", None) if reference is None else reference
+        ref_guidance = attention_kwargs.pop("ref_guidance", 1.0)
         B, T, _, H, W = hidden_states.shape
+        videos = B if reference is None else len(reference)  # half of B under classifier-free guidance: [uncond | cond]
+        if ref_guidance != 1 and B not in (videos, 2 * videos):
+            raise ValueError(f"ref_guidance needs a reference for each video, got {videos} for a batch of {B}")
         patch = self.config.patch_size
         L, N = encoder_hidden_states.shape[1], (H // patch) * (W // patch)
 
@@ -92,43 +101,69 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
                                  f"got {tuple(reference.shape)}")
             reference = reference.to(hidden_states).expand(B, -1, -1, -1, -1)
             frames = torch.cat([reference, hidden_states], dim=1)  # (B, 1+T, C, H, W)
-        F_all, K = frames.shape[1], 0 if reference is None else N if keep is None else len(keep)
+        frame_count = frames.shape[1]  # T, or 1 + T
+        if reference is None:
+            K = 0
+        elif keep is None:
+            K = N
+        else:
+            K = len(keep)
+        span = Span(L, K, frame_count)
         set_span = None
         if self.lora_scope == "reference":
-            set_span = partial(self.span_holder.__setitem__, 0, Span(L, K, F_all))
-            set_span()
+            set_span = self.set_span
+            set_span(span)
 
-        rope = image_rotary_emb  # a pair (cos, sin), each (F_all*N, head_dim)
+        rope = image_rotary_emb  # a pair (cos, sin), each (frame_count*N, head_dim)
         if self.config.use_rotary_positional_embeddings and (rope is None or reference is not None):
-            rope = self.rotary_tables(F_all, H, W, hidden_states.device)
+            skipped = 0 if reference is None else first_frame - 1
+            rope = self.rotary_tables(frame_count, H, W, hidden_states.device, skipped)
 
-        tokens = self.patch_embed(encoder_hidden_states, frames)  # (B, L + F_all*N, D)
+        tokens = self.patch_embed(encoder_hidden_states, frames)  # (B, L + frame_count*N, D)
         text, hidden = tokens[:, :L], tokens[:, L:]
         if reference is not None and keep is not None:
             # TokenDrop: dropped tokens are gone, not zeroed, and each kept one keeps its own row of the RoPE tables.
-            rows = torch.cat([keep.to(hidden.device), torch.arange(N, F_all * N, device=hidden.device)])
+            rows = torch.cat([keep.to(hidden.device), torch.arange(N, frame_count * N, device=hidden.device)])
             hidden = hidden[:, rows]  # (B, K + T*N, D)
-            rope = rope and tuple(table[rows] for table in rope)
+            if rope is not None:
+                rope = tuple(table[rows] for table in rope)
         # Contiguous, as every later block's inputs are: else the first block is compiled a second time.
         text, hidden = (self.embedding_dropout(x).contiguous() for x in (text, hidden))
 
-        checkpointing = self.checkpointing["image" if T == 1 else "video"] if torch.is_grad_enabled() else "none"
+        checkpointing = self.checkpointing if torch.is_grad_enabled() else "none"
         for block in self.transformer_blocks:
-            hidden, text = self.run_block(checkpointing, block, set_span, hidden, text, temb, rope, attention_kwargs)
+            hidden, text = self.run_block(checkpointing, set_span, span, block, hidden, text, temb, rope,
+                                          attention_kwargs)
 
         hidden = hidden[:, K:]  # (B, T*N, D): only the noisy frames are decoded
         hidden = self.norm_out(self.norm_final(hidden), temb=temb)
         hidden = self.proj_out(hidden)  # (B, T*N, C*patch*patch)
-        velocity = hidden.reshape(B, T, H // patch, W // patch, -1, patch, patch)
-        velocity = velocity.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)  # (B, T, C, H, W)
+        velocity = hidden.reshape(B, T, H // patch, W // patch, -1, patch, patch)  # (B, T, h, w, C, p, q)
+        velocity = velocity.permute(0, 1, 4, 2, 5, 3, 6)                           # (B, T, C, h, p, w, q)
+        velocity = velocity.flatten(5, 6).flatten(3, 4)                            # (B, T, C, H, W)
+        if ref_guidance != 1 and K > 0:
+            # Guidance on the picture: with scale s on the text and S on the picture the pipeline then makes
+            #     v(no text, ref) + s (v(text, ref) - v(no text, ref)) + (S - 1) (v(text, ref) - v(text, no ref)).
+            # The last term is the same in both halves, so that s does not multiply it: guiding each half alone gives it
+            # the factor s and tears the toy's creatures at S = 3. And it has the text, as training always does. It
+            # costs half a call more. An empty keep: the video stays at frames 1..T, as in training's drops.
+            none = SubjectTransformer.forward(
+                self, hidden_states[-videos:], encoder_hidden_states[-videos:], timestep[-videos:], timestep_cond, ofs,
+                image_rotary_emb, attention_kwargs, False, reference[-videos:], torch.empty(0, dtype=torch.long))[0]
+            pull = velocity[-videos:] - none
+            velocity = velocity + (ref_guidance - 1) * pull.repeat(B // videos, 1, 1, 1, 1)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def enable_gradient_checkpointing(self, *_):
-        """The stock call: everything is recomputed, in both tasks."""
-        self.checkpointing = {"image": "full", "video": "full"}
+        """The stock call: everything is recomputed."""
+        self.checkpointing = "full"
 
     def disable_gradient_checkpointing(self):
-        self.checkpointing = {"image": "none", "video": "none"}
+        self.checkpointing = "none"
+
+    def set_span(self, span):
+        """Tell the layers of lora_scope "reference" where the reference's tokens are."""
+        self.span = span
 
     def compile_blocks(self):
         """Compile the blocks, all with one kernel set per shape: the first step of each shape waits for the compiler.
@@ -146,22 +181,24 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
         attention, whose output is kept: half of a clip's FLOPs for 5 GB), "none"."""
         if checkpointing == "none":
             return SubjectTransformer._run_block(*args)
-        keep = {}
+        options = {}
         if checkpointing == "attention":
-            keep["context_fn"] = partial(create_selective_checkpoint_contexts, ATTENTION)
-        return checkpoint(SubjectTransformer._run_block, *args, use_reentrant=False, **keep)
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, ATTENTION)
+        return checkpoint(SubjectTransformer._run_block, *args, use_reentrant=False, **options)
 
     @staticmethod
-    def _run_block(block, set_span, hidden, text, temb, rope, attention_kwargs):
-        if set_span:  # here, inside the checkpointed function, so that backward's recomputation sees the same span
-            set_span()
+    def _run_block(set_span, span, block, hidden, text, temb, rope, attention_kwargs):
+        if set_span is not None:  # inside the checkpointed function: backward's recomputation sees the same span
+            set_span(span)
         return block(hidden, text, temb, image_rotary_emb=rope, attention_kwargs=attention_kwargs)
 
-    def rotary_tables(self, frames, height, width, device):
-        """RoPE (cos, sin) for `frames` latent frames of height x width latents, as the stock pipeline makes them."""
+    def rotary_tables(self, frames, height, width, device, skipped=0):
+        """RoPE (cos, sin) for `frames` latent frames of height x width latents, as the stock pipeline makes them.
+        skipped: how many frames of time are left out after the first one: frames 0, skipped + 1, skipped + 2, ..."""
         c = self.config
         return _rotary_tables(c.attention_head_dim, frames, height // c.patch_size, width // c.patch_size,
-                              c.sample_height // c.patch_size, c.sample_width // c.patch_size, torch.device(device))
+                              c.sample_height // c.patch_size, c.sample_width // c.patch_size, torch.device(device),
+                              skipped)
 
 
 ATTENTION = [op.default for op in (
@@ -169,10 +206,12 @@ ATTENTION = [op.default for op in (
     torch.ops.aten._scaled_dot_product_efficient_attention, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)]
 
 
-@lru_cache(maxsize=16)
-def _rotary_tables(head_dim, frames, height, width, base_height, base_width, device):
+@lru_cache(maxsize=32)
+def _rotary_tables(head_dim, frames, height, width, base_height, base_width, device, skipped):
     crop = get_resize_crop_region_for_grid((height, width), base_width, base_height)
-    return get_3d_rotary_pos_embed(head_dim, crop, (height, width), frames, device=device)
+    tables = get_3d_rotary_pos_embed(head_dim, crop, (height, width), frames + skipped, device=device)
+    N = height * width
+    return tuple(torch.cat([table[:N], table[(1 + skipped) * N:]]) for table in tables) if skipped else tables
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
@@ -190,11 +229,12 @@ def add_lora(transformer, rank, alpha, dropout=0.0, scope="all"):
     transformer.requires_grad_(False)
     for name, parameter in transformer.named_parameters():
         if "lora_" in name:
-            parameter.data = parameter.data.float()  # add_adapter follows the base: in bf16 an lr of 5e-5 barely moves
             parameter.requires_grad_(scope == "all" or _reaches_output(name, len(transformer.transformer_blocks)))
+    # peft makes adapters in the base's dtype. bfloat16 has 8 bits: adding 5e-5 to a weight of 0.01 rounds away.
+    cast_training_params(transformer)
     for module in transformer.modules():
         if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = False  # peft's cast to float32, which autocast would undo
+            module.cast_input_dtype_enabled = False  # peft would cast inputs to float32, and autocast cast them back
         elif isinstance(module, CogVideoXLayerNormZero):
             module.register_forward_hook(_round_once)
     if scope == "reference":
@@ -203,7 +243,7 @@ def add_lora(transformer, rank, alpha, dropout=0.0, scope="all"):
 
 
 def _round_once(norm, args, out):
-    """Under autocast norms give float32: round here, not again in each of the layers that read it and their LoRA."""
+    """Autocast runs LayerNorm in float32, and each linear layer after it would cast the result. Cast once, here."""
     device = out[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return out
@@ -240,24 +280,12 @@ def save_lora(transformer, path, **extra):
 
 
 def lora_path(path):
-    """The safetensors file behind `path`: a file, a folder with one, user/name or user/name/FILE.safetensors
-    on the hub. FileNotFoundError names `path`."""
-    folder = Path(path)
-    for file in (folder, folder / LORA_FILE, folder / AUTHORS_LORA_FILE):
+    """The safetensors file behind `path`: a file, or a folder that holds one. FileNotFoundError names `path`."""
+    for file in (Path(path), Path(path, LORA_FILE), Path(path, AUTHORS_LORA_FILE)):
         if file.is_file():
             return file
-    user, *rest = str(path).split("/")
-    local = user.strip(".~") == "" or Path(user).exists()  # a path with a typing error is no hub id
-    if local or not rest or len(rest) > 1 and not rest[-1].endswith(".safetensors"):
-        raise FileNotFoundError(f"no LoRA at {path}: expected a .safetensors file, a folder with {LORA_FILE}, a run, "
-                                "or a hub id")
-    names = ["/".join(rest[1:])] if rest[1:] else [LORA_FILE, AUTHORS_LORA_FILE]
-    for name in names:
-        try:
-            return Path(hf_hub_download(f"{user}/{rest[0]}", name))
-        except Exception as e:  # no network, no such repository or file: each is an error of its own kind
-            why = str(e).strip().splitlines()[0]
-    raise FileNotFoundError(f"no LoRA at {path}, and the download of {names[-1]} from the hub failed: {why}")
+    raise FileNotFoundError(f"no LoRA at {path}: expected a .safetensors file, a folder with {LORA_FILE}, a run, or a "
+                            "hub id")
 
 
 def lora_header(path):
@@ -310,14 +338,6 @@ def read_lora(transformer, path):
     set_peft_model_state_dict(transformer, weights)
 
 
-def merge_lora(transformer):
-    """Fold the adapters into the base (in float32, then rounded to its dtype) and drop them: a third fewer calls."""
-    for module in transformer.modules():
-        if isinstance(module, LoraLayer):
-            module.merge()
-    transformer.unload_lora()
-
-
 # ---- LoRA on reference tokens only: lora_scope "reference" ----------------------------------------------------------
 
 class Span(NamedTuple):
@@ -336,19 +356,18 @@ def _reaches_output(name, blocks):
 
 
 def _restrict_to_reference(transformer):
-    """Make every LoRA layer add its update to the reference rows only. `span_holder` tells them which rows."""
-    transformer.lora_scope, transformer.span_holder = "reference", [None]
-    holder = transformer.span_holder
+    """Make every LoRA layer add its update to the reference rows only. `transformer.span` tells them which rows."""
+    transformer.lora_scope = "reference"
     for name, module in transformer.named_modules():
         if isinstance(module, CogVideoXLayerNormZero):
-            module.forward = _reference_only_norm(module, holder)
+            module.forward = _reference_only_norm(module, transformer)
         elif isinstance(module, LoraLayer) and "norm" not in name:
-            module.forward = _reference_only_linear(module, module.forward, holder, is_patch=name == "patch_embed.proj")
+            module.forward = _reference_only_linear(module, module.forward, transformer, name == "patch_embed.proj")
 
 
-def _reference_only_linear(layer, with_lora, holder, is_patch):
+def _reference_only_linear(layer, with_lora, transformer, is_patch):
     def forward(x):
-        text, kept, frames = holder[0]
+        text, kept, frames = transformer.span
         if kept == 0 or x.shape[1] == text and not is_patch:  # no reference, or the text projection
             return layer.base_layer(x)
         if is_patch:  # (B*F, C, H, W): the frames are folded into the batch, and frame 0 is the reference
@@ -361,14 +380,14 @@ def _reference_only_linear(layer, with_lora, holder, is_patch):
     return forward
 
 
-def _reference_only_norm(norm, holder):
+def _reference_only_norm(norm, transformer):
     """The adaptive norm reads the timestep, not tokens: both versions of shift, scale and gate, then one per token."""
     def forward(hidden, text, temb):  # hidden (B, K + T*N, D)
-        t, kept = norm.silu(temb), holder[0].kept
-        base = [m[:, None] for m in norm.linear.base_layer(t).chunk(6, dim=1)]  # six of (B, 1, D)
+        temb, kept = norm.silu(temb), transformer.span.kept
+        base = [m[:, None] for m in norm.linear.base_layer(temb).chunk(6, dim=1)]  # six of (B, 1, D)
         shift, scale, gate, text_shift, text_scale, text_gate = base
         if kept:
-            lora = [m[:, None] for m in norm.linear(t).chunk(6, dim=1)[:3]]
+            lora = [m[:, None] for m in norm.linear(temb).chunk(6, dim=1)[:3]]
             rest = hidden.shape[1] - kept
             shift, scale, gate = (torch.cat([a.expand(-1, kept, -1), b.expand(-1, rest, -1)], dim=1)
                                   for a, b in zip(lora, base))
@@ -380,11 +399,11 @@ def _reference_only_norm(norm, holder):
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
-def v_loss(transformer, scheduler, latents, text, timestep, noise, reference=None, keep=None):
+def v_loss(transformer, scheduler, latents, text, timestep, noise, reference=None, keep=None, first_frame=1):
     """The diffusion loss of both tasks, one value per sample (B,), float32.
 
-    latents (B,T,C,H,W) clean and scaled; text (B,L,D_text); timestep (B,); noise like latents; reference, keep: see
-    SubjectTransformer.forward. With a = alpha-bar at the timestep:
+    latents (B,T,C,H,W) clean and scaled; text (B,L,D_text); timestep (B,); noise like latents; reference, keep,
+    first_frame: see SubjectTransformer.forward. With a = alpha-bar at the timestep:
 
         x_t = sqrt(a) x + sqrt(1-a) e       v = sqrt(a) e - sqrt(1-a) x       loss = |v_pred - v|^2
 
@@ -395,7 +414,8 @@ def v_loss(transformer, scheduler, latents, text, timestep, noise, reference=Non
     latents, noise = latents.float(), noise.float()  # diffusers rounds alpha-bar to their dtype: bf16 loses small t
     noisy = scheduler.add_noise(latents, noise, timestep)
     v = scheduler.get_velocity(latents, noise, timestep)
-    v_pred = transformer(noisy, text, timestep, reference=reference, keep=keep, return_dict=False)[0]
+    v_pred = transformer(noisy, text, timestep, reference=reference, keep=keep, first_frame=first_frame,
+                         return_dict=False)[0]
     return F.mse_loss(v_pred.float(), v.float(), reduction="none").mean(dim=(1, 2, 3, 4))
 
 

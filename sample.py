@@ -15,19 +15,16 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from peft.tuners.lora import LoraLayer
 from PIL import Image
 from tqdm import tqdm
 
-from common.base import (attention_order, find_device, frame_size, load_pipeline, sampling_dtype, tile_vae,
-                  warn_of_another_size)
+from common.base import (ROOT, attention_order, find_device, find_lora, frame_size, load_pipeline, sampling_dtype,
+                         tile_vae, warn_of_another_size)
 from common.jobs import jobs_of_bench, jobs_of_flags, refuse_outputs, report, share_out
 from common.media import clip_frames, fit_reference, normalise, resize_center_crop, save_video, to_pixels
-from model import (LORA_FILE, PAPER_BASE, REFERENCE_TOKEN, encode_prompt, encode_video, load_lora, lora_header,
-                   lora_path, merge_lora, with_reference_token)
-from common.run import check, command_line, join_ranks, knob, newest_checkpoint, rank_and_world_size, refuse_overwriting
-
-HERE = Path(__file__).parent
+from common.run import check, command_line, join_ranks, knob, rank_and_world_size, refuse_overwriting
+from model import (PAPER_BASE, REFERENCE_TOKEN, encode_prompt, encode_video, load_lora, lora_header,
+                   with_reference_token)
 
 
 @dataclass
@@ -44,21 +41,17 @@ class Config:
     seed: int = knob(0, "seed of the starting noise; video number i of --bench has seed + i")
     steps: int = knob(50, "denoising steps")
     guidance: float = knob(0.0, "classifier-free guidance scale, on the text only; 1 is off; 0 takes the LoRA's (6)")
+    ref_guidance: float = knob(1.0, "guidance scale on the picture: above 1 the subject is more like it, in half as "
+                                    "much time again; 1 is off")
     lora_scale: float = knob(1.0, "how much of the LoRA: 0 is the base alone, 1 what was trained")
-    dynamic_cfg: bool = knob(False, "let the guidance scale grow over the steps (the pipeline's use_dynamic_cfg)")
-    negative_prompt: str = knob("", "negative prompt of the guidance")
     frames: int = knob(0, "frames of the video, cut to 8k+1; 1 makes a picture; 0 takes the base's (49)")
     fps: float = knob(0.0, "frames per second of the file; 0 takes the LoRA's training rate (8)")
     height: int = knob(0, "height in pixels; 0 takes the base's (480)")
     width: int = knob(0, "width in pixels; 0 takes the base's (720)")
-    fit: str = knob("", "how the reference fits the frame; empty takes the LoRA's (cover)", "", "cover", "pad")
-    enlarge: int = knob(0, "enlarge the file by this whole number; 0 picks one that makes tiny videos visible")
+    fit: str = knob("cover", "the reference fills the frame and is cut, or is shown whole on white", "cover", "pad")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
     int8: bool = knob(False, "keep the transformer in 8 bits (torchao): half the memory, another picture")
     offload: str = knob("none", "keeps weights in RAM until needed (for a small GPU)", "none", "model", "sequential")
-    compile: bool = knob(False, "compile the transformer's blocks: minutes first, then faster steps")
-    cache_threshold: float = knob(0.0, "skip all blocks but the first in steps where its output changes by less than "
-                                       "this share (0.1, say): faster, lossy; 0 is off (diffusers' FirstBlockCache)")
 
     def __post_init__(self):
         check(self, positive="steps batch")
@@ -71,23 +64,14 @@ class Config:
             raise ValueError(f"--bench writes many videos: --out must be a folder, got {self.out!r}")
         if not self.bench and Path(self.out).suffix not in suffixes:
             raise ValueError(f"--out must end in {' or '.join(suffixes)}, got {self.out!r}")
+        if self.ref_guidance != 1 and not (self.ref or self.bench):
+            raise ValueError("--ref_guidance is guidance on a picture: it needs --ref or --bench")
         if self.prompt and self.prompts:
             raise ValueError("--prompt and --prompts exclude each other: put every prompt into the file")
         if self.prompt and not self.prompt.strip():
             raise ValueError("--prompt is blank")
         if self.fps and not 0.1 <= self.fps <= 1000:
             raise ValueError(f"--fps must be between 0.1 and 1000, got {self.fps:g}")
-        if self.compile and (self.cache_threshold or self.offload != "none"):
-            raise ValueError("--compile True goes with neither --cache_threshold nor --offload")
-
-
-def find_lora(path=""):
-    """The LoRA file of a file, folder or run; with no path the newest checkpoint under out/, else toy/lora."""
-    if path:
-        return lora_path(newest_checkpoint(path) or path)
-    newest = [newest_checkpoint(run) for run in Path("out").glob("*")]
-    files = [step / LORA_FILE for step in newest if step is not None and (step / LORA_FILE).is_file()]
-    return lora_path(max(files, key=lambda f: f.stat().st_mtime, default=HERE / "toy/lora"))
 
 
 def load(lora="", base="", device="cpu", use_lora=True, int8=False, lora_scale=1.0):
@@ -98,18 +82,18 @@ def load(lora="", base="", device="cpu", use_lora=True, int8=False, lora_scale=1
     file = find_lora(lora)
     header = lora_header(file)
     base = base or header.get("base", PAPER_BASE)
-    if not Path(base).exists() and (HERE / base).exists():
-        base = HERE / base  # "toy/base" means ours, wherever we are called from
+    if not Path(base).exists() and (ROOT / base).exists():
+        base = ROOT / base  # "toy/base" means ours, wherever we are called from
     print(f"base {base}, LoRA {file if use_lora else 'none'}", file=sys.stderr)
     dtype = sampling_dtype(base, find_device(device))
     pipe = load_pipeline(base, dtype, int8=int8, asked=device)  # in RAM: the caller moves or offloads it
     if use_lora:
         load_lora(pipe.transformer, file)
-        for module in pipe.transformer.modules():
-            if isinstance(module, LoraLayer):
-                module.scale_layer(lora_scale)
-        if pipe.transformer.lora_scope == "all" and not int8:
-            merge_lora(pipe.transformer)
+        if pipe.transformer.lora_scope == "all" and not int8:  # fold it into the base: a third fewer calls
+            pipe.transformer.fuse_lora(lora_scale=lora_scale)
+            pipe.transformer.unload_lora()
+        else:
+            pipe.transformer.set_adapters("default", lora_scale)
         for name, parameter in pipe.transformer.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)
@@ -133,14 +117,14 @@ def guidance_of(header):
 def encode_references(pipe, pictures, height, width, fit="cover"):
     """PIL pictures -> scaled latents (B,1,C,H/8,W/8) on the VAE's device.
 
-    Each picture is resized to cover the frame, or with white beside it to fit in (train.py's --fit), and encoded by the
-    VAE to its mean, so that nothing is random but the starting noise."""
+    Each picture is resized to cover the frame, or with white beside it to fit in (--fit pad). The VAE encodes it to its
+    mean, so that nothing is random but the starting noise."""
     pixels = [to_pixels([fit_reference(picture, height, width, fit)]) for picture in pictures]
     return encode_video(pipe.vae, normalise(torch.stack(pixels)))  # of (B, 1, 3, H, W)
 
 
 def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0, height=0, width=0, cls="front",
-             dynamic_cfg=False, negative_prompt="", text=None):
+             text=None, ref_guidance=1.0):
     """Videos as lists of PIL pictures, one per prompt.
 
     references: latents from encode_references, one per prompt or one for all, or None (text-to-video). text: embeddings
@@ -148,16 +132,17 @@ def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0,
     """
     height, width = height or frame_size(pipe)[0], width or frame_size(pipe)[1]
     frames = clip_frames(frames or pipe.transformer.config.sample_frames, pipe.vae_scale_factor_temporal)
-    words = dict(prompt=[with_reference_token(p, cls) for p in prompts],
-                 negative_prompt=[negative_prompt] * len(prompts))
+    if references is not None:
+        references = references.expand(len(prompts), -1, -1, -1, -1)
+    words = dict(prompt=[with_reference_token(p, cls) for p in prompts])
     if text is not None:
         words = dict(prompt_embeds=text[0], negative_prompt_embeds=text[1])
     return pipe(
         **words,
         height=height, width=width, num_frames=frames, num_inference_steps=steps, guidance_scale=guidance,
-        use_dynamic_cfg=dynamic_cfg, generator=[torch.Generator().manual_seed(s) for s in seeds],
+        generator=[torch.Generator().manual_seed(s) for s in seeds],
         max_sequence_length=pipe.transformer.config.max_text_seq_length,
-        attention_kwargs={"reference": references}).frames
+        attention_kwargs={"reference": references, "ref_guidance": ref_guidance}).frames
 
 
 def decode_what_fits(vae):
@@ -194,22 +179,23 @@ def sample_in_batches(cfg, pipe, header, latents, batches, device):
     latents: {picture: its latents}. Each prompt goes through T5 once, and so does the negative one."""
     prompts = {job.prompt: with_reference_token(job.prompt, cls_of(header)) for batch in batches for job in batch}
     text = {prompt: encode_prompt(pipe, [words], device) for prompt, words in prompts.items()}
-    negative = encode_prompt(pipe, [cfg.negative_prompt], device)
+    negative = encode_prompt(pipe, [""], device)
     for batch in batches:
-        for job in batch if not cfg.bench else []:
-            print(f"{job.prompt!r}, seed {job.seed}")
+        if not cfg.bench:
+            for job in batch:
+                print(f"{job.prompt!r}, seed {job.seed}")
         references = torch.cat([latents[path] for job in batch for path in job.pictures]) if latents else None
         with attention_order(device):
             videos = generate(pipe, references, [""] * len(batch), [job.seed for job in batch], cfg.steps,
                               cfg.guidance or guidance_of(header), cfg.frames, cfg.height, cfg.width,
-                              dynamic_cfg=cfg.dynamic_cfg, text=(torch.cat([text[job.prompt] for job in batch]),
-                                                                 negative.expand(len(batch), -1, -1)))
+                              text=(torch.cat([text[job.prompt] for job in batch]),
+                                    negative.expand(len(batch), -1, -1)), ref_guidance=cfg.ref_guidance)
         yield from zip(batch, videos)
 
 
 def write_sample(cfg, job, video, pictures, fps):
     """A video as mp4 with its contact sheet, one of --bench without, a single picture as png. pictures: {path: PIL}."""
-    file, enlarge = job.file, cfg.enlarge or max(1, 256 // video[0].height)
+    file, enlarge = job.file, max(1, 256 // video[0].height)  # tiny videos are enlarged, so that they can be seen
     if len(video) == 1:
         picture = video[0].resize((video[0].width * enlarge, video[0].height * enlarge), Image.NEAREST)
         picture.save(file.with_suffix(".png"))
@@ -256,7 +242,7 @@ def main(cfg):
               "without one in the prompt it goes in front")
     # References before any offloading: after it vae.device is not where the VAE runs.
     pipe.vae.to(device)
-    latents = {path: encode_references(pipe, [picture], height, width, cfg.fit or header.get("fit", "cover")).to(device)
+    latents = {path: encode_references(pipe, [picture], height, width, cfg.fit).to(device)
                for path, picture in pictures.items()}
     if cfg.offload == "none":
         pipe.to(device)
@@ -269,11 +255,6 @@ def main(cfg):
         else:
             pipe.enable_sequential_cpu_offload(device=device)
 
-    if cfg.compile:
-        pipe.transformer.compile_blocks()
-    if cfg.cache_threshold:
-        from diffusers import FirstBlockCacheConfig
-        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=cfg.cache_threshold))
     sampled = sample_in_batches(cfg, pipe, header, latents, batches, device)
     if cfg.bench:
         pipe.set_progress_bar_config(disable=True)

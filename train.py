@@ -4,19 +4,14 @@
     torchrun --nproc_per_node=8 train.py      # the paper's run: CogVideoX-5B, Subjects200K, Pexels clips
     python train.py --toy                     # the same code on the toy world, minutes on two CPU cores
 
-The model sees one picture of the subject, the reference, as extra tokens. Each step flips one coin. With probability p
-it takes plain clips and learns image-to-video (motion): the reference is a random frame of the clip with half of its
-tokens dropped, so that it cannot just be copied. Otherwise it takes pairs of pictures of one subject and learns to make
-one from the other (identity); half of these steps' micro-batches come without the reference, so that the model also
-follows the caption. The same LoRA learns both.
+Each step flips one coin. With probability p it takes plain clips and learns motion: image-to-video from a random frame
+of the clip, with half of its tokens dropped. Otherwise it takes pairs of pictures and learns identity: one from the
+other. The same LoRA learns both.
 
-A run writes out/NAME/: config.json, log.jsonl (one line per step), step-000400/ (LoRA weights and training state); and
-what --gradcos_every, --val_every and --sample_every ask for: gradcos.jsonl, val.jsonl, samples/.
-Run the same command to continue from the newest checkpoint: on a CPU bit for bit, on a GPU
-to its rounding. On SIGTERM a run finishes its step, saves a checkpoint and stops.
+A run writes out/NAME/: config.json, log.jsonl (one line per step), step-000400/ (LoRA weights and training state); with
+--val_every also val.jsonl and samples/, with --gradcos_every gradcos.jsonl. The same command continues from the newest
+checkpoint: on a CPU bit for bit. On SIGTERM a run finishes its step, saves a checkpoint and stops.
 """
-import argparse
-import importlib.util
 import json
 import sys
 from contextlib import nullcontext
@@ -27,36 +22,32 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from transformers.hf_argparser import string_to_bool
+from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup
+from diffusers.utils import logging as diffusers_logging
 
 import gradcos
-from data import Clips, ImagePairs, batches
-from common.media import clip_frames, normalise
+from common.base import attention_order, autocast, find_device, use_device
+from common.latents import cls_for
+from common.look import write_sheet
+from common.media import latent_frames, normalise
 from common.run import (SIGTERM, check, claim, command_line, join_ranks, knob, newest_checkpoint, print0,
                         rank_and_world_size, resume, rng, save_checkpoint, settings_of, sigterm_asks, start_log,
                         torch_rng)
-
-if not {"-h", "--help"} & set(sys.argv):  # diffusers takes seconds to import: --help is fast
-    from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup
-    from diffusers.utils import logging as diffusers_logging
-
-    from common.latents import cls_for, open_caches
-    from common.base import (attention_order, autocast, compute_dtype, find_device, frame_size, load_pipeline, tile_vae,
-                      warn_of_another_size)
-    from model import (add_lora, encode_moments, encode_prompt, load_lora, lora_header, read_lora, sample_latents,
-                       save_lora, to_device, v_loss, with_reference_token)
-    from common.watch import Log, Validation, add_losses, already_measured, describe, no_losses, sum_over_ranks
-
+from common.setup import divide_batches, load_model, open_data
+from common.watch import Log, Validation, add_losses, already_measured, describe, no_losses, sum_over_ranks
+from data import Clips, ImagePairs, batches
+from model import (encode_moments, encode_prompt, read_lora, sample_latents, save_lora, to_device, v_loss,
+                   with_reference_token)
 
 CHECKPOINTING = ("full", "attention", "none")
+HELD_OUT = {"image": 64, "video": 32}  # samples that --val_every and --gradcos_every measure with, at most
 
 
 @dataclass
 class Config:
-    toy: bool = knob(False, "take the defaults of the toy world (TOY in train.py); other flags still count",
-                     trains=False)
-    recipe: str = knob("paper", "defaults from the paper's text, or the authors' scripts (AUTHORS)", "paper", "authors",
-                       trains=False)
+    toy: bool = knob(False, "take the defaults of the toy world (TOY); other flags still count", trains=False)
+    recipe: str = knob("paper", "defaults from the paper's text, or the authors' scripts (AUTHORS)",
+                       "paper", "authors", trains=False)
     # model
     base: str = knob("THUDM/CogVideoX-5b", "diffusers CogVideoX folder or hub id (5.1)")
     int8: bool = knob(False, "keep the frozen transformer in 8 bits (torchao): half the memory, for a 24 GB GPU")
@@ -64,25 +55,25 @@ class Config:
     lora_alpha: float = knob(64.0, "LoRA alpha; the update is scaled by alpha/rank (A.1)")
     lora_dropout: float = knob(0.1, "LoRA dropout (5.1)")
     lora_scope: str = knob("all", "tokens LoRA acts on: 'all' in the authors' code (3.3, A)", "all", "reference")
-    init_lora: str = knob("", "LoRA file or folder to continue from, e.g. the 8 fps model for the 16 fps one (5.1)")
+    init_lora: str = knob("", "LoRA to continue from (file, folder or run), e.g. the 8 fps model for 16 fps (5.1)")
     # data
-    images: str = knob("data/subjects200k", "folder of image pairs: D_img (5.1)")
-    videos: str = knob("data/pexels", "folder of clips with captions: D_vid (5.1)")
+    images: str = knob("data/subjects200k", "folder of image pairs: D_img (5.1); IMAGES_val has the held-out ones")
+    videos: str = knob("data/pexels", "folder of clips with captions: D_vid (5.1); VIDEOS_val has the held-out ones")
     cache: str = knob("", "folder of latents that python -m paper.prepare cache wrote; empty encodes on the fly")
-    height: int = knob(0, "frame height in pixels; 0 takes the base's: 480 (Alg. 1)")
-    width: int = knob(0, "frame width in pixels; 0 takes the base's: 720 (Alg. 1)")
     frames: int = knob(49, "frames of a training clip, cut to 8k+1 (A.2)")
     fps: float = knob(8.0, "frames per second that clips are read at (A.2)")
-    fit: str = knob("cover", "references of pairs: cropped around the centre, or with white borders", "cover", "pad")
     crop_jitter: float = knob(0.1, "random zoom and shift of each picture of a pair, as a share of its size (A.2)")
     # the method
     p: float = knob(0.2, "probability of a video step (Eq. 1, D.5)")
-    task_schedule: str = knob("switch", "a coin for each step, or for each of image_batch/image_micro micro-batches "
-                                        "(B.3), or all image steps first (D.7)", "switch", "mixed", "two_stage")
+    task_schedule: str = knob("switch", "switch: one coin per step (Eq. 1). two_stage: all image steps, then all video "
+                                        "steps (D.7). mixed: one coin per micro-batch, image_batch/image_micro of "
+                                        "them in a step (B.3)", "switch", "mixed", "two_stage")
     random_frame: bool = knob(True, "reference = a random frame of the clip, not always the first (3.4, Figure 12)")
     token_drop: float = knob(0.5, "share of reference tokens dropped in video steps; 1 is text-to-video (Table 7)")
     drop: str = knob("tokens", "what --token_drop drops: tokens (3.4), or whole references", "tokens", "reference")
     view_drop: float = knob(0.5, "probability that an image micro-batch trains without its reference (A.2)")
+    image_frame: str = knob("first", "latent frame at which an image step's target stands: 1 (3.3), or any of a clip's",
+                            "first", "random")
     cls: str = knob("front", "where <cls>, the reference's mark, stands (3.3, Table 6)", "front", "item", "off")
     cls_video: bool = knob(True, "video prompts get <cls> too")
     # optimisation
@@ -92,44 +83,31 @@ class Config:
     image_micro: int = knob(1, "image pairs per forward pass at most; the rest of the batch is accumulated")
     video_micro: int = knob(1, "clips per forward pass at most")
     lr: float = knob(5e-5, "peak learning rate of AdamW (5.1)")
-    beta1: float = knob(0.9, "AdamW beta1 (A.2)")
-    beta2: float = knob(0.95, "AdamW beta2 (A.2)")
-    weight_decay: float = knob(1e-4, "AdamW weight decay (the paper is silent)")
     warmup: int = knob(200, "steps of linear warm-up (A.2)")
-    cycles: int = knob(1, "cosine restarts over the run (the paper gives no number; 1 is a plain cosine)")
-    grad_clip: float = knob(1.0, "gradient norm clipping (A.2)")
+    pcgrad: int = knob(0, "PCGrad against the gradients of this many last steps (4.3, B.3; Table 5: 4, 8); 0 is off")
     # the run
     name: str = knob("subject", "the run lives in out/NAME", trains=False)
     out: str = knob("out", "where runs live", trains=False)
     seed: int = knob(0, "seed of everything random")
     save_every: int = knob(50, "steps between checkpoints (A.2)", trains=False)
-    keep_checkpoints: int = knob(3, "newest checkpoints that stay on disk", trains=False)
-    image_checkpointing: str = knob("none", "what backward recomputes: all (A.1), all but attention", *CHECKPOINTING,
-                                    trains=False)
+    image_checkpointing: str = knob("none", "memory against time in image steps. none: keep all activations. attention:"
+                                            " keep attention's outputs. full: keep blocks' inputs (A.1)",
+                                    *CHECKPOINTING, trains=False)
     video_checkpointing: str = knob("attention", "the same in video steps", *CHECKPOINTING, trains=False)
     compile: bool = knob(False, "compile the blocks: faster steps, after minutes for each new shape of a micro-batch")
-    vae_tiling: bool = knob(True, "encode in tiles, one sample at a time, to save memory (A.2)")
     workers: int = knob(4, "processes per rank that read data", trains=False)
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
-    guidance: float = knob(6.0, "guidance scale when sampling, here and in sample.py (the authors' code)", trains=False)
-    # watching the run: none of this changes what is trained
+    # watching the run
+    look: int = knob(0, "train nothing: draw this many micro-batches as the model gets them, out/NAME/look.png",
+                     trains=False)
     gradcos_every: int = knob(0, "steps between measurements of the two gradients' cosine (4.1, B.1); 0 never",
                               trains=False)
-    val_every: int = knob(0, "steps between held-out losses (B.1's batches); 0 never", trains=False)
-    sample_every: int = knob(0, "steps between samples from --val_refs; 0 never", trains=False)
-    val_images: str = knob("data/subjects200k_val", "image pairs of subjects that are not trained on (B.1)",
-                           trains=False)
-    val_videos: str = knob("data/pexels_val", "clips that are not trained on (B.1)", trains=False)
-    val_pairs: int = knob(64, "held-out image pairs to measure with", trains=False)
-    val_clips: int = knob(32, "held-out clips to measure with", trains=False)
+    val_every: int = knob(0, "steps between held-out losses (B.1's batches), and samples of --val_refs; 0 never",
+                          trains=False)
     val_refs: str = knob("", "folder of pictures to sample from, each with its prompt in a .txt file of its name",
                          trains=False)
-    tensorboard: bool = knob(False, "write losses, norms, the cosine and sample sheets to out/NAME/tensorboard as well",
-                             trains=False)
-    # an alternative to the coin alone
-    pcgrad: int = knob(0, "PCGrad against the gradients of this many last steps (4.3, B.3; Table 5: 4, 8); 0 is off")
-    grad_device: str = knob("", "where flat gradients live (cosine: two, PCGrad: one per buffered step; 2 GB each); "
-                                "'cpu' keeps them off the GPU", trains=False)
+    guidance: float = knob(6.0, "guidance scale when sampling, here and in sample.py (the authors' code)", trains=False)
+    tensorboard: bool = knob(False, "write all of it to out/NAME/tensorboard as well", trains=False)
 
     def __init__(self, **given):
         """A knob that is not given has the default of --toy or --recipe, where those set one, else the one above."""
@@ -137,13 +115,13 @@ class Config:
         if unknown := given.keys() - defaults.keys():
             raise TypeError(f"there is no knob {min(unknown)!r}")
         self.__dict__ |= defaults | presets(given.get("toy", False), given.get("recipe", "paper")) | given
-        check(self, shares="p token_drop view_drop lora_dropout crop_jitter beta1 beta2",
+        check(self, shares="p token_drop view_drop lora_dropout crop_jitter",
               positive="lora_rank lora_alpha frames fps steps image_batch video_batch image_micro video_micro lr "
-                       "cycles grad_clip save_every keep_checkpoints val_pairs val_clips")
+                       "save_every")
         if self.base == TOY["base"] and not Path(self.base).is_dir():
             raise ValueError(f"no {self.base} here: run it from the repository's root")
-        if self.sample_every and not Path(self.val_refs or "none").is_dir():
-            raise ValueError(f"--sample_every needs a folder of pictures and prompts: no --val_refs {self.val_refs!r}")
+        if self.val_every and self.val_refs and not Path(self.val_refs).is_dir():
+            raise ValueError(f"--val_refs: no folder of pictures and prompts at {self.val_refs}")
         if self.pcgrad == 1 or self.pcgrad and self.task_schedule == "mixed":
             raise ValueError("--pcgrad: a buffer needs 2 or more steps, each of one task (no --task_schedule mixed)")
         if self.lora_scope == "reference" and (self.view_drop > 0 or self.token_drop == 1
@@ -155,23 +133,107 @@ class Config:
 TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", cache="toy/data/cache",
            name="toy", lora_rank=32, lora_alpha=16.0, lora_dropout=0.0, frames=9, fps=4.0, crop_jitter=0.0,
            view_drop=0.0, steps=450, image_batch=16, image_micro=16, video_batch=16, video_micro=16,
-           lr=6e-3, warmup=30, save_every=100, video_checkpointing="none", vae_tiling=False, guidance=2.0,
+           lr=6e-3, warmup=30, save_every=100, video_checkpointing="none", guidance=2.0,
            workers=4 if torch.cuda.is_available() else 0,  # on a CPU they would take the cores that train
-           val_images="toy/data/val_pairs", val_videos="toy/data/val_clips", val_refs="toy/refs", val_every=100,
-           sample_every=450)
+           val_refs="toy/refs", val_every=150)
 AUTHORS = dict(drop="reference", task_schedule="mixed", view_drop=0.0, crop_jitter=0.0, lora_dropout=0.0, cls="front",
-               cls_video=False, vae_tiling=False, image_micro=8, video_micro=1, image_checkpointing="attention")
+               cls_video=False, image_micro=8, video_micro=1, image_checkpointing="attention")
 TOY_AUTHORS = dict(image_micro=2, video_micro=2)  # 8 micro-batches a step: as many pairs and clips as the toy's coin
 
 
 def presets(toy=False, recipe="paper"):
     """What --toy and --recipe put in the place of Config's defaults, on the command line and from Python."""
-    changed = dict(TOY) if toy else {}
-    if recipe == "authors":
-        changed |= AUTHORS
-        if toy:
-            changed |= TOY_AUTHORS
-    return changed
+    authors = recipe == "authors"
+    return {**(TOY if toy else {}), **(AUTHORS if authors else {}), **(TOY_AUTHORS if toy and authors else {})}
+
+
+# ---- Algorithm 1 -----------------------------------------------------------------------------------------------------
+
+def train(cfg):
+    """The run out/NAME, from its newest checkpoint on."""
+    world_size = rank_and_world_size()[1]
+    device = use_device(cfg.device)
+    # Ranks wait for those that measure and sample: two hours are 40 samples of three minutes on the slowest one.
+    join_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    folder = Path(cfg.out) / cfg.name
+    cfg = divide_batches(cfg, world_size)
+    cfg, pipe, parameters = load_model(cfg, device)
+    transformer, scheduler = pipe.transformer, pipe.scheduler
+    datasets, size, frames, n_ref = open_data(cfg, pipe)            # n_ref: tokens of a whole reference
+    T = latent_frames(frames, pipe.vae_scale_factor_temporal)       # of a clip: 13
+    optimizer, lr_schedule = make_optimizer(cfg, parameters)
+    state = {"optimizer": optimizer, "lr_schedule": lr_schedule}
+    if cfg.pcgrad:
+        state["pcgrad"] = gradcos.PCGrad(cfg.pcgrad)
+
+    claim(folder)
+    start = resume(folder, settings_of(cfg), lambda checkpoint: read_lora(transformer, checkpoint), state)
+    if start == cfg.steps and already_measured(cfg, folder, start):
+        return print0(f"{folder} is complete ({start} steps); choose another --name for a new run")
+    start_log(folder, settings_of(cfg), start)
+    describe(cfg, folder, parameters, datasets, size, start, device)
+    log = Log(folder, start, [sample_task(cfg, step) for step in range(cfg.steps)], device, cfg.tensorboard)
+    held_out = held_out_batches(cfg, pipe, size, frames, n_ref) if cfg.gradcos_every or cfg.val_every else []
+    validation = Validation(cfg, pipe, folder, size, frames, held_out, log)
+    if all(dataset.cache and dataset.cache.prompts for dataset in datasets.values()):
+        pipe.text_encoder = None  # frees its memory: all prompts that are still to come are cached
+    model = transformer
+    if world_size > 1:  # every rank has built the same weights, so DDP need not send them round
+        model = torch.nn.parallel.DistributedDataParallel(transformer, gradient_as_bucket_view=True, init_sync=False)
+    loader = batches(datasets, (micro.keys for s in range(start, cfg.steps) for micro in plan(cfg, s)), cfg.workers)
+
+    # One pass more than there are steps: the last one trains nothing, it saves and measures the finished model.
+    for step in range(start, cfg.steps + 1):
+        last = step == cfg.steps
+        if step > start and (step % cfg.save_every == 0 or last or log.stop):
+            log.flush()
+            save_checkpoint(folder, step, lambda part: save(transformer, part, cfg), state)
+        if log.stop and not last:
+            break
+        validation.measure(step)                                     # does not affect training
+        if last:
+            break
+
+        log.start()
+        task = sample_task(cfg, step)                                # Eq. 1: "video" with probability p
+        micros, losses = plan(cfg, step), no_losses(device)
+        for micro in micros:
+            batch = next(loader)                                     # pairs, or clips with a random frame (3.4)
+            if micro.task == "video":
+                keep = tokens_to_keep(cfg, micro, n_ref)             # TokenDrop (3.4): (K,) of the reference's tokens
+            else:
+                keep = all_or_none(cfg, micro, cfg.view_drop)        # view drop (A.2): None keeps all
+            first_frame = image_frame(cfg, micro, T)                 # where x begins in time; the reference is frame 0
+            noise_rng = torch_rng(cfg.seed, "noise", step, micro.index)
+            x, ref, text = encode(cfg, pipe, batch, micro.task, keep, noise_rng)  # (B,T,C,H,W), (B,1,C,H,W), (B,L,D)
+            t, noise = sample_noise(x, scheduler, noise_rng)         # (B,), (B,T,C,H,W)
+            keep = None if keep is None else to_device(keep, device)
+
+            torch.manual_seed(torch_rng(cfg.seed, "dropout", step, micro.index).initial_seed())  # for LoRA dropout
+            transformer.checkpointing = getattr(cfg, f"{micro.task}_checkpointing")
+            wait = world_size > 1 and micro is not micros[-1]        # ranks average gradients in the last backward
+            with model.no_sync() if wait else nullcontext():
+                with autocast(device):                               # bfloat16 on a GPU
+                    loss = v_loss(model, scheduler, x, text, t, noise, ref, keep, first_frame)  # (B,): L_vid or L_img
+                (loss.mean() / len(micros)).backward()               # g_vid or g_img
+            add_losses(losses, micro.task, loss, t, scheduler.config.num_train_timesteps)
+            log.skipped(batch["skipped"])                            # unreadable files
+        if cfg.pcgrad:
+            state["pcgrad"](parameters, task)                        # 4.3: project out the other task's gradient
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)  # A.2
+        optimizer.step()                                             # theta <- theta - eta g
+        lr = lr_schedule.get_last_lr()[0]
+        lr_schedule.step()
+        # Under DDP gradients are views into its communication buckets: they are filled with zeros, not freed.
+        optimizer.zero_grad(set_to_none=world_size == 1)
+        # One sum over ranks for the losses and the request to stop: all ranks stop at the same step.
+        stop = torch.full((1,), float(SIGTERM.is_set()), device=device)
+        log.step(step, task, lr, {**sum_over_ranks({**losses, "stop": stop}), "grad_norm": grad_norm})
+
+    log.close()
+    if log.stop and not last:
+        return print0(f"stopped by SIGTERM after {step} steps; run the same command to continue")
+    print0(f"done: {newest_checkpoint(folder)}. Next: python sample.py --lora {folder} --ref PICTURE --prompt '...'")
 
 
 # ---- what a step is --------------------------------------------------------------------------------------------------
@@ -200,177 +262,83 @@ class MicroBatch(NamedTuple):
 def plan(cfg, step):
     """This rank's micro-batches of a step. The loader reads them ahead and the loop trains on them: the same list."""
     rank, world_size = rank_and_world_size()
-    step_task = sample_task(cfg, step)
-    if step_task == "video":
+    task = sample_task(cfg, step)
+    if task == "video":
         count = cfg.video_batch // cfg.video_micro  # of all ranks together
     else:
         count = cfg.image_batch // cfg.image_micro
     micros = []
     for index in range(rank, count, world_size):  # micro-batches go to the ranks in turn
-        task = sample_task(cfg, step, index) if step_task == "mixed" else step_task
-        size = cfg.video_micro if task == "video" else cfg.image_micro
-        micros.append(MicroBatch(task, step, index, [(task, step, index * size + j) for j in range(size)]))
+        own_task = sample_task(cfg, step, index) if task == "mixed" else task
+        size = getattr(cfg, f"{own_task}_micro")
+        keys = [(own_task, step, index * size + j) for j in range(size)]
+        micros.append(MicroBatch(own_task, step, index, keys))
     return micros
 
 
-def token_drop(cfg, step, micro_index, n):
-    """TokenDrop (3.4) in a video micro-batch. Returns which of the n reference tokens to KEEP, a random share of
-    1 - token_drop, as sorted indices (K,), or None for all. K is fixed, so that shapes stay the same. With --drop
-    reference all are kept or none, as in the authors' scripts."""
+def tokens_to_keep(cfg, micro, n):
+    """TokenDrop (3.4) in a video micro-batch: which of the reference's n tokens stay, a random share of 1 - token_drop.
+
+    Sorted indices (K,), or None for all. K is fixed, so that shapes stay the same. With --drop reference all stay or
+    none, as in the authors' scripts."""
     if cfg.drop == "reference":
-        return all_or_none(cfg, cfg.token_drop, step, micro_index)
+        return all_or_none(cfg, micro, cfg.token_drop)
     kept = round((1 - cfg.token_drop) * n)
     if cfg.lora_scope == "reference":
         kept = max(kept, 1)  # LoRA needs a token to act on
     if kept == n:
         return None
-    return torch.from_numpy(rng(cfg.seed, "drop", step, micro_index).permutation(n)[:kept]).sort().values
+    return torch.from_numpy(rng(cfg.seed, "drop", micro.step, micro.index).permutation(n)[:kept]).sort().values
 
 
-def view_drop(cfg, step, micro_index):
-    """View drop (A.2) in an image micro-batch, so that the model also learns from the caption alone."""
-    return all_or_none(cfg, cfg.view_drop, step, micro_index)
-
-
-def all_or_none(cfg, drop, step, micro_index):
-    """Which reference tokens of a micro-batch to KEEP: None for all; with probability `drop` an empty index: none."""
-    if rng(cfg.seed, "drop", step, micro_index).random() < drop:
+def all_or_none(cfg, micro, drop):
+    """Which of the reference's tokens stay: with probability `drop` none, an empty index; else all, None."""
+    if rng(cfg.seed, "drop", micro.step, micro.index).random() < drop:
         return torch.empty(0, dtype=torch.long)
     return None
 
 
-def encode_batch(cfg, pipe, batch, keep, noise_rng):
+def image_frame(cfg, micro, T):
+    """The latent frame (of RoPE) at which the target of a micro-batch begins; the reference is frame 0.
+
+    A clip has frames 1..T. A picture is one frame long and so, in the paper, always frame 1 (3.3): what image steps
+    teach, they teach at one distance from the reference. With --image_frame random it is any of 1..T."""
+    if micro.task == "video" or cfg.image_frame == "first":
+        return 1
+    return int(rng(cfg.seed, "image frame", micro.step, micro.index).integers(1, T, endpoint=True))
+
+
+def encode(cfg, pipe, batch, task, keep, noise_rng):
     """A batch of the loader -> latents x (B,T,C,H,W), reference latents (B,1,C,H,W), text (B,L,D), on the device.
 
-    Pixels (uint8) go through the VAE; a cache holds the VAE's moments instead. Latents are sampled from the moments
-    either way. The reference is encoded on its own, not cut from the clip's latents. When `keep` keeps none of it,
-    zeros stand in for it."""
+    The VAE encodes pixels; a cache holds the moments of its posterior instead. Latents are a draw from these either
+    way. The reference is encoded on its own, not cut from the clip's latents; zeros stand in for one that is dropped
+    whole."""
     device = pipe.transformer.device
 
-    def encode(pixels_or_moments):
-        moments = to_device(pixels_or_moments, device)
-        if moments.dtype == torch.uint8:
-            moments = encode_moments(pipe.vae, normalise(moments))
+    def latents_of(picture):
+        if f"{picture}_moments" in batch:
+            moments = to_device(batch[f"{picture}_moments"], device)
+        else:
+            moments = encode_moments(pipe.vae, normalise(to_device(batch[picture], device)))
         return sample_latents(pipe.vae, moments, noise_rng)
-    x = encode(batch["pixels"])
-    if keep is None or len(keep):
-        ref = encode(batch["reference"])
+    x = latents_of("target")
+    if keep is None or len(keep) > 0:
+        ref = latents_of("reference")
     else:
         ref = torch.zeros_like(x[:, :1])
-        torch.randn(ref.shape, generator=noise_rng)  # unused: so t and noise are those of a batch with its reference
+        torch.randn(ref.shape, generator=noise_rng)  # t and noise must not depend on whether the reference was dropped
     if "text" in batch:
-        text = to_device(batch["text"], device)
-    else:
-        cls = cls_for(cfg, batch["keys"][0][0])
-        prompts = [with_reference_token(t, cls, item) for t, item in zip(batch["prompt"], batch["item"])]
-        text = to_device(encode_prompt(pipe, prompts), device)
-    return x, ref, text
+        return x, ref, to_device(batch["text"], device)
+    cls = cls_for(cfg, task)
+    prompts = [with_reference_token(t, cls, item) for t, item in zip(batch["prompt"], batch["item"])]
+    return x, ref, to_device(encode_prompt(pipe, prompts), device)
 
 
 def sample_noise(x, scheduler, noise_rng):
     """A uniform timestep (B,) and noise like x."""
     t = torch.randint(0, scheduler.config.num_train_timesteps, (len(x),), generator=noise_rng)
     return to_device(t, x.device), to_device(torch.randn(x.shape, generator=noise_rng), x.device)
-
-
-# ---- Algorithm 1 -----------------------------------------------------------------------------------------------------
-
-def train(cfg):
-    rank, world_size = rank_and_world_size()
-    device = find_device(cfg.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 (A.2)
-    # Ranks wait for those that measure and sample: two hours are 40 samples of three minutes on the slowest one.
-    join_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    run = Path(cfg.out) / cfg.name
-    cfg = divide_batches(cfg, world_size)
-    cfg, pipe, parameters = load_model(cfg, device)
-    datasets, size, frames, n_ref = open_data(cfg, pipe)            # n_ref: tokens of a whole reference
-    transformer = pipe.transformer.to(device)
-    pipe.vae.to(device)
-    pipe.text_encoder.to(device)
-    num_timesteps = pipe.scheduler.config.num_train_timesteps
-
-    optimizer, lr_schedule = make_optimizer(cfg, parameters)
-    state = {"optimizer": optimizer, "lr_schedule": lr_schedule}
-    if cfg.pcgrad:
-        state["pcgrad"] = gradcos.PCGrad(cfg.pcgrad, cfg.grad_device or device)
-    if rank == 0:
-        claim(run)
-    start = resume(run, settings_of(cfg), lambda checkpoint: read_lora(transformer, checkpoint), state)
-    if start == cfg.steps and already_measured(cfg, run, start):
-        return print0(f"{run} is complete ({start} steps); choose another --name for a new run")
-    if rank == 0:
-        start_log(run, settings_of(cfg), start)
-    describe(cfg, run, parameters, datasets, size, start, device)
-
-    model = transformer
-    if world_size > 1:
-        # Every rank builds the same weights, so DDP need not broadcast them (it cannot broadcast 8-bit ones).
-        model = torch.nn.parallel.DistributedDataParallel(transformer, gradient_as_bucket_view=True, init_sync=False)
-    log = Log(run if rank == 0 else None, start, [sample_task(cfg, s) for s in range(cfg.steps)], device,
-              cfg.tensorboard)
-    held_out = held_out_batches(cfg, pipe, size, frames, n_ref)
-    validation = Validation(cfg, pipe, run, size, frames, held_out, log)
-    if all(dataset.cache and dataset.cache.prompts for dataset in datasets.values()):
-        pipe.text_encoder = None  # frees its memory: training prompts are cached, and Validation has encoded its own
-    ahead = (micro.keys for step in range(start, cfg.steps) for micro in plan(cfg, step))
-    loader = batches(datasets, ahead, cfg.workers)
-
-    for step in range(start, cfg.steps + 1):
-        # Between two steps, and after the last: once in a while save, stop if asked, measure.
-        last = step == cfg.steps
-        if step > start and (step % cfg.save_every == 0 or last or log.stop):
-            log.flush()
-            if rank == 0:
-                save_checkpoint(run, step, cfg.keep_checkpoints, lambda folder: save(transformer, folder, cfg), state)
-        if log.stop and not last:
-            break
-        validation.measure(step)                                     # does not affect training
-        if last:
-            break
-
-        # One step of Algorithm 1.
-        log.start()
-        task = sample_task(cfg, step)                                # Eq. 1: "video" with probability p
-        micros = plan(cfg, step)
-        losses = no_losses(device)
-        for micro in micros:
-            batch = next(loader)                                     # pairs, or clips with a random frame (3.4)
-            if micro.task == "video":                                # keep: which of the reference's tokens stay
-                keep = token_drop(cfg, step, micro.index, n_ref)     # (K,): a random part of them
-            else:
-                keep = view_drop(cfg, step, micro.index)             # None: all of them; empty: none
-            noise_rng = torch_rng(cfg.seed, "noise", step, micro.index)
-            x, ref, text = encode_batch(cfg, pipe, batch, keep, noise_rng)      # (B,T,C,H,W), (B,1,C,H,W), (B,L,D)
-            keep = None if keep is None else to_device(keep, device)
-            t, noise = sample_noise(x, pipe.scheduler, noise_rng)    # (B,), (B,T,C,H,W)
-
-            torch.manual_seed(torch_rng(cfg.seed, "dropout", step, micro.index).initial_seed())  # for LoRA dropout
-            sync = micro is micros[-1]                               # ranks average gradients in the last backward
-            with nullcontext() if sync or world_size == 1 else model.no_sync():
-                with autocast(device):                               # bfloat16 on a GPU
-                    loss = v_loss(model, pipe.scheduler, x, text, t, noise, ref, keep)  # (B,): L_vid or L_img
-                (loss.mean() / len(micros)).backward()               # g_vid or g_img
-            add_losses(losses, micro.task, loss, t, num_timesteps)
-            log.skipped(batch["skipped"])                            # unreadable files
-        if cfg.pcgrad:
-            state["pcgrad"](parameters, task)                        # 4.3: project out the other task's gradient
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
-        optimizer.step()                                             # theta <- theta - eta g
-        lr = lr_schedule.get_last_lr()[0]
-        lr_schedule.step()
-        optimizer.zero_grad(set_to_none=world_size == 1)             # DDP owns them: zeroed, not freed
-        # One sum over ranks for the losses and the request to stop: all ranks stop at the same step.
-        stop = torch.full((1,), float(SIGTERM.is_set()), device=device)
-        sums = sum_over_ranks({**losses, "stop": stop})
-        log.step(step, task, lr, {**sums, "grad_norm": grad_norm})
-
-    log.close()
-    if log.stop and not last:
-        return print0(f"stopped by SIGTERM after {step} steps; run the same command to continue")
-    print0(f"done: {newest_checkpoint(run)}. Next: python sample.py --lora {run} --ref PICTURE --prompt '...'")
 
 
 # ---- the parts of a run ----------------------------------------------------------------------------------------------
@@ -380,105 +348,53 @@ def image_stage(cfg):
     return round((1 - cfg.p) * cfg.steps)
 
 
-def divide_batches(cfg, world_size):
-    """cfg with batches and micro-batches that divide by the ranks: others are made smaller, with a message. ValueError
-    for a batch of fewer samples than ranks."""
-    for task in ("image",) if cfg.task_schedule == "mixed" else ("image", "video"):
-        batch, micro = getattr(cfg, f"{task}_batch"), getattr(cfg, f"{task}_micro")
-        if batch < world_size:
-            raise ValueError(f"--{task}_batch {batch} is too small for {world_size} ranks")
-        if batch % world_size:
-            print0(f"--{task}_batch {batch} is now {batch - batch % world_size}: a multiple of {world_size} ranks")
-            batch -= batch % world_size
-        fits = max(m for m in range(1, micro + 1) if batch % (m * world_size) == 0)
-        if fits != micro:
-            print0(f"--{task}_micro {micro} is now {fits}: it must divide {batch} samples on {world_size} rank(s)")
-        cfg = replace(cfg, **{f"{task}_batch": batch, f"{task}_micro": fits})
-    if cfg.task_schedule == "mixed":
-        print0(f"--task_schedule mixed: {cfg.image_batch // cfg.image_micro} coins a step, each for {cfg.image_micro} "
-               f"pairs or {cfg.video_micro} clips (--image_micro, --video_micro)")
-    return cfg
-
-
-def load_model(cfg, device):
-    """(cfg, pipeline, LoRA parameters): a frozen base in bfloat16, LoRA in float32; on a CPU everything is float32."""
-    if cfg.init_lora:
-        init_lora = newest_checkpoint(cfg.init_lora) or cfg.init_lora
-        lora_header(init_lora)  # a bad file fails here, before the base is loaded
-    pipe = load_pipeline(cfg.base, compute_dtype(device), int8=cfg.int8, asked=cfg.device)
-    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # else copied there in every step
-    if cfg.vae_tiling:
-        tile_vae(pipe.vae)
-    transformer = pipe.transformer.train()
-    if cfg.init_lora:  # rank, alpha and scope come from the file
-        parameters = load_lora(transformer, init_lora, cfg.lora_dropout)
-        config = transformer.peft_config["default"]
-        cfg = replace(cfg, lora_rank=config.r, lora_alpha=config.lora_alpha, lora_scope=transformer.lora_scope)
-    else:
-        torch.manual_seed(cfg.seed)  # every rank starts from the same LoRA
-        parameters = add_lora(transformer, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_scope)
-    transformer.checkpointing = {"image": cfg.image_checkpointing, "video": cfg.video_checkpointing}
-    if cfg.compile:
-        transformer.compile_blocks()
-    return cfg, pipe, parameters
-
-
-def open_data(cfg, pipe):
-    """(data sets, (height, width), frames, tokens of a whole reference: 1,350 at 480 x 720). Only what p asks for is
-    opened."""
-    height, width = cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1]
-    multiple = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
-    if height % multiple or width % multiple:
-        raise ValueError(f"--height and --width must be multiples of {multiple}, got {height} x {width}")
-    frames = clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)
-    if frames != cfg.frames:
-        print0(f"--frames {cfg.frames} cut to {frames}: the VAE takes no other length")
-    warn_of_another_size(pipe, height, width, frames)
-    datasets, caches = {}, open_caches(cfg, pipe, (height, width), frames)
-    if cfg.p < 1:
-        datasets["image"] = ImagePairs(cfg.images, (height, width), cfg.crop_jitter, cfg.seed, caches["image"], cfg.fit)
-    if cfg.p > 0:
-        if frames == 1:
-            raise ValueError(f"--frames {cfg.frames}: video steps need clips of more frames, or --p 0")
-        datasets["video"] = Clips(cfg.videos, (height, width), frames, cfg.fps, cfg.random_frame, cfg.seed,
-                                  caches["video"])
-    for task, dataset in datasets.items():
-        dataset[0, 0]  # read one sample now: bad data fails here, not in a worker
-        if dataset.cache and dataset.cache.cached < len(dataset):
-            print0(f"{cfg.cache} holds {dataset.cache.cached} of {len(dataset)} {task}s; the others are left out (if "
-                   "they are new: run python -m paper.prepare cache again)")
-    return datasets, (height, width), frames, (height // multiple) * (width // multiple)
-
-
 def held_out_batches(cfg, pipe, size, frames, n_ref):
-    """This rank's held-out micro-batches, (task, inputs of v_loss), as in B.1: fixed samples, noise, timesteps and kept
-    tokens, without view drop. They depend on the flags of data, prompts, token drop and micro-batch sizes, not
-    on --seed: compare held-out losses of runs that share these."""
+    """This rank's held-out micro-batches, (task, inputs of v_loss), as in B.1: fixed samples, noise, timesteps, kept
+    tokens and image frames, without view drop. They depend on the flags of data, prompts, token drop, image frame and
+    micro-batch sizes, not on --seed: compare held-out losses of runs that share these."""
     cfg = replace(cfg, seed=2**31 - 1)
     rank, world_size = rank_and_world_size()
-    datasets = {"image": ImagePairs(cfg.val_images, size, cfg.crop_jitter, cfg.seed, fit=cfg.fit, in_order=True),
-                "video": Clips(cfg.val_videos, size, frames, cfg.fps, cfg.random_frame, cfg.seed, in_order=True)}
-    for task, micro, n in (("image", cfg.image_micro, cfg.val_pairs), ("video", cfg.video_micro, cfg.val_clips)):
-        n = min(n, len(datasets[task]))  # each pair or clip once
-        for first in range(rank * micro, n, world_size * micro):
-            micro_index, keys = first // micro, [(task, 0, i) for i in range(first, min(n, first + micro))]
-            noise_rng = torch_rng(cfg.seed, "noise", 0, micro_index)
-            keep = token_drop(cfg, 0, micro_index, n_ref) if task == "video" else None
+    datasets = {"image": ImagePairs(f"{cfg.images}_val", size, cfg.crop_jitter, cfg.seed, in_order=True),
+                "video": Clips(f"{cfg.videos}_val", size, frames, cfg.fps, cfg.random_frame, cfg.seed, in_order=True)}
+    held_out, T = [], latent_frames(frames, pipe.vae_scale_factor_temporal)
+    for task, dataset in datasets.items():
+        count, step_size = min(HELD_OUT[task], len(dataset)), getattr(cfg, f"{task}_micro")  # each sample once
+        for first in range(rank * step_size, count, world_size * step_size):
+            keys = [(task, 0, i) for i in range(first, min(count, first + step_size))]
+            micro = MicroBatch(task, 0, first // step_size, keys)
+            noise_rng = torch_rng(cfg.seed, "noise", 0, micro.index)
+            keep = tokens_to_keep(cfg, micro, n_ref) if task == "video" else None
             batch = next(batches(datasets, [keys]))
             for reason in batch["skipped"]:
                 print(f"skipped, held out: {reason}", file=sys.stderr)
-            x, ref, text = encode_batch(cfg, pipe, batch, keep, noise_rng)
+            x, ref, text = encode(cfg, pipe, batch, task, keep, noise_rng)
             t, noise = sample_noise(x, pipe.scheduler, noise_rng)
-            yield task, dict(latents=x, text=text, timestep=t, noise=noise, reference=ref, keep=keep)
+            held_out.append((task, dict(latents=x, text=text, timestep=t, noise=noise, reference=ref, keep=keep,
+                                        first_frame=image_frame(cfg, micro, T))))
+    return held_out
+
+
+def look(cfg):
+    """--look: the real loader and the real drops of the first micro-batches, drawn."""
+    cfg, pipe, _ = load_model(divide_batches(cfg, 1), use_device(cfg.device))
+    datasets, _, _, n_ref = open_data(cfg, pipe)
+    micros = [micro for step in range(min(cfg.look, cfg.steps)) for micro in plan(cfg, step)][:cfg.look]
+    seen = []
+    for micro, batch in zip(micros, batches(datasets, [micro.keys for micro in micros])):
+        keep = all_or_none(cfg, micro, cfg.view_drop) if micro.task == "image" else tokens_to_keep(cfg, micro, n_ref)
+        x, ref, _ = encode(cfg, pipe, batch, micro.task, keep, torch_rng(cfg.seed, "noise", micro.step, micro.index))
+        seen.append((micro, batch, x, ref, keep))
+    write_sheet(cfg, pipe, seen, Path(cfg.out) / cfg.name / "look.png")
+    print0(f"wrote {Path(cfg.out) / cfg.name / 'look.png'}")
 
 
 def make_optimizer(cfg, parameters):
     """AdamW and its learning rate: warm-up, then cosine with restarts (A.2)."""
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
-                                  fused=True)  # one kernel for all parameters
+    # The paper is silent on weight decay and on the number of restarts: one cycle is a plain cosine.
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
 
     def decay_over(steps):
-        return get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, cfg.warmup, steps, cfg.cycles)
+        return get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, cfg.warmup, steps, num_cycles=1)
     first = image_stage(cfg)
     if cfg.task_schedule != "two_stage" or first in (0, cfg.steps):
         return optimizer, decay_over(cfg.steps)
@@ -489,35 +405,23 @@ def make_optimizer(cfg, parameters):
 
 def save(transformer, folder, cfg):
     """The LoRA with what sample.py needs to know of its training in the file's header."""
-    save_lora(transformer, folder, base=cfg.base, cls=cfg.cls, fit=cfg.fit, fps=str(cfg.fps),
-              guidance=str(cfg.guidance), trained_by=json.dumps(asdict(cfg)))
+    save_lora(transformer, folder, base=cfg.base, cls=cfg.cls, fps=str(cfg.fps), guidance=str(cfg.guidance),
+              trained_by=json.dumps(asdict(cfg)))
 
 
 def main(cfg):
-    if cfg.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise ValueError("--tensorboard needs tensorboard: pip install tensorboard")
     diffusers_logging.disable_progress_bar()
-    with sigterm_asks():
+    with sigterm_asks(), attention_order(find_device(cfg.device)):
         if cfg.toy:
             from toy import world
             cfg = world.ensure_data(cfg, TOY)
-        with attention_order(find_device(cfg.device)):
-            train(cfg)
+        look(cfg) if cfg.look else train(cfg)
     if dist.is_initialized():  # train() must return first: its DDP model uses the group
         dist.barrier()
         dist.destroy_process_group()
 
 
-def defaults(argv):
-    """The presets that a command line asks for, so that --help shows them. A flag given by hand wins over them."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--toy", type=string_to_bool, nargs="?", const=True, default=False)
-    parser.add_argument("--recipe", default="paper")
-    asked, _ = parser.parse_known_args(argv)
-    return presets(asked.toy, asked.recipe)
-
-
 if __name__ == "__main__":
-    command_line(main, Config, __doc__, **defaults(sys.argv),
+    command_line(main, Config, __doc__, presets=presets,
                  out_of_memory="a smaller --image_micro or --video_micro, --image_checkpointing full, "
-                               "--video_checkpointing full, --vae_tiling True, --int8 True")
+                               "--video_checkpointing full, --int8 True")

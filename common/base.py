@@ -1,4 +1,4 @@
-"""Loads a CogVideoX base: device, dtype, 8-bit weights, VAE tiles, attention kernels. Nothing here is the paper's."""
+"""Loads a CogVideoX base: device, dtype, 8-bit weights, VAE tiles, attention kernels. The method is not here."""
 import os
 import sys
 import warnings
@@ -8,10 +8,15 @@ from pathlib import Path
 import torch
 from diffusers import CogVideoXPipeline, TorchAoConfig
 from diffusers.utils import is_torchao_available
+from huggingface_hub import hf_hub_download
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5Config, T5EncoderModel
 
-from model import PAPER_BASE, REFERENCE_TOKEN, SubjectTransformer
+from common.run import newest_checkpoint
+from model import (AUTHORS_LORA_FILE, LORA_FILE, PAPER_BASE, REFERENCE_TOKEN, VAE_PIXELS, SubjectTransformer,
+                   lora_path)
+
+ROOT = Path(__file__).parents[1]  # of the repository
 
 warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks`")  # of diffusers' own call
 
@@ -27,6 +32,15 @@ def find_device(name=""):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here")
+    return device
+
+
+def use_device(name=""):
+    """The same, as this process's own: its GPU is chosen, and float32 products take TF32 (A.2)."""
+    device = find_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
     return device
 
 
@@ -60,12 +74,19 @@ def tile_vae(vae):
     vae.enable_tiling()
     shrink = 2 ** (len(vae.config.block_out_channels) - 1)
     for axis in ("height", "width"):
-        pixels, latents, overlap = (getattr(vae, f"tile_{name}_{axis}")
-                                    for name in ("sample_min", "latent_min", "overlap_factor"))
-        if (int(pixels * (1 - overlap)) != shrink * (latents - int(latents * overlap))       # tiled_encode's step, and
-                or pixels - int(pixels * overlap) != shrink * int(latents * (1 - overlap))):  # tiled_decode's
+        pixels, latents = getattr(vae, f"tile_sample_min_{axis}"), getattr(vae, f"tile_latent_min_{axis}")
+        overlap = getattr(vae, f"tile_overlap_factor_{axis}")
+        encode_fits = int(pixels * (1 - overlap)) == shrink * (latents - int(latents * overlap))
+        decode_fits = pixels - int(pixels * overlap) == shrink * int(latents * (1 - overlap))
+        if not (encode_fits and decode_fits):
             print(f"this VAE's tiles of {pixels} pixels do not fit together: no tiling", file=sys.stderr)
             return vae.disable_tiling()
+
+
+def tile_large_clips(vae, height, width, frames):
+    """Tile where a clip is more than one call of the VAE can take (model.VAE_PIXELS)."""
+    if frames * height * width > VAE_PIXELS:
+        tile_vae(vae)
 
 
 def without_weights(base, part):
@@ -130,6 +151,25 @@ def read_config(base):
 def download_failed(base, error):
     return FileNotFoundError(f"no folder {base}, and the download from the hub failed: {str(error).splitlines()[0]} "
                              f"Without network: hf download {base} --local-dir FOLDER elsewhere, then --base FOLDER")
+
+
+def find_lora(path=""):
+    """The LoRA file of a file, folder or run, or of user/name or user/name/FILE.safetensors on the hub. With no path
+    the newest checkpoint under out/, else toy/lora. FileNotFoundError names `path`."""
+    if not path:
+        newest = [newest_checkpoint(run) for run in Path("out").glob("*")]
+        files = [step / LORA_FILE for step in newest if step is not None and (step / LORA_FILE).is_file()]
+        return lora_path(max(files, key=lambda file: file.stat().st_mtime, default=ROOT / "toy/lora"))
+    user, *rest = str(path).split("/")
+    local = Path(path).exists() or user.strip(".~") == "" or Path(user).exists()  # a typing error is no hub id
+    if local or not rest or len(rest) > 1 and not rest[-1].endswith(".safetensors"):
+        return lora_path(newest_checkpoint(path) or path)
+    for name in ["/".join(rest[1:])] if rest[1:] else [LORA_FILE, AUTHORS_LORA_FILE]:
+        try:
+            return Path(hf_hub_download(f"{user}/{rest[0]}", name))
+        except Exception as e:  # no network, no such repository or file: each is an error of its own kind
+            why = str(e).strip().splitlines()[0]
+    raise FileNotFoundError(f"no LoRA at {path}, and the download of {name} from the hub failed: {why}")
 
 
 def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False, without=(), asked="cpu"):

@@ -1,4 +1,4 @@
-"""What sample.py makes: a list of videos, from its flags or from a benchmark's file, shared out over the ranks."""
+"""What sample.py makes: a list of videos, from its flags or from a benchmark's file. The ranks share it out."""
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Cached latents: each pair and clip is encoded once, and training reads the result.
 
-`python -m paper.prepare cache` writes them, and train.py reads them with --cache. A cache knows what its numbers depend
-on and is refused when any of that has changed: a stale one would silently train on the wrong latents.
+`python -m paper.prepare cache` writes them, and train.py reads them with --cache. A cache records what its
+numbers depend on, and it is refused when any of that has changed: training would silently use the wrong latents.
 """
 import json
 import os
@@ -15,14 +15,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common.base import compute_dtype, find_device, frame_size, load_pipeline, tile_vae
-from common.media import clip_frames, fit_reference, load_clip, normalise, to_pixels
+from common.base import compute_dtype, find_device, frame_size, load_pipeline, tile_large_clips
+from common.media import clip_frames, load_clip, normalise, resize_center_crop, to_pixels
 from common.run import changed, check, knob, read_json, rng, write
 from data import Clips, ImagePairs, caption_of
 from model import PAPER_BASE, VAE_PIXELS, encode_moments, encode_prompt, weight_fingerprint, with_reference_token
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
+
+VERSION = 2  # of a cache's files: raise it when their tensors change
+
 
 def cls_for(cfg, task):
     """Where <cls> stands in the prompts of a task: see model.with_reference_token."""
@@ -31,14 +34,15 @@ def cls_for(cfg, task):
 
 def cache_key(cfg, pipe, task, size, frames, prompts=True):
     """Everything that cached latents (and prompts) depend on: they are refused when any of it has changed."""
-    key = {"vae": weight_fingerprint(pipe.vae.encoder.conv_in.conv.weight), "dtype": str(pipe.vae.dtype),
-           "tiling": cfg.vae_tiling and task == "video",  # pictures are always whole
+    key = {"version": VERSION, "dtype": str(pipe.vae.dtype),
+           "vae": weight_fingerprint(pipe.vae.encoder.conv_in.conv.weight),
+           "tiling": pipe.vae.use_tiling and task == "video",  # pictures are always whole
            "height": size[0], "width": size[1]}
     if prompts:
         key |= {"text_encoder": weight_fingerprint(pipe.text_encoder.get_input_embeddings().weight[:100]),
                 "cls": cls_for(cfg, task)}
     if task == "image":
-        return key | {"crop_jitter": cfg.crop_jitter, "fit": cfg.fit}
+        return key | {"crop_jitter": cfg.crop_jitter}
     return key | {"frames": frames, "fps": cfg.fps}
 
 
@@ -66,14 +70,15 @@ class Cache:
         made = read_json(index) if index.is_file() else {}
         if not made.get("complete"):
             raise ValueError(f"the cache {folder} is not there or not finished: run python -m paper.prepare cache")
-        known = {k: v for k, v in key.items() if k in made}  # a cache without prompts does not name the text encoder
+        # A cache without prompts does not name the text encoder; a very old one does not name its version.
+        known = {k: v for k, v in key.items() if k in made or k == "version"}
         if differ := changed(made, known):
             raise ValueError(f"the cache {folder} was made with other settings ({differ}): make it again")
         self.cached = made.get("cached", 0)  # how many samples it holds
         self.prompts = "text_encoder" in made  # with the embeddings of their prompts?
 
     def read(self, name, stamp):
-        """({"moments", perhaps "text_0", ...}, prompts, the subject's name or "") of one sample.
+        """({"clip" or "views", perhaps "text_0", ...}, prompts, the subject's name or "") of one sample.
 
         ValueError when it is not there, broken, or was made from another file (its stamp differs)."""
         file = self.folder / f"{name}.safetensors"
@@ -99,15 +104,11 @@ class Latents:
     images: str = knob("", "folder of image pairs; empty leaves them out")
     crops: int = knob(1, "random crops of each pair (with --crop_jitter)")
     crop_jitter: float = knob(0.1, "as in train.py")
-    fit: str = knob("cover", "as in train.py", "cover", "pad")
     prompts: bool = knob(False, "also cache the prompts' embeddings (1.9 MB each for T5-XXL)")
     cls: str = knob("front", "as in train.py", "front", "item", "off")
     cls_video: bool = knob(True, "as in train.py")
-    height: int = knob(0, "as in train.py")
-    width: int = knob(0, "as in train.py")
     frames: int = knob(49, "as in train.py")
     fps: float = knob(8.0, "as in train.py")
-    vae_tiling: bool = knob(True, "as in train.py")
     seed: int = knob(0, "seed of the random crops")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
 
@@ -124,28 +125,25 @@ def prepare_cache(cfg, rank=0, world_size=1):
                          without=("transformer",) if cfg.prompts else ("transformer", "text_encoder"),
                          asked=cfg.device)
     pipe.vae.to(device)
-    if cfg.vae_tiling:
-        tile_vae(pipe.vae)
     if cfg.prompts:
         pipe.text_encoder.to(device)
-    size = (cfg.height or frame_size(pipe)[0], cfg.width or frame_size(pipe)[1])
-    frames = clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)
+    size, frames = frame_size(pipe), clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)
+    tile_large_clips(pipe.vae, *size, frames)
     for task, folder in (("image", cfg.images), ("video", cfg.videos)):
         if folder:
             cache_task(cfg, pipe, task, folder, size, frames, rank, world_size)
 
 
 def load_item(cfg, task, dataset, item, size):
-    """(pixels, prompts, subject's name) of one clip, (1,F,3,H,W), or of all crops of a pair, (crops * 2,1,3,H,W).
-
-    A crop holds the two views; with --fit pad four pictures: both as targets, then both as references."""
+    """(pixels, prompts, subject's name) of one clip, (1,F,3,H,W), or of all crops of a pair, (crops * 2,1,3,H,W): two
+    views a crop."""
     if task == "video":
         frames = load_clip(item, dataset.frames, dataset.fps, size)
         return to_pixels(frames)[None], [caption_of(item)], ""
     views, prompts, name = dataset.load(item)
     r = rng(cfg.seed, "crops", item)
-    crops = [to_pixels([fit_reference(view, *size, fit, cfg.crop_jitter, r)])
-             for _ in range(cfg.crops) for fit in dict.fromkeys(["cover", cfg.fit]) for view in views]
+    crops = [to_pixels([resize_center_crop(view, *size, cfg.crop_jitter, r)])
+             for _ in range(cfg.crops) for view in views]
     return torch.stack(crops), prompts, name
 
 
@@ -191,7 +189,10 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
             continue
         moments = encode_moments(pipe.vae, normalise(torch.cat(pixels))).cpu().chunk(len(files))
         for (file, stamp), m, (words, name) in zip(files, moments, prompts):
-            tensors = {"moments": m[0] if task == "video" else m.unflatten(0, (cfg.crops, -1))}
+            if task == "video":
+                tensors = {"clip": m[0]}                                # (T,2C,h,w)
+            else:
+                tensors = {"views": m.unflatten(0, (cfg.crops, 2))}     # (crops,2,1,2C,h,w)
             if cfg.prompts:
                 words_with_cls = [with_reference_token(p, cls_for(cfg, task), name) for p in words]
                 texts = encode_prompt(pipe, words_with_cls).cpu()

@@ -1,4 +1,4 @@
-"""Pictures and clips, from files and to files: what Pillow and PyAV read becomes RGB pictures of one size.
+"""Pictures and clips, read from files and written to them. What Pillow and PyAV read becomes RGB pictures of one size.
 
 Nothing here knows the method. A picture that is turned, mirrored, transparent or in another colour space comes out as a
 viewer shows it, and so does a clip.
@@ -171,6 +171,11 @@ def clip_frames(wanted, compression=4):
 
     The CogVideoX VAE decodes latent frames in twos, and other lengths come back longer: 13 frames in, 16 out."""
     return (wanted - 1) // (2 * compression) * 2 * compression + 1
+
+
+def latent_frames(frames, compression=4):
+    """T: how many latent frames the VAE makes of a clip of 8k+1 frames; 13 of 49."""
+    return (frames - 1) // compression + 1
 
 
 @contextmanager

@@ -59,12 +59,13 @@ def changed(before, now):
     return "; ".join(f"{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if before.get(k) != v)
 
 
-def command_line(main, Config, description, argv=None, positional=None, out_of_memory="", **defaults):
+def command_line(main, Config, description, argv=None, positional=None, out_of_memory="", presets=None):
     """Parse the knobs of dataclass `Config` from the command line and call main(config).
 
-    `defaults` replace the dataclass's own; `positional` names the list knob that leading words without -- fill;
-    `out_of_memory` says which flags save memory. A user's mistake (bad flag, value or file) is one line and exit status
-    1 or 2, Ctrl-C is one line and 130; with TRACEBACK=1 in the environment each is a traceback.
+    `presets(toy, recipe)` gives the defaults that these two knobs put in the place of others; `positional` names the
+    list knob that leading words without -- fill; `out_of_memory` says which flags save memory. A user's mistake (bad
+    flag, value or file) is one line and exit status 1 or 2, Ctrl-C is one line and 130; with TRACEBACK=1 in the
+    environment each is a traceback.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may hold what the terminal cannot show
@@ -73,12 +74,15 @@ def command_line(main, Config, description, argv=None, positional=None, out_of_m
     known = [(f.name, f.type, field(default=f.default, default_factory=f.default_factory,
                                     metadata={k: v for k, v in f.metadata.items() if k != "trains"}))
              for f in fields(Config)]
-    parser = HfArgumentParser(make_dataclass(Config.__name__, known), description=description.split("\n\n")[0], allow_abbrev=False,
+    parser = HfArgumentParser(make_dataclass(Config.__name__, known), allow_abbrev=False,
+                              description=description.split("\n\n")[0],
                               usage=f"%(prog)s {words}[--knob value ...]      (--help explains the knobs)")
-    parser.set_defaults(**defaults)
     argv = sys.argv[1:] if argv is None else argv
     if positional and argv and not argv[0].startswith("-"):
         argv = [f"--{positional}", *argv]
+    if presets:  # a flag given by hand wins over them, and --help shows them
+        asked, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+        parser.set_defaults(**presets(asked.toy, asked.recipe))
     try:
         main(Config(**vars(parser.parse_args(argv))))
     except BrokenPipeError:  # "| head" has read enough
@@ -136,6 +140,7 @@ def print0(*words):
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
+KEPT = 3  # checkpoints of a run that stay on disk
 LOCKS = {}  # the open lock file of each run that this process holds
 SIGTERM = threading.Event()  # the job is asked to end: it saves first
 
@@ -211,12 +216,14 @@ def remove_half_saved(run):
         shutil.rmtree(part)
 
 
-def save_checkpoint(run, step, keep, save_weights, state):
+def save_checkpoint(run, step, save_weights, state):
     """Write run/step-000400/: what save_weights(folder) puts there, and training_state.pt. All or nothing.
 
     It is written under another name, flushed to disk, then renamed: a kill at any moment leaves the old checkpoints and
-    at most a .tmp folder. A full disk ends the run with one line. The newest `keep` checkpoints stay.
+    at most a .tmp folder. A full disk ends the run with one line. The newest KEPT checkpoints stay. Only rank 0 writes.
     """
+    if rank_and_world_size()[0] > 0:
+        return
     final, part = run / f"step-{step:06d}", run / f"step-{step:06d}.tmp"
     remove_half_saved(run)
     try:
@@ -231,7 +238,7 @@ def save_checkpoint(run, step, keep, save_weights, state):
         remove_half_saved(run)
         sys.exit(f"cannot save {final}: {e}. Free some space and run the same command: it goes on from "
                  f"{newest_checkpoint(run) or 'the start'}")
-    for old in checkpoints(run)[:-keep]:
+    for old in checkpoints(run)[:-KEPT]:
         os.replace(old, f"{old}.tmp")  # a kill while deleting leaves no half checkpoint under its name
         shutil.rmtree(f"{old}.tmp")
 
@@ -283,7 +290,9 @@ def restore(run, checkpoint, settings, load_weights, state):
 
 
 def claim(run):
-    """Hold a run's folder until this process ends. ValueError when another process trains there."""
+    """Hold a run's folder until rank 0 ends. ValueError when another job trains there."""
+    if rank_and_world_size()[0] > 0:
+        return
     run.mkdir(parents=True, exist_ok=True)
     LOCKS[run] = open(run / ".lock", "w")
     try:
@@ -295,7 +304,9 @@ def claim(run):
 
 
 def start_log(run, settings, start):
-    """Write config.json, and cut from the logs the steps that will be run again."""
+    """Write config.json, and cut from the logs the steps that will be run again. Only rank 0 writes."""
+    if rank_and_world_size()[0] > 0:
+        return
     run.mkdir(parents=True, exist_ok=True)
     remove_half_saved(run)
     write(run / "config.json", json.dumps(settings, indent=1))

@@ -1,4 +1,4 @@
-"""Watching a run: its log and progress bar, held-out losses, sample sheets. Nothing here affects what is trained."""
+"""Watching a run: its log and progress bar, held-out losses and cosines, sample sheets. Training never sees it."""
 import json
 import sys
 import time
@@ -15,8 +15,9 @@ from tqdm import tqdm
 import gradcos
 from common.base import autocast
 from common.media import load_image, read_text
-from model import TOO_LONG, encode_prompt, v_loss, with_reference_token
 from common.run import print0, rank_and_world_size, records
+from data import TASKS
+from model import TOO_LONG, encode_prompt, v_loss, with_reference_token
 from sample import contact_sheet, encode_references, generate
 
 
@@ -25,14 +26,15 @@ from sample import contact_sheet, encode_references, generate
 def no_losses(device):
     """Per task the sums and the counts of losses in the four quarters of the timesteps; of "mixed" the sum of the
     micro-batches' means and their count."""
-    return {"image": torch.zeros(2, 4, device=device), "video": torch.zeros(2, 4, device=device),
-            "mixed": torch.zeros(2, device=device)}
+    return {task: torch.zeros(2, 4, device=device) for task in TASKS} | {"mixed": torch.zeros(2, device=device)}
 
 
 def add_losses(losses, task, loss, t, num_timesteps):
     """Add a micro-batch's losses (B,)."""
     quarter, loss = 4 * t // num_timesteps, loss.detach()
-    losses[task] += torch.zeros_like(losses[task]).index_add(1, quarter, torch.stack([loss, torch.ones_like(loss)]))
+    sums, counts = losses[task]
+    sums += torch.zeros_like(sums).index_add(0, quarter, loss)
+    counts += torch.zeros_like(counts).index_add(0, quarter, torch.ones_like(loss))
     losses["mixed"] += torch.stack([loss.mean(), torch.ones_like(loss[0])])
 
 
@@ -52,8 +54,10 @@ def step_means(task, losses):
     if task != "mixed":
         return loss_means(*losses[task])
     total, count = losses["mixed"].tolist()
-    return {"loss": total / count,
-            **{t: loss_means(*losses[t]) if losses[t][1].any() else None for t in ("image", "video")}}
+    means = {"loss": total / count}
+    for name in TASKS:
+        means[name] = loss_means(*losses[name]) if losses[name][1].any() else None
+    return means
 
 
 def loss_means(loss_sum, loss_count):
@@ -102,14 +106,19 @@ def describe(cfg, run, parameters, datasets, size, start, device):
 class Log:
     """log.jsonl and the progress bar. The metrics of a step are read one step late, so nothing waits for the GPU.
 
-    run: the run's folder, None on all ranks but the first. tasks: the task of every step; the run begins at `start`."""
+    run: the run's folder. tasks: the task of every step; the run begins at `start`. Only rank 0 writes and shows."""
 
     def __init__(self, run, start, tasks, device, tensorboard=False):
-        self.run, self.device, self.board = run, device, None
-        if run and tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        self.run, self.device, self.board = None, device, None
+        if rank_and_world_size()[0] == 0:
+            self.run = run
+        if self.run and tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError("--tensorboard needs tensorboard: pip install tensorboard")
             self.board = SummaryWriter(run / "tensorboard", purge_step=start)
-        self.bar = tqdm(total=len(tasks), initial=start, mininterval=1, disable=run is None,
+        self.bar = tqdm(total=len(tasks), initial=start, mininterval=1, disable=self.run is None,
                         bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]")
         self.to_come = Counter(tasks[start:])
         self.seconds = {task: deque(maxlen=20) for task in self.to_come}  # of each task's last 20 steps
@@ -122,15 +131,19 @@ class Log:
         if self.run:
             with open(self.run / file, "a", encoding="utf-8") as f:
                 f.write(json.dumps(record) + "\n")
-        for name, value in numbers_in(record, Path(file).stem) if self.board else []:
-            self.board.add_scalar(name, value, record["step"])
+        if self.board:
+            for name, value in numbers_in(record, Path(file).stem):
+                self.board.add_scalar(name, value, record["step"])
 
     def pictures(self, folder, step):
         """Show the sample sheets of this step, of all ranks, in TensorBoard."""
         if dist.is_initialized():
             dist.barrier()
-        for file in sorted(Path(folder).glob(f"*-{step:06d}.png")) if self.board else []:
-            self.board.add_image(file.stem[:-7], np.asarray(Image.open(file).convert("RGB")), step, dataformats="HWC")
+        if not self.board:
+            return
+        for file in sorted(Path(folder).glob(f"*-{step:06d}.png")):
+            picture = np.asarray(Image.open(file).convert("RGB"))
+            self.board.add_image(file.stem.removesuffix(f"-{step:06d}"), picture, step, dataformats="HWC")
 
     def doing(self, words=""):
         """Say on the bar what the run does between two steps, so that a pause does not look like a hang."""
@@ -160,8 +173,9 @@ class Log:
             sys.exit(f"step {step} ({task}): loss {loss}, gradient norm {norm}. Stopped; the last checkpoint is good")
         self.write("log.jsonl", {"step": step, "task": task, **means, "lr": lr, "grad_norm": norm,
                                  "seconds": round(seconds, 4)})
-        for t, new in {t: means[t]["loss"] for t in ("image", "video") if means.get(t)}.items() or [(task, loss)]:
-            self.shown[t] = 0.95 * self.shown.get(t, new) + 0.05 * new
+        by_task = {name: means[name]["loss"] for name in TASKS if means.get(name)}
+        for name, value in (by_task or {task: loss}).items():
+            self.shown[name] = 0.95 * self.shown.get(name, value) + 0.05 * value
         left = self.estimate(task, seconds)
         self.bar.set_postfix({"left": left, **{k: f"{v:.4f}" for k, v in self.shown.items()}}, refresh=False)
         self.bar.update()
@@ -203,18 +217,19 @@ class Log:
 class Validation:
     """Held-out losses, gradient cosines and sample sheets of the model as it is after `step` steps.
 
-    batches: this rank's (task, inputs of v_loss), see train.held_out_batches. They are encoded once and kept in RAM
-    (6 MB a clip at full size)."""
+    held_out: this rank's (task, inputs of v_loss), see train.held_out_batches, kept in RAM (6 MB a clip at full size).
+    """
 
-    def __init__(self, cfg, pipe, run, size, frames, batches, log):
+    def __init__(self, cfg, pipe, run, size, frames, held_out, log):
         self.cfg, self.pipe, self.run, self.size, self.frames, self.log = cfg, pipe, run, size, frames, log
-        self.batches = {"image": [], "video": []}
-        if cfg.gradcos_every or cfg.val_every:
-            for task, inputs in batches:
-                self.batches[task].append({k: None if v is None else v.cpu() for k, v in inputs.items()})
+        self.batches = {task: [] for task in TASKS}
+        for task, inputs in held_out:
+            self.batches[task].append({k: v.cpu() if torch.is_tensor(v) else v for k, v in inputs.items()})
         mine = {task: sum(len(inputs["timestep"]) for inputs in batches) for task, batches in self.batches.items()}
         self.count = sum_over_ranks({task: torch.tensor([n]) for task, n in mine.items()})  # samples of all ranks
-        self.texts = sample_texts(pipe, cfg.val_refs, cfg.cls) if cfg.sample_every else {}
+        self.texts = {}
+        if cfg.val_every and cfg.val_refs:
+            self.texts = sample_texts(pipe, cfg.val_refs, cfg.cls)
 
     def measure(self, step):
         """Write what is due at this step to gradcos.jsonl, val.jsonl and samples/."""
@@ -222,21 +237,21 @@ class Validation:
 
         def due(every):
             return every and (step % every == 0 or step == cfg.steps)
-        if not (due(cfg.gradcos_every) or due(cfg.val_every) or due(cfg.sample_every)):
+        if not (due(cfg.gradcos_every) or due(cfg.val_every)):
             return
         transformer.eval()
         if due(cfg.gradcos_every):
             self.log.doing("gradients' cosine")
             named = [(n, p) for n, p in transformer.named_parameters() if p.requires_grad]
-            self.log.write("gradcos.jsonl", {"step": step, **gradcos.measure(self.scalars, named, cfg.grad_device)})
+            self.log.write("gradcos.jsonl", {"step": step, **gradcos.measure(self.scalars, named)})
         if due(cfg.val_every):
             self.log.doing("held-out losses")
             self.log.write("val.jsonl", {"step": step, **self.mean_losses()})
-        if due(cfg.sample_every) and step > 0:
+        if due(cfg.val_every) and cfg.val_refs and step > 0:
             self.log.doing("samples")
             with autocast(transformer.device):
                 saturation = write_sample_sheets(self.pipe, self.texts, self.run / "samples", step, self.size,
-                                                 self.frames, cfg.guidance, cfg.fit)
+                                                 self.frames, cfg.guidance)
             self.log.write("samples.jsonl", {"step": step, "saturation": saturation})
             if cfg.tensorboard:
                 self.log.pictures(self.run / "samples", step)
@@ -246,8 +261,9 @@ class Validation:
     def losses(self, task):
         """(loss per sample, its timestep) of each of this rank's micro-batches; LoRA dropout is off."""
         device = self.pipe.transformer.device
+        self.pipe.transformer.checkpointing = getattr(self.cfg, f"{task}_checkpointing")
         for inputs in self.batches[task]:
-            inputs = {k: None if v is None else v.to(device) for k, v in inputs.items()}
+            inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
             with autocast(device):
                 loss = v_loss(self.pipe.transformer, self.pipe.scheduler, **inputs)
             yield loss, inputs["timestep"]
@@ -287,7 +303,7 @@ def sample_texts(pipe, folder, cls="front"):
     return texts
 
 
-def write_sample_sheets(pipe, texts, out, step, size, frames, guidance=6.0, fit="cover"):
+def write_sample_sheets(pipe, texts, out, step, size, frames, guidance=6.0):
     """While training: a contact sheet for each picture of sample_texts, with a fixed seed: out/NAME-000400.png. Returns
     {NAME: mean saturation of its video, 0 to 1}: where it climbs from sheet to sheet the colours burn out."""
     out.mkdir(exist_ok=True)
@@ -295,7 +311,7 @@ def write_sample_sheets(pipe, texts, out, step, size, frames, guidance=6.0, fit=
     saturation = {}
     for file, text in texts.items():
         picture = load_image(file)
-        (video,) = generate(pipe, encode_references(pipe, [picture], *size, fit), [""], [0], guidance=guidance,
+        (video,) = generate(pipe, encode_references(pipe, [picture], *size), [""], [0], guidance=guidance,
                             frames=frames, height=size[0], width=size[1],
                             text=[t.to(pipe.transformer.device) for t in text])
         sheet = contact_sheet(video, picture, max(1, 128 // video[0].height))

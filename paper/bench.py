@@ -40,7 +40,7 @@ import gradcos
 import model
 from common.base import attention_order, autocast, compute_dtype, find_device, follow_autocast, tile_vae
 from common.media import clip_frames
-from model import SubjectTransformer, add_lora, encode_moments, merge_lora, save_lora, v_loss
+from model import SubjectTransformer, add_lora, encode_moments, save_lora, v_loss
 from common.run import command_line, knob, records, save_checkpoint, write
 from common.watch import Moment
 
@@ -133,9 +133,9 @@ def as_stock(stock, rotary_tables):
     return forward
 
 
-def use(arm, ours, stock):
-    """Switch the levers of this arm on and the others off; returns what to call as the transformer."""
-    ours.checkpointing = {"image": arm.image, "video": arm.video}
+def use(arm, task, ours, stock):
+    """Switch the levers of this arm on for this task and the others off; returns what to call as the transformer."""
+    ours.checkpointing = arm.image if task == "image" else arm.video
     ours.__dict__.pop("run_block", None)
     if arm.compile:
         ours.compile_blocks()
@@ -225,7 +225,7 @@ def count_layers(cfg, task, arm, layers):
         ours, stock, parameters = build(cfg, layers, torch.device("cpu"), torch.bfloat16, random=False)
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        transformer = use(arm, ours, stock)
+        transformer = use(arm, task, ours, stock)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         as_on_a_gpu(stack)
         inputs = random_inputs(cfg, samples, frames, torch.device("cpu"))
@@ -378,7 +378,7 @@ def measure_steps(cfg, device, ours, stock, scheduler, ceiling):
         for turn in range(-(cfg.warmup // part), max(1, cfg.repeats // part)):
             for name in names:
                 arm = ARMS[name]
-                transformer = use(arm, ours, stock)
+                transformer = use(arm, task, ours, stock)
 
                 def micro_batch():
                     with autocast(device):
@@ -434,7 +434,7 @@ def measure_rest(cfg, device, ours, parameters, scheduler):
     results = {}
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
-    use(ARMS["all but compile"], ours, None)
+    use(ARMS["all but compile"], "video", ours, None)
     for name, fused in (("optimiser step", None), ("optimiser step, fused", True)):
         optimizer = torch.optim.AdamW(parameters, fused=fused)
 
@@ -442,7 +442,7 @@ def measure_rest(cfg, device, ours, parameters, scheduler):
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
         results[name] = summary([timed(step, device) for _ in range(5)][1:])
-    pcgrad = gradcos.PCGrad(4, device)
+    pcgrad = gradcos.PCGrad(4)
     results["PCGrad, a call"] = summary([timed(lambda: pcgrad(parameters, task), device)
                                          for task in ("image", "video", "image")][1:])
     with tempfile.TemporaryDirectory() as folder:
@@ -456,14 +456,15 @@ def measure_rest(cfg, device, ours, parameters, scheduler):
         with autocast(device):
             yield v_loss(ours, scheduler, **inputs).sum()
     named = [(n, p) for n, p in ours.named_parameters() if p.requires_grad]
-    results["gradcos, a pair and a clip"] = summary([timed(lambda: gradcos.measure(losses_of, named, device), device)])
+    results["gradcos, a pair and a clip"] = summary([timed(lambda: gradcos.measure(losses_of, named), device)])
     return results
 
 
 def measure_sample(cfg, device, dtype, ours, vae, scheduler):
     """A video with guidance, all levers on: LoRA merged, blocks compiled (in a warm-up of two steps)."""
     ours.requires_grad_(False).eval()
-    merge_lora(ours)
+    ours.fuse_lora()
+    ours.unload_lora()
     if device.type == "cuda":
         ours.compile_blocks()
     vae.disable_tiling()

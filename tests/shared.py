@@ -83,11 +83,10 @@ def small_knobs(folder):
     if not folder.is_dir():
         creatures.write_pairs(folder / "pairs", n=40)
         creatures.write_clips(folder / "clips", n=6)
-        creatures.write_pairs(folder / "val_pairs", n=6, seed=1)
-        creatures.write_clips(folder / "val_clips", n=3, seed=1)
+        creatures.write_pairs(folder / "pairs_val", n=6, seed=1)
+        creatures.write_clips(folder / "clips_val", n=3, seed=1)
     return {**train.TOY, "base": BASE, "cache": "", "images": str(folder / "pairs"), "videos": str(folder / "clips"),
-            "val_images": str(folder / "val_pairs"), "val_videos": str(folder / "val_clips"), "val_pairs": 6,
-            "val_clips": 3, "val_every": 0, "sample_every": 0, "image_batch": 8, "image_micro": 4, "video_batch": 4,
+            "val_every": 0, "val_refs": "", "image_batch": 8, "image_micro": 4, "video_batch": 4,
             "video_micro": 2, "lora_dropout": 0.1, "view_drop": 0.3, "save_every": 3, "p": 0.5, "steps": 6,
             "lora_rank": 4, "lora_alpha": 2.0}
 
@@ -101,8 +100,7 @@ def write_clip(path, levels, fps, caption="a thing moves"):
 
 def command(knobs, **more):
     """These knobs as a command line, for torchrun and for what needs a process of its own."""
-    flags = [str(word) for name, value in {**knobs, **more}.items() if value != "" for word in (f"--{name}", value)]
-    return [TRAIN, "--toy", *flags]
+    return [TRAIN, "--toy", *(f"--{name}={value}" for name, value in {**knobs, **more}.items())]
 
 
 STARTED = []  # processes of the tests; when pytest ends, however it ends, so do they (conftest.py)

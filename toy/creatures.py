@@ -1,19 +1,25 @@
 """Pixel-art creatures: how they are drawn, written as data sets, and how videos of them are scored.
 
-DOC"""
+A creature is a random left-right symmetric bitmap of 8x8 cells in two colours. Every identity is new and no caption can
+describe it, so a model can only get it right by looking at the reference. Cells are 2 px, a creature is 16x16 px, and
+it always stands on the grid of 8-px tiles that the transformer's tokens cover (VAE 2x, patch 4). A clip has 9 frames of
+32x32, which the VAE turns into 5 latent frames (1, 2, 2, 2, 2). A creature that walks makes two steps of one tile in
+one direction, each at the start of a latent frame, from one edge of the field to the other.
+
+Nothing here knows a model: scores are computed from arrays of pixels, and they are exact, because the truth is known.
+"""
 import io
 import os
 import shutil
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import fcntl
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from common.media import save_video
@@ -169,26 +175,29 @@ def write_clips(folder, n=400, seed=0, keep=None):
         (Path(folder) / f"{i:04d}.txt").write_text(caption(fields[i], directions[i]))
 
 
-DATA_VERSION = 2  # of what is drawn, and of how the cache names it: raise it when either changes
+DATA_VERSION = 3  # of what is drawn, and of how the cache names it: raise it when either changes
 DATA = {  # folder in toy/data: what writes it
     "pairs": partial(write_pairs, n=2000), "clips": partial(write_clips, n=400),
-    "val_pairs": partial(write_pairs, n=200, seed=1), "val_clips": partial(write_clips, n=60, seed=1),
     "pairs_elsewhere": partial(write_pairs, n=2000, same_place=False),
     "pairs_walking": partial(write_pairs, n=2000, walking=True),
+    "pairs_val": partial(write_pairs, n=200, seed=1), "clips_val": partial(write_clips, n=60, seed=1),
 }
 
 
 def write_missing(*folders):
     """Write those of the toy's data sets that are missing. Whoever comes first writes, other processes wait.
 
-    Only toy/data/NAME for a NAME in DATA, and toy/data/NAME-N, its first N: anything else that is missing is the user's
-    mistake. Each folder is written under another name and renamed, so that a killed run leaves nothing half-written.
-    ValueError for one that was drawn as another version.
+    Only toy/data/NAME for a NAME in DATA, toy/data/NAME-N, its first N, and NAME_val or NAME-N_val, the held-out data,
+    which are the same whatever is trained on: anything else that is missing is the user's mistake. Each folder is
+    written under another name and renamed, so that a killed run leaves nothing half-written. ValueError for one that
+    was drawn as another version.
     """
     for folder in map(Path, folders):
-        name, _, keep = folder.name.partition("-")
+        name, _, keep = folder.name.removesuffix("_val").partition("-")
         if folder.parent != Path("toy/data") or name not in DATA or not (keep or "1").isdigit():
             continue
+        if folder.name.endswith("_val"):
+            name, keep = ("pairs_val" if name.startswith("pairs") else "clips_val"), ""
         with one_process():
             note = folder / "version.txt"
             if folder.exists() and not (note.is_file() and note.read_text() == str(DATA_VERSION)):
@@ -202,12 +211,10 @@ def write_missing(*folders):
                 os.replace(part, folder)
 
 
-@contextmanager
 def one_process():
+    """A context that one process at a time is in: the others wait."""
     Path("toy/data").mkdir(parents=True, exist_ok=True)
-    with open("toy/data/.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return FileLock("toy/data/.lock")
 
 
 # ---- the test set and the scores -------------------------------------------------------------------------------------

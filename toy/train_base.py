@@ -8,7 +8,7 @@ clips and on some still pictures, with captions that sometimes name the creature
 sometimes are empty (for classifier-free guidance). It never sees a reference: that is the paper's job.
 
 By default all clips walk. The committed base went on (--init) with clips that stand or jump, and with frames at random
-distances in time: without them image-only training breaks instead of freezing. The six runs: paper/NOTES.md.
+distances in time: without them image-only training breaks instead of freezing. The six runs: paper/TRIALS.md.
 """
 import copy
 import math

@@ -6,18 +6,12 @@
     python -m toy.world score --lora DIR  sample 96 unseen creatures and score the videos exactly
     python -m toy.world picture           assets/toy.webp: references and their videos, side by side
 
-A creature is a random left-right symmetric bitmap of 8x8 cells in two colours: every identity is new, and no
-caption can describe it, so a model can only get it right by looking at the reference. Cells are 2 px, a creature is
-16x16 px, and it always stands on the grid of 8-px tiles that the transformer's tokens cover (VAE 2x, patch 4). A clip
-has 9 frames of 32x32, which the VAE turns into 5 latent frames (1, 2, 2, 2, 2). The creature makes up to two steps of
-one tile in one direction, each at the start of a latent frame, and stays inside the field.
+toy/creatures.py says what a creature is, how it moves and how a video of it is scored. Both views of a pair show it in
+the same place, as the centred subjects of Subjects200K (5.4): with another place in each view an image-only model tears
+creatures apart. The base has seen more than the LoRA's clips show, as a real one has: shots in which nothing moves,
+other actions, other frame rates (toy/train_base.py).
 
-Both views of a pair show the creature in the same place, as the centred subjects of Subjects200K (5.4): with another
-place in each view an image-only model tears creatures apart. The base has seen more than the LoRA's clips show, as a
-real one has: shots in which nothing moves, other actions, other frame rates (toy/train_base.py).
-
-Because the truth is known the scores are exact: no learned metric decides whether the right creature walked the
-right way. `score` also prints the control rows that show what each score can be fooled by.
+`score` also prints the control rows (--controls True) that show what each score can be fooled by.
 """
 import dataclasses
 import json
@@ -45,11 +39,11 @@ def ensure_data(cfg, presets):
     on the run's own device; any other --cache is left as it is. With other data, another base or random crops nothing
     is cached, and each step encodes its own.
     """
-    write_missing(cfg.images, cfg.videos, cfg.val_images, cfg.val_videos)
+    write_missing(cfg.images, cfg.videos, f"{cfg.images}_val", f"{cfg.videos}_val")
     if Path(cfg.cache).parent != Path("toy/data"):
         return cfg
     usual = {f.name: f.default for f in dataclasses.fields(cfg)} | presets
-    encoding = ("base", "frames", "fps", "height", "width", "crop_jitter", "fit", "vae_tiling")
+    encoding = ("base", "frames", "fps", "crop_jitter")
     same = {k: getattr(cfg, k) for k in encoding}
     ours = all(Path(folder).parent == Path("toy/data") for folder in (cfg.images, cfg.videos))
     if not ours or any(same[k] != usual[k] for k in encoding):
@@ -79,20 +73,21 @@ def sample_test_set(pipe, test, references=None, seed=0, batch=16, **options):
     return np.stack(videos)
 
 
-def score_lora(lora, n, with_reference=True, guidance=0.0, frames=0, cache_threshold=0.0, **options):
+def score_lora(lora, n, with_reference=True, guidance=0.0, frames=0, picture_by=None, **options):
     """(scores, videos) of the LoRA at `lora` on the first n of the test set. guidance 0 takes the LoRA's own.
 
-    frames=1 samples single pictures instead, of a creature that stands: what image steps train."""
-    from diffusers import FirstBlockCacheConfig
+    frames=1 samples single pictures instead, of a creature that stands: what image steps train. picture_by: a LoRA that
+    first makes such pictures on the prompts' fields; they are then the references."""
     pipe, header = load(lora=str(lora))
-    if cache_threshold:
-        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=cache_threshold))
     test = draw_test_set(n)
     if frames == 1:
         test = dataclasses.replace(test, prompts=[caption(f) for f in test.fields])
     cls = cls_of(header)
     test = dataclasses.replace(test, prompts=[with_reference_token(p, cls, "creature") for p in test.prompts])
-    videos = sample_test_set(pipe, test, test.references if with_reference else None, cls=cls,
+    references = test.references if with_reference else None
+    if picture_by:
+        references = score_lora(picture_by, n, frames=1, **options)[1][:, 0]
+    videos = sample_test_set(pipe, test, references, cls=cls,
                              guidance=guidance or guidance_of(header), frames=frames, **options)
     return score_videos(videos, test), videos
 
@@ -125,8 +120,8 @@ class Score:
     n: int = knob(96, "unseen creatures and prompts")
     steps: int = knob(50, "denoising steps")
     guidance: float = knob(0.0, "classifier-free guidance scale; 0 takes the LoRA's")
+    ref_guidance: float = knob(1.0, "guidance scale on the picture, as in sample.py")
     frames: int = knob(0, "1 scores single pictures; 0 takes the base's length")
-    cache_threshold: float = knob(0.0, "as in sample.py")
     controls: bool = knob(False, "also print what the scores can be fooled by")
     out: str = knob("", "also write the rows to this json file")
 
@@ -137,7 +132,7 @@ def score(cfg):
     seeds = []
     for lora in cfg.lora:
         rows[lora], _ = score_lora(lora, cfg.n, guidance=cfg.guidance, frames=cfg.frames, steps=cfg.steps,
-                                  cache_threshold=cfg.cache_threshold)
+                                  ref_guidance=cfg.ref_guidance)
         seeds.append(rows[lora])
     if len(seeds) > 1:
         rows["mean"] = {k: float(np.mean([s[k] for s in seeds])) for k in seeds[0]}

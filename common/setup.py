@@ -1,0 +1,83 @@
+"""What a run is made of: each rank's share of a batch, the base with its LoRA, the data sets."""
+from dataclasses import replace
+
+import torch
+
+from common.base import compute_dtype, find_lora, frame_size, load_pipeline, tile_large_clips, warn_of_another_size
+from common.latents import open_caches
+from common.media import clip_frames
+from common.run import print0
+from data import TASKS, Clips, ImagePairs
+from model import add_lora, load_lora, lora_header
+
+
+def divide_batches(cfg, world_size):
+    """cfg with batches and micro-batches that divide by the ranks: others are made smaller, with a message. ValueError
+    for a batch of fewer samples than ranks."""
+    for task in TASKS:
+        if cfg.task_schedule == "mixed" and task == "video":
+            continue  # there are as many micro-batches of clips as the coins say
+        batch, micro = getattr(cfg, f"{task}_batch"), getattr(cfg, f"{task}_micro")
+        if batch < world_size:
+            raise ValueError(f"--{task}_batch {batch} is too small for {world_size} ranks")
+        if batch % world_size:
+            print0(f"--{task}_batch {batch} is now {batch - batch % world_size}: a multiple of {world_size} ranks")
+            batch -= batch % world_size
+        fits = max(m for m in range(1, micro + 1) if batch % (m * world_size) == 0)
+        if fits != micro:
+            print0(f"--{task}_micro {micro} is now {fits}: it must divide {batch} samples on {world_size} rank(s)")
+        cfg = replace(cfg, **{f"{task}_batch": batch, f"{task}_micro": fits})
+    if cfg.task_schedule == "mixed":
+        print0(f"--task_schedule mixed: {cfg.image_batch // cfg.image_micro} coins a step, each for {cfg.image_micro} "
+               f"pairs or {cfg.video_micro} clips (--image_micro, --video_micro)")
+    return cfg
+
+
+def load_model(cfg, device):
+    """(cfg, pipeline, LoRA parameters): a frozen base in bfloat16, LoRA in float32; on a CPU everything is float32."""
+    lora = None
+    if cfg.init_lora:
+        lora = find_lora(cfg.init_lora)
+        lora_header(lora)  # a bad file fails here, before the base is loaded
+    pipe = load_pipeline(cfg.base, compute_dtype(device), int8=cfg.int8, asked=cfg.device)
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # else copied there in every step
+    transformer = pipe.transformer.train()
+    if lora:  # rank, alpha and scope come from the file
+        parameters = load_lora(transformer, lora, cfg.lora_dropout)
+        config = transformer.peft_config["default"]
+        cfg = replace(cfg, lora_rank=config.r, lora_alpha=config.lora_alpha, lora_scope=transformer.lora_scope)
+    else:
+        torch.manual_seed(cfg.seed)  # every rank starts from the same LoRA
+        parameters = add_lora(transformer, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_scope)
+    if cfg.compile:
+        transformer.compile_blocks()
+    for module in (transformer, pipe.vae, pipe.text_encoder):
+        module.to(device)
+    return cfg, pipe, parameters
+
+
+def open_data(cfg, pipe):
+    """(data sets, (height, width), frames, tokens of a whole reference: 1,350 at 480 x 720). Only what p asks for is
+    opened."""
+    height, width = size = frame_size(pipe)
+    frames = clip_frames(cfg.frames, pipe.vae_scale_factor_temporal)
+    if frames != cfg.frames:
+        print0(f"--frames {cfg.frames} cut to {frames}: the VAE takes no other length")
+    warn_of_another_size(pipe, height, width, frames)
+    if cfg.image_frame == "random" and not pipe.transformer.config.use_rotary_positional_embeddings:
+        raise ValueError("--image_frame random chooses rows of the RoPE tables, and this base has no RoPE")
+    tile_large_clips(pipe.vae, height, width, frames)
+    datasets, caches = {}, open_caches(cfg, pipe, size, frames)
+    if cfg.p < 1:
+        datasets["image"] = ImagePairs(cfg.images, size, cfg.crop_jitter, cfg.seed, caches["image"])
+    if cfg.p > 0:
+        if frames == 1:
+            raise ValueError(f"--frames {cfg.frames}: video steps need clips of more frames, or --p 0")
+        datasets["video"] = Clips(cfg.videos, size, frames, cfg.fps, cfg.random_frame, cfg.seed, caches["video"])
+    for task, dataset in datasets.items():
+        dataset[0, 0]  # read one sample now: bad data fails here, not in a worker
+        if dataset.cache and dataset.cache.cached < len(dataset):
+            print0(f"{cfg.cache} holds {dataset.cache.cached} of {len(dataset)} {task}s; the others are left out (if "
+                   "they are new: run python -m paper.prepare cache again)")
+    pixels = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size  # a token's side
+    return datasets, size, frames, (height // pixels) * (width // pixels)
