@@ -62,15 +62,19 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
 
     @apply_lora_scale("attention_kwargs")
     def forward(self, hidden_states, encoder_hidden_states, timestep, timestep_cond=None, ofs=None,
-                image_rotary_emb=None, attention_kwargs=None, return_dict=True, reference=None, keep=None):
+                image_rotary_emb=None, attention_kwargs=None, return_dict=True, reference=None, keep=None,
+                first_frame=1):
         """Velocity of the noisy frames, (B,T,C,H,W).
 
         hidden_states (B,T,C,H,W): noisy latents. encoder_hidden_states (B,L,D_text). timestep (B,).
         reference (B or 1, 1,C,H,W): clean scaled latents of the reference picture, or None: then this is the stock
             model with frames 0..T-1. Also taken from attention_kwargs["reference"], which is how the stock pipeline
             hands it in; one reference serves both halves of a classifier-free guidance batch.
+            attention_kwargs["ref_guidance"]: guidance scale on the picture; 1 is off. It needs a reference per video.
         keep (K,): indices of the reference tokens that stay (TokenDrop in Algorithm 1); None keeps all N. The others
             leave the sequence. An empty `keep` is text-to-video with the video still at frames 1..T.
+        first_frame: the RoPE frame at which the noisy frames begin when there is a reference. Only training uses it, to
+            show a single picture at another distance from the reference (train.py's --image_frame).
         image_rotary_emb: the stock T-frame tables, used only without a reference; made from the config when None.
         """
         if self.config.patch_size_t is not None:
@@ -78,7 +82,11 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
                              f"frame 0; use a 1.0 base such as {PAPER_BASE}")
         attention_kwargs = dict(attention_kwargs or {})
         reference = attention_kwargs.pop("reference", None) if reference is None else reference
+        ref_guidance = attention_kwargs.pop("ref_guidance", 1.0)
         B, T, _, H, W = hidden_states.shape
+        videos = B if reference is None else len(reference)  # half of B under classifier-free guidance: [uncond | cond]
+        if ref_guidance != 1 and B not in (videos, 2 * videos):
+            raise ValueError(f"ref_guidance needs a reference for each video, got {videos} for a batch of {B}")
         patch = self.config.patch_size
         L, N = encoder_hidden_states.shape[1], (H // patch) * (W // patch)
 
@@ -108,7 +116,8 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
 
         rope = image_rotary_emb  # a pair (cos, sin), each (frame_count*N, head_dim)
         if self.config.use_rotary_positional_embeddings and (rope is None or reference is not None):
-            rope = self.rotary_tables(frame_count, H, W, hidden_states.device)
+            skipped = 0 if reference is None else first_frame - 1
+            rope = self.rotary_tables(frame_count, H, W, hidden_states.device, skipped)
 
         tokens = self.patch_embed(encoder_hidden_states, frames)  # (B, L + frame_count*N, D)
         text, hidden = tokens[:, :L], tokens[:, L:]
@@ -132,6 +141,17 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
         velocity = hidden.reshape(B, T, H // patch, W // patch, -1, patch, patch)  # (B, T, h, w, C, p, q)
         velocity = velocity.permute(0, 1, 4, 2, 5, 3, 6)                           # (B, T, C, h, p, w, q)
         velocity = velocity.flatten(5, 6).flatten(3, 4)                            # (B, T, C, H, W)
+        if ref_guidance != 1 and K > 0:
+            # Guidance on the picture: with scale s on the text and S on the picture the pipeline then makes
+            #     v(no text, ref) + s (v(text, ref) - v(no text, ref)) + (S - 1) (v(text, ref) - v(text, no ref)).
+            # The last term is the same in both halves, so that s does not multiply it: guiding each half alone gives it
+            # the factor s and tears the toy's creatures at S = 3. And it has the text, as training always does. It
+            # costs half a call more. An empty keep: the video stays at frames 1..T, as in training's drops.
+            none = SubjectTransformer.forward(
+                self, hidden_states[-videos:], encoder_hidden_states[-videos:], timestep[-videos:], timestep_cond, ofs,
+                image_rotary_emb, attention_kwargs, False, reference[-videos:], torch.empty(0, dtype=torch.long))[0]
+            pull = velocity[-videos:] - none
+            velocity = velocity + (ref_guidance - 1) * pull.repeat(B // videos, 1, 1, 1, 1)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def enable_gradient_checkpointing(self, *_):
@@ -172,11 +192,13 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
             set_span(span)
         return block(hidden, text, temb, image_rotary_emb=rope, attention_kwargs=attention_kwargs)
 
-    def rotary_tables(self, frames, height, width, device):
-        """RoPE (cos, sin) for `frames` latent frames of height x width latents, as the stock pipeline makes them."""
+    def rotary_tables(self, frames, height, width, device, skipped=0):
+        """RoPE (cos, sin) for `frames` latent frames of height x width latents, as the stock pipeline makes them.
+        skipped: how many frames of time are left out after the first one: frames 0, skipped + 1, skipped + 2, ..."""
         c = self.config
         return _rotary_tables(c.attention_head_dim, frames, height // c.patch_size, width // c.patch_size,
-                              c.sample_height // c.patch_size, c.sample_width // c.patch_size, torch.device(device))
+                              c.sample_height // c.patch_size, c.sample_width // c.patch_size, torch.device(device),
+                              skipped)
 
 
 ATTENTION = [op.default for op in (
@@ -184,10 +206,12 @@ ATTENTION = [op.default for op in (
     torch.ops.aten._scaled_dot_product_efficient_attention, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)]
 
 
-@lru_cache(maxsize=16)
-def _rotary_tables(head_dim, frames, height, width, base_height, base_width, device):
+@lru_cache(maxsize=32)
+def _rotary_tables(head_dim, frames, height, width, base_height, base_width, device, skipped):
     crop = get_resize_crop_region_for_grid((height, width), base_width, base_height)
-    return get_3d_rotary_pos_embed(head_dim, crop, (height, width), frames, device=device)
+    tables = get_3d_rotary_pos_embed(head_dim, crop, (height, width), frames + skipped, device=device)
+    N = height * width
+    return tuple(torch.cat([table[:N], table[(1 + skipped) * N:]]) for table in tables) if skipped else tables
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
@@ -375,11 +399,11 @@ def _reference_only_norm(norm, transformer):
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
-def v_loss(transformer, scheduler, latents, text, timestep, noise, reference=None, keep=None):
+def v_loss(transformer, scheduler, latents, text, timestep, noise, reference=None, keep=None, first_frame=1):
     """The diffusion loss of both tasks, one value per sample (B,), float32.
 
-    latents (B,T,C,H,W) clean and scaled; text (B,L,D_text); timestep (B,); noise like latents; reference, keep: see
-    SubjectTransformer.forward. With a = alpha-bar at the timestep:
+    latents (B,T,C,H,W) clean and scaled; text (B,L,D_text); timestep (B,); noise like latents; reference, keep,
+    first_frame: see SubjectTransformer.forward. With a = alpha-bar at the timestep:
 
         x_t = sqrt(a) x + sqrt(1-a) e       v = sqrt(a) e - sqrt(1-a) x       loss = |v_pred - v|^2
 
@@ -390,7 +414,8 @@ def v_loss(transformer, scheduler, latents, text, timestep, noise, reference=Non
     latents, noise = latents.float(), noise.float()  # diffusers rounds alpha-bar to their dtype: bf16 loses small t
     noisy = scheduler.add_noise(latents, noise, timestep)
     v = scheduler.get_velocity(latents, noise, timestep)
-    v_pred = transformer(noisy, text, timestep, reference=reference, keep=keep, return_dict=False)[0]
+    v_pred = transformer(noisy, text, timestep, reference=reference, keep=keep, first_frame=first_frame,
+                         return_dict=False)[0]
     return F.mse_loss(v_pred.float(), v.float(), reduction="none").mean(dim=(1, 2, 3, 4))
 
 

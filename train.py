@@ -4,16 +4,13 @@
     torchrun --nproc_per_node=8 train.py      # the paper's run: CogVideoX-5B, Subjects200K, Pexels clips
     python train.py --toy                     # the same code on the toy world, minutes on two CPU cores
 
-The model sees one picture of the subject, the reference, as extra tokens. Each step flips one coin. With probability p
-it takes plain clips and learns image-to-video (motion): the reference is a random frame of the clip with half of its
-tokens dropped, so that it cannot just be copied. Otherwise it takes pairs of pictures of one subject and learns to make
-one from the other (identity); half of these steps' micro-batches come without the reference, so that the model also
-follows the caption. The same LoRA learns both.
+Each step flips one coin. With probability p it takes plain clips and learns motion: image-to-video from a random frame
+of the clip, with half of its tokens dropped. Otherwise it takes pairs of pictures and learns identity: one from the
+other. The same LoRA learns both.
 
 A run writes out/NAME/: config.json, log.jsonl (one line per step), step-000400/ (LoRA weights and training state); with
---val_every also val.jsonl and samples/, with --gradcos_every gradcos.jsonl. Run the same command to continue from the
-newest checkpoint: on a CPU bit for bit, on a GPU to its rounding. On SIGTERM a run finishes its step, saves a
-checkpoint and stops.
+--val_every also val.jsonl and samples/, with --gradcos_every gradcos.jsonl. The same command continues from the newest
+checkpoint: on a CPU bit for bit. On SIGTERM a run finishes its step, saves a checkpoint and stops.
 """
 import json
 import sys
@@ -31,7 +28,8 @@ from diffusers.utils import logging as diffusers_logging
 import gradcos
 from common.base import attention_order, autocast, find_device, use_device
 from common.latents import cls_for
-from common.media import normalise
+from common.look import write_sheet
+from common.media import latent_frames, normalise
 from common.run import (SIGTERM, check, claim, command_line, join_ranks, knob, newest_checkpoint, print0,
                         rank_and_world_size, resume, rng, save_checkpoint, settings_of, sigterm_asks, start_log,
                         torch_rng)
@@ -74,6 +72,8 @@ class Config:
     token_drop: float = knob(0.5, "share of reference tokens dropped in video steps; 1 is text-to-video (Table 7)")
     drop: str = knob("tokens", "what --token_drop drops: tokens (3.4), or whole references", "tokens", "reference")
     view_drop: float = knob(0.5, "probability that an image micro-batch trains without its reference (A.2)")
+    image_frame: str = knob("first", "latent frame at which an image step's target stands: 1 (3.3), or any of a clip's",
+                            "first", "random")
     cls: str = knob("front", "where <cls>, the reference's mark, stands (3.3, Table 6)", "front", "item", "off")
     cls_video: bool = knob(True, "video prompts get <cls> too")
     # optimisation
@@ -98,6 +98,8 @@ class Config:
     workers: int = knob(4, "processes per rank that read data", trains=False)
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
     # watching the run
+    look: int = knob(0, "train nothing: draw this many micro-batches as the model gets them, out/NAME/look.png",
+                     trains=False)
     gradcos_every: int = knob(0, "steps between measurements of the two gradients' cosine (4.1, B.1); 0 never",
                               trains=False)
     val_every: int = knob(0, "steps between held-out losses (B.1's batches), and samples of --val_refs; 0 never",
@@ -158,6 +160,7 @@ def train(cfg):
     cfg, pipe, parameters = load_model(cfg, device)
     transformer, scheduler = pipe.transformer, pipe.scheduler
     datasets, size, frames, n_ref = open_data(cfg, pipe)            # n_ref: tokens of a whole reference
+    T = latent_frames(frames, pipe.vae_scale_factor_temporal)       # of a clip: 13
     optimizer, lr_schedule = make_optimizer(cfg, parameters)
     state = {"optimizer": optimizer, "lr_schedule": lr_schedule}
     if cfg.pcgrad:
@@ -200,6 +203,7 @@ def train(cfg):
                 keep = tokens_to_keep(cfg, micro, n_ref)             # TokenDrop (3.4): (K,) of the reference's tokens
             else:
                 keep = all_or_none(cfg, micro, cfg.view_drop)        # view drop (A.2): None keeps all
+            first_frame = image_frame(cfg, micro, T)                 # where x begins in time; the reference is frame 0
             noise_rng = torch_rng(cfg.seed, "noise", step, micro.index)
             x, ref, text = encode(cfg, pipe, batch, micro.task, keep, noise_rng)  # (B,T,C,H,W), (B,1,C,H,W), (B,L,D)
             t, noise = sample_noise(x, scheduler, noise_rng)         # (B,), (B,T,C,H,W)
@@ -210,7 +214,7 @@ def train(cfg):
             wait = world_size > 1 and micro is not micros[-1]        # ranks average gradients in the last backward
             with model.no_sync() if wait else nullcontext():
                 with autocast(device):                               # bfloat16 on a GPU
-                    loss = v_loss(model, scheduler, x, text, t, noise, ref, keep)  # (B,): L_vid or L_img
+                    loss = v_loss(model, scheduler, x, text, t, noise, ref, keep, first_frame)  # (B,): L_vid or L_img
                 (loss.mean() / len(micros)).backward()               # g_vid or g_img
             add_losses(losses, micro.task, loss, t, scheduler.config.num_train_timesteps)
             log.skipped(batch["skipped"])                            # unreadable files
@@ -294,6 +298,16 @@ def all_or_none(cfg, micro, drop):
     return None
 
 
+def image_frame(cfg, micro, T):
+    """The latent frame (of RoPE) at which the target of a micro-batch begins; the reference is frame 0.
+
+    A clip has frames 1..T. A picture is one frame long and so, in the paper, always frame 1 (3.3): what image steps
+    teach, they teach at one distance from the reference. With --image_frame random it is any of 1..T."""
+    if micro.task == "video" or cfg.image_frame == "first":
+        return 1
+    return int(rng(cfg.seed, "image frame", micro.step, micro.index).integers(1, T, endpoint=True))
+
+
 def encode(cfg, pipe, batch, task, keep, noise_rng):
     """A batch of the loader -> latents x (B,T,C,H,W), reference latents (B,1,C,H,W), text (B,L,D), on the device.
 
@@ -335,14 +349,14 @@ def image_stage(cfg):
 
 
 def held_out_batches(cfg, pipe, size, frames, n_ref):
-    """This rank's held-out micro-batches, (task, inputs of v_loss), as in B.1: fixed samples, noise, timesteps and kept
-    tokens, without view drop. They depend on the flags of data, prompts, token drop and micro-batch sizes, not
-    on --seed: compare held-out losses of runs that share these."""
+    """This rank's held-out micro-batches, (task, inputs of v_loss), as in B.1: fixed samples, noise, timesteps, kept
+    tokens and image frames, without view drop. They depend on the flags of data, prompts, token drop, image frame and
+    micro-batch sizes, not on --seed: compare held-out losses of runs that share these."""
     cfg = replace(cfg, seed=2**31 - 1)
     rank, world_size = rank_and_world_size()
     datasets = {"image": ImagePairs(f"{cfg.images}_val", size, cfg.crop_jitter, cfg.seed, in_order=True),
                 "video": Clips(f"{cfg.videos}_val", size, frames, cfg.fps, cfg.random_frame, cfg.seed, in_order=True)}
-    held_out = []
+    held_out, T = [], latent_frames(frames, pipe.vae_scale_factor_temporal)
     for task, dataset in datasets.items():
         count, step_size = min(HELD_OUT[task], len(dataset)), getattr(cfg, f"{task}_micro")  # each sample once
         for first in range(rank * step_size, count, world_size * step_size):
@@ -355,8 +369,23 @@ def held_out_batches(cfg, pipe, size, frames, n_ref):
                 print(f"skipped, held out: {reason}", file=sys.stderr)
             x, ref, text = encode(cfg, pipe, batch, task, keep, noise_rng)
             t, noise = sample_noise(x, pipe.scheduler, noise_rng)
-            held_out.append((task, dict(latents=x, text=text, timestep=t, noise=noise, reference=ref, keep=keep)))
+            held_out.append((task, dict(latents=x, text=text, timestep=t, noise=noise, reference=ref, keep=keep,
+                                        first_frame=image_frame(cfg, micro, T))))
     return held_out
+
+
+def look(cfg):
+    """--look: the real loader and the real drops of the first micro-batches, drawn."""
+    cfg, pipe, _ = load_model(divide_batches(cfg, 1), use_device(cfg.device))
+    datasets, _, _, n_ref = open_data(cfg, pipe)
+    micros = [micro for step in range(min(cfg.look, cfg.steps)) for micro in plan(cfg, step)][:cfg.look]
+    seen = []
+    for micro, batch in zip(micros, batches(datasets, [micro.keys for micro in micros])):
+        keep = all_or_none(cfg, micro, cfg.view_drop) if micro.task == "image" else tokens_to_keep(cfg, micro, n_ref)
+        x, ref, _ = encode(cfg, pipe, batch, micro.task, keep, torch_rng(cfg.seed, "noise", micro.step, micro.index))
+        seen.append((micro, batch, x, ref, keep))
+    write_sheet(cfg, pipe, seen, Path(cfg.out) / cfg.name / "look.png")
+    print0(f"wrote {Path(cfg.out) / cfg.name / 'look.png'}")
 
 
 def make_optimizer(cfg, parameters):
@@ -386,7 +415,7 @@ def main(cfg):
         if cfg.toy:
             from toy import world
             cfg = world.ensure_data(cfg, TOY)
-        train(cfg)
+        look(cfg) if cfg.look else train(cfg)
     if dist.is_initialized():  # train() must return first: its DDP model uses the group
         dist.barrier()
         dist.destroy_process_group()

@@ -64,6 +64,8 @@ def open_data(cfg, pipe):
     if frames != cfg.frames:
         print0(f"--frames {cfg.frames} cut to {frames}: the VAE takes no other length")
     warn_of_another_size(pipe, height, width, frames)
+    if cfg.image_frame == "random" and not pipe.transformer.config.use_rotary_positional_embeddings:
+        raise ValueError("--image_frame random chooses rows of the RoPE tables, and this base has no RoPE")
     tile_large_clips(pipe.vae, height, width, frames)
     datasets, caches = {}, open_caches(cfg, pipe, size, frames)
     if cfg.p < 1:

@@ -224,7 +224,7 @@ class Validation:
         self.cfg, self.pipe, self.run, self.size, self.frames, self.log = cfg, pipe, run, size, frames, log
         self.batches = {task: [] for task in TASKS}
         for task, inputs in held_out:
-            self.batches[task].append({k: None if v is None else v.cpu() for k, v in inputs.items()})
+            self.batches[task].append({k: v.cpu() if torch.is_tensor(v) else v for k, v in inputs.items()})
         mine = {task: sum(len(inputs["timestep"]) for inputs in batches) for task, batches in self.batches.items()}
         self.count = sum_over_ranks({task: torch.tensor([n]) for task, n in mine.items()})  # samples of all ranks
         self.texts = {}
@@ -263,7 +263,7 @@ class Validation:
         device = self.pipe.transformer.device
         self.pipe.transformer.checkpointing = getattr(self.cfg, f"{task}_checkpointing")
         for inputs in self.batches[task]:
-            inputs = {k: None if v is None else v.to(device) for k, v in inputs.items()}
+            inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
             with autocast(device):
                 loss = v_loss(self.pipe.transformer, self.pipe.scheduler, **inputs)
             yield loss, inputs["timestep"]

@@ -47,7 +47,7 @@ ROWS = {  # name: flags of train.py. Sizes of data sets are shares of the toy's 
     "first-frame-no-drop": {"random_frame": False, "token_drop": 0.0},
     "random-frame-no-drop": {"token_drop": 0.0},
     "first-frame-drop": {"random_frame": False},
-    "t2v-finetuning": {"p": 1.0, "token_drop": 1.0},  # for a fifth of the steps: Table 11's baseline
+    "t2v-finetuning": {"p": 1.0, "token_drop": 1.0},
     "thaw": {"p": 1.0, "init_lora": "image-only", "steps": 200, "warmup": 10, "lr": 1e-3},  # goes on from that run
     "elsewhere": {"images": "toy/data/pairs_elsewhere"},
     "elsewhere-image-only": {"images": "toy/data/pairs_elsewhere", "p": 0.0},
@@ -66,7 +66,21 @@ ROWS = {  # name: flags of train.py. Sizes of data sets are shares of the toy's 
     "mixed": {"task_schedule": "mixed", **train.TOY_AUTHORS},
     "cls-item": {"cls": "item"},
     "authors": {"recipe": "authors", **train.AUTHORS, **train.TOY_AUTHORS},
+    # The target of an image step at any latent frame of a clip instead of always the first: a row of each kind above.
+    "image-only-any-frame": {"p": 0.0, "image_frame": "random"},
+    "ours-any-frame": {"image_frame": "random"},
+    "base-walks-image-only-any-frame": {"base": "toy/base_walks", "p": 0.0, "image_frame": "random"},
+    "p-0.1-any-frame": {"p": 0.1, "image_frame": "random"},
+    "p-0.05-any-frame": {"p": 0.05, "image_frame": "random"},
+    "p-0.4-any-frame": {"p": 0.4, "image_frame": "random"},
+    "scope-reference-image-only-any-frame": {"lora_scope": "reference", "p": 0.0, "image_frame": "random"},
+    "view-drop-any-frame": {"view_drop": 0.5, "image_frame": "random"},
+    # The rival (3.5, Figure 4): another LoRA makes a single picture of the subject (PICTURE_BY), then image-to-video.
+    "picture-then-video": {"p": 1.0, "random_frame": False, "token_drop": 0.0},  # as many clips as `ours` sees
+    "picture-then-video-long": {"p": 1.0, "random_frame": False, "token_drop": 0.0, "steps": train.TOY["steps"]},
 }
+PICTURE_BY = {"picture-then-video": "image-only", "picture-then-video-long": "image-only"}
+SHORT = {"t2v-finetuning", "picture-then-video"}  # a fifth of the steps: Table 11's baseline had 800 of 4,000
 FIGURES = {  # figure: its rows. headline and dose are drawn from results, the next from gradcos, the others from runs
     "headline": ("ours", "image-only", "thaw"),
     "dose": ("image-only", "p-0.05", "p-0.1", "ours", "p-0.4", "p-0.6"),
@@ -76,7 +90,8 @@ FIGURES = {  # figure: its rows. headline and dose are drawn from results, the n
     "figure12": ("first-frame-no-drop", "random-frame-no-drop", "ours"),
     "figure13": ("image-only", "two-stage", "ours"),
 }
-CURVES = FIGURES["headline"]  # scored at checkpoints too, and on single pictures
+CURVES = FIGURES["headline"]  # scored at checkpoints too
+PICTURES = (*CURVES, "ours-any-frame", "image-only-any-frame")  # scored on single pictures too
 WATCHED = {*FIGURES["figure9"], *FIGURES["figure10"], *FIGURES["cosines"]}  # measured with gradcos
 
 PAPER_COLUMNS = ("Motion Smoothness", "Dynamic Degree", "CLIP-T", "CLIP-I", "DINO-I")
@@ -125,6 +140,21 @@ TABLES = {  # table: (row, the paper's name, the paper's numbers in PAPER_COLUMN
                ("scope-reference", "LoRA on reference tokens only", None),
                ("scope-reference-image-only", "the same, p = 0", None), ("image-only", "all tokens, p = 0", None),
                ("thaw", "image-only, then 200 steps of clips", None)],
+    "any-frame": [("image-only", "p = 0, a picture's target at latent frame 1", None),
+                  ("image-only-any-frame", "the same, at any latent frame of a clip", None),
+                  ("p-0.05", "p = 0.05, at 1", None), ("p-0.05-any-frame", "the same, at any", None),
+                  ("p-0.1", "p = 0.1, at 1", None), ("p-0.1-any-frame", "the same, at any", None),
+                  ("ours", "p = 0.2, at 1", None), ("ours-any-frame", "the same, at any", None),
+                  ("p-0.4", "p = 0.4, at 1", None), ("p-0.4-any-frame", "the same, at any", None),
+                  ("view-drop", "view drop 0.5, p = 0.2, at 1", None),
+                  ("view-drop-any-frame", "the same, at any", None),
+                  ("scope-reference-image-only", "LoRA on reference tokens only, p = 0, at 1", None),
+                  ("scope-reference-image-only-any-frame", "the same, at any", None),
+                  ("base-walks-image-only", "a base that has seen no clip that stands, p = 0, at 1", None),
+                  ("base-walks-image-only-any-frame", "the same, at any", None)],
+    "rival": [("ours", "dual-task: 360 steps of pairs and 90 of clips", None),
+              ("picture-then-video", "450 of pairs for a picture, then 90 of clips: image-to-video", None),
+              ("picture-then-video-long", "the same with 450 of clips", None)],
 }
 FINDINGS = [  # where, what the paper says, column, the higher row, the lower row (or a number), perhaps a margin
     ("Tables 3, 9", "dual-task moves more than image-only", "moves", "ours", "image-only"),
@@ -206,8 +236,8 @@ class Config:
 
 
 def flags_of(row, steps, seed=0, out=""):
-    """The flags of a row for one seed. Table 11's baseline has a fifth of the steps (800 of 4,000)."""
-    flags = {"steps": steps // 5 if row == "t2v-finetuning" else steps, **ROWS[row]}
+    """The flags of a row for one seed."""
+    flags = {"steps": steps // 5 if row in SHORT else steps, **ROWS[row]}
     if "init_lora" in flags:
         flags["init_lora"] = f"{out}/{flags['init_lora']}-{seed}"
     return flags
@@ -223,7 +253,7 @@ def train_and_score(cfg):
     with FileLock(Path(cfg.out) / f"{name}.lock"):  # a second process waits, then finds the row done
         if result.is_file() and newest_checkpoint(run):
             return
-        if before := ROWS[cfg.row].get("init_lora"):  # the run that this one goes on from
+        if before := ROWS[cfg.row].get("init_lora") or PICTURE_BY.get(cfg.row):  # the run that this one needs
             train_and_score(replace(cfg, row=before))
         shutil.rmtree(run, ignore_errors=True)
         config = train_row(cfg, name, seed)
@@ -255,12 +285,15 @@ def score_row(cfg, run, config):
     from toy import world
     seen = config.p < 1 or config.token_drop < 1 or config.init_lora  # did this row ever see a reference?
     options = {"with_reference": bool(seen), "steps": cfg.sample_steps}
+    if cfg.row in PICTURE_BY:
+        options["picture_by"] = f"{cfg.out}/{PICTURE_BY[cfg.row]}-{cfg.seeds}"
     scored = {"scores": world.score_lora(run, cfg.n, **options)[0]}
     if cfg.row in WATCHED:  # means over the second half of the run
         late = [r for r in records(run / "gradcos.jsonl") if r["step"] >= config.steps / 2]
         scored["scores"] |= {column: float(np.mean([r[column] for r in late])) for column in GRADIENT_COLUMNS}
-    if cfg.row in CURVES:
+    if cfg.row in PICTURES:
         scored["pictures"] = world.score_lora(run, cfg.n, frames=1, **options)[0]
+    if cfg.row in CURVES:
         checkpoints = sorted(d for d in run.glob("step-*") if d.suffix != ".tmp")
         scored["curve"] = [{"step": int(d.name[5:]), **world.score_lora(d, cfg.curve_n, **options)[0]}
                            for d in checkpoints]
@@ -349,9 +382,9 @@ def table_lines(table, results):
 
 
 def single_picture_lines(results):
-    """What the rows of the headline make of single pictures (--frames 1)."""
+    """What some rows make of single pictures (--frames 1)."""
     yield "| single pictures | seeds | whole | cells | identity_16 | field |\n|---|---|---|---|---|---|"
-    for row in CURVES:
+    for row in PICTURES:
         scores = [record["pictures"] for record in results.get(row, {}).values()]
         cells = [mean_and_std([s[c] for s in scores]) for c in ("cells", "identity_16", "field")]
         whole = mean_and_std([100 - s["broken"] for s in scores])
@@ -444,7 +477,8 @@ def print_real(whats):
     for what in whats:
         commands.append(f"# {what}")
         for row in [row for row, _, _ in TABLES[what]] if what in TABLES else FIGURES[what]:
-            if row.removesuffix("-image-only") in TOY_ONLY or row in ("thaw", "low-lr-image-only"):
+            kind = row.removesuffix("-any-frame").removesuffix("-image-only")
+            if kind in TOY_ONLY or row in PICTURE_BY or row in ("thaw", "low-lr-image-only"):
                 commands.append(f"# {row}: the toy only")
                 continue
             small = what in PAIRS_4K or (what, row) == ("table3", "image-only")  # that row is Table 9's

@@ -262,6 +262,19 @@ def test_lora_scale():
     assert np.abs(video(pipe) - two).max() <= 1
 
 
+def test_look_draws_what_goes_in(knobs, tmp_path, monkeypatch):
+    """Two micro-batches: the words, the target, and of a clip's reference the tokens that stay; the others are grey."""
+    monkeypatch.chdir(tmp_path)
+    cfg = train.Config(**{**knobs, "look": 2, "seed": 1, "p": 1.0})
+    train.look(cfg)
+    sheet = np.asarray(Image.open("out/toy/look.png"))
+    assert sheet.shape == (2 * (128 + 30), 7 * 128 + 6 * 4, 3) and not Path("out/toy/log.jsonl").exists()
+    for row, micro in enumerate(train.plan(cfg, 0)):
+        tokens = sheet[row * 158 + 30:, :128][:128].reshape(4, 32, 4, 32, 3).swapaxes(1, 2).reshape(16, -1, 3)
+        grey = [token for token in range(16) if (tokens[token] == 128).all()]
+        assert set(grey) == set(range(16)) - set(train.tokens_to_keep(cfg, micro, 16).tolist())
+
+
 def test_tensorboard(knobs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = []

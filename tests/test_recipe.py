@@ -164,8 +164,8 @@ PAPER = dict(  # 5.1, A.1, A.2, Algorithm 1 and 3.2 to 3.4
 SILENT = dict(  # ours, or the authors' code
     crop_jitter=0.1, image_micro=1, video_micro=1, seed=0,
     image_checkpointing="none", video_checkpointing="attention", compile=False, int8=False, guidance=6.0, workers=4,
-    gradcos_every=0, val_every=0, init_lora="", cache="", val_refs="", images="data/subjects200k", videos="data/pexels",
-    out="out", name="subject", device="", tensorboard=False)
+    gradcos_every=0, val_every=0, look=0, init_lora="", cache="", val_refs="", images="data/subjects200k",
+    videos="data/pexels", out="out", name="subject", device="", tensorboard=False)
 SAMPLING = dict(
     steps=50, guidance=0.0, lora_scale=1.0, seed=0, frames=0, fps=0.0, height=0, width=0, fit="cover", batch=1,
     out="sample.mp4", lora="", base="", ref="", prompt="", prompts="", bench="", images=".", device="", int8=False,
@@ -476,7 +476,8 @@ def test_each_crop_of_a_cached_pair_is_drawn(loaded, wide_pair, tmp_path):
     cfg = dataclasses.replace(loaded[0], images=str(wide_pair), p=0.0, cache=str(tmp_path / "cache"))
     latents.prepare_cache(latents.Latents(out=cfg.cache, images=cfg.images, base=BASE, crops=3, device="cpu"))
     pairs = setup.open_data(cfg, loaded[1])[0]["image"]
-    assert len({pairs[step, 0]["target_moments"].sum().item() for step in range(60)}) == 6  # three crops, two directions
+    sums = {pairs[step, 0]["target_moments"].sum().item() for step in range(60)}
+    assert len(sums) == 6  # three crops, two directions
 
 
 @pytest.mark.parametrize("task, change", [
@@ -737,8 +738,8 @@ def test_the_newest_checkpoint_is_sampled(tmp_path, monkeypatch):
 def test_knobs_that_a_run_may_go_on_with():
     """Any other is part of what is trained."""
     assert {f.name for f in dataclasses.fields(train.Config) if not f.metadata["trains"]} == {
-        "toy", "recipe", "tensorboard", "name", "out", "workers", "save_every", "guidance", "gradcos_every", "val_every",
-        "val_refs", "image_checkpointing", "video_checkpointing"}
+        "toy", "recipe", "tensorboard", "name", "out", "workers", "save_every", "guidance", "look", "gradcos_every",
+        "val_every", "val_refs", "image_checkpointing", "video_checkpointing"}
 
 
 if __name__ == "__main__":

@@ -73,17 +73,21 @@ def sample_test_set(pipe, test, references=None, seed=0, batch=16, **options):
     return np.stack(videos)
 
 
-def score_lora(lora, n, with_reference=True, guidance=0.0, frames=0, **options):
+def score_lora(lora, n, with_reference=True, guidance=0.0, frames=0, picture_by=None, **options):
     """(scores, videos) of the LoRA at `lora` on the first n of the test set. guidance 0 takes the LoRA's own.
 
-    frames=1 samples single pictures instead, of a creature that stands: what image steps train."""
+    frames=1 samples single pictures instead, of a creature that stands: what image steps train. picture_by: a LoRA that
+    first makes such pictures on the prompts' fields; they are then the references."""
     pipe, header = load(lora=str(lora))
     test = draw_test_set(n)
     if frames == 1:
         test = dataclasses.replace(test, prompts=[caption(f) for f in test.fields])
     cls = cls_of(header)
     test = dataclasses.replace(test, prompts=[with_reference_token(p, cls, "creature") for p in test.prompts])
-    videos = sample_test_set(pipe, test, test.references if with_reference else None, cls=cls,
+    references = test.references if with_reference else None
+    if picture_by:
+        references = score_lora(picture_by, n, frames=1, **options)[1][:, 0]
+    videos = sample_test_set(pipe, test, references, cls=cls,
                              guidance=guidance or guidance_of(header), frames=frames, **options)
     return score_videos(videos, test), videos
 
@@ -116,6 +120,7 @@ class Score:
     n: int = knob(96, "unseen creatures and prompts")
     steps: int = knob(50, "denoising steps")
     guidance: float = knob(0.0, "classifier-free guidance scale; 0 takes the LoRA's")
+    ref_guidance: float = knob(1.0, "guidance scale on the picture, as in sample.py")
     frames: int = knob(0, "1 scores single pictures; 0 takes the base's length")
     controls: bool = knob(False, "also print what the scores can be fooled by")
     out: str = knob("", "also write the rows to this json file")
@@ -126,7 +131,8 @@ def score(cfg):
     rows = score_controls(cfg.lora[0], cfg.n, steps=cfg.steps) if cfg.controls else {}
     seeds = []
     for lora in cfg.lora:
-        rows[lora], _ = score_lora(lora, cfg.n, guidance=cfg.guidance, frames=cfg.frames, steps=cfg.steps)
+        rows[lora], _ = score_lora(lora, cfg.n, guidance=cfg.guidance, frames=cfg.frames, steps=cfg.steps,
+                                  ref_guidance=cfg.ref_guidance)
         seeds.append(rows[lora])
     if len(seeds) > 1:
         rows["mean"] = {k: float(np.mean([s[k] for s in seeds])) for k in seeds[0]}
