@@ -112,10 +112,10 @@ def test_the_vae_takes_lengths_of_8k_plus_1():
 def test_the_reference_is_a_random_frame_of_the_clip_and_the_same_each_time(tmp_path):
     write_clip(tmp_path / "a.mp4", range(0, 180, 20), 8)
     items = [clips_of(tmp_path)[step, 0] for step in range(30)]
-    picked = [[torch.equal(frame[None], item["reference"]) for frame in item["pixels"]] for item in items]
+    picked = [[torch.equal(frame[None], item["reference"]) for frame in item["target"]] for item in items]
     assert np.sum(picked, 1).tolist() == [1] * 30 and np.any(picked, 0).sum() > 5
     assert torch.equal(clips_of(tmp_path)[29, 0]["reference"], items[29]["reference"])
-    assert torch.equal(clips_of(tmp_path, random_frame=False)[29, 0]["reference"], items[29]["pixels"][:1])
+    assert torch.equal(clips_of(tmp_path, random_frame=False)[29, 0]["reference"], items[29]["target"][:1])
 
 
 def test_pairs_serve_both_directions(tmp_path):
@@ -125,7 +125,7 @@ def test_pairs_serve_both_directions(tmp_path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
 
     def seen(item):
-        return item["prompt"], *(tuple(item[k][0, :, 0, 0].tolist()) for k in ("pixels", "reference"))
+        return item["prompt"], *(tuple(item[k][0, :, 0, 0].tolist()) for k in ("target", "reference"))
     ways = [("red one", (255, 0, 0), (0, 0, 255)), ("blue one", (0, 0, 255), (255, 0, 0))]
     assert {seen(pairs_of(tmp_path)[step, 0]) for step in range(20)} == set(ways)
     assert [seen(pairs_of(tmp_path, in_order=True)[0, i]) for i in (0, 1)] == ways  # as for held-out batches
