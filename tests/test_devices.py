@@ -35,14 +35,14 @@ def small_toy(tmp_path, monkeypatch):
     Path("toy/refs").mkdir()
     for suffix in (".png", ".txt"):
         shutil.copy(ROOT / f"toy/refs/creature-0{suffix}", "toy/refs")
-    monkeypatch.setattr(sample, "generate", partial(sample.generate, steps=2))  # of 50: bfloat16 is slow on a CPU
+    monkeypatch.setattr("common.watch.generate", partial(sample.generate, steps=2))  # 50 take long in bfloat16
     for name, write, n in (("pairs", creatures.write_pairs, 4), ("clips", creatures.write_clips, 2),
-                           ("val_pairs", creatures.write_pairs, 2), ("val_clips", creatures.write_clips, 1)):
+                           ("pairs_val", creatures.write_pairs, 2), ("clips_val", creatures.write_clips, 1)):
         monkeypatch.setitem(creatures.DATA, name, partial(write, n=n, seed=int("val" in name)))
 
 
 SHORT = dict(steps=4, save_every=2, image_batch=4, image_micro=4, video_batch=2, video_micro=2, val_every=4, p=0.5,
-             gradcos_every=4, sample_every=4, lora_rank=4, lora_alpha=2.0, lora_dropout=0.1, view_drop=0.3)
+             gradcos_every=4, lora_rank=4, lora_alpha=2.0, lora_dropout=0.1, view_drop=0.3)
 
 
 def test_the_toys_first_command_in_the_dtype_of_a_gpu(small_toy, bfloat16):
@@ -61,8 +61,7 @@ def test_the_toys_first_command_in_the_dtype_of_a_gpu(small_toy, bfloat16):
     saved = load_file("out/toy/step-000004/pytorch_lora_weights.safetensors")
     assert {weight.dtype for weight in saved.values()} == {torch.float32}
     go_back("out/toy", 2, "out/killed")
-    unwatched = dict(val_every=0, gradcos_every=0, sample_every=0)
-    train.main(train.Config(toy=True, **{**SHORT, **unwatched}, name="killed"))
+    train.main(train.Config(toy=True, **{**SHORT, "val_every": 0, "gradcos_every": 0}, name="killed"))
     assert log_of("out/killed") == whole
     assert torch.equal(weights_of("out/killed", 4), weights_of("out/toy", 4))
 
@@ -78,10 +77,10 @@ def test_each_dtype_has_its_own_cache(small_toy, request):
 def test_with_cached_prompts_the_text_encoder_is_gone_when_samples_are_made(knobs, small_toy, monkeypatch):
     """diffusers takes the pipeline's device from its first module by name, the text encoder: left in RAM it would
     draw the noise of the samples there. Here RAM is the meta device: whatever is moved to it cannot compute."""
-    cfg = train.Config(**{**knobs, "cache": "cache", "steps": 2, "sample_every": 2, "val_every": 2})
+    cfg = train.Config(**{**knobs, "cache": "cache", "steps": 2, "val_every": 2, "val_refs": "toy/refs"})
     latents.prepare_cache(latents.Latents(out="cache", prompts=True, device="cpu", **{
-        k: getattr(cfg, k) for k in ("base", "images", "videos", "crop_jitter", "frames", "fps", "vae_tiling")}))
-    load, encoders = train.load_pipeline, []
+        k: getattr(cfg, k) for k in ("base", "images", "videos", "crop_jitter", "frames", "fps")}))
+    load, encoders = base.load_pipeline, []
 
     def load_and_note(*args, **kwargs):
         pipe = load(*args, **kwargs)
@@ -89,7 +88,7 @@ def test_with_cached_prompts_the_text_encoder_is_gone_when_samples_are_made(knob
         pipe.text_encoder.to = lambda device: move("meta" if device == "cpu" else device)
         encoders.append(weakref.ref(pipe.text_encoder))
         return pipe
-    monkeypatch.setattr(train, "load_pipeline", load_and_note)
+    monkeypatch.setattr("common.setup.load_pipeline", load_and_note)
     write = train.Validation.measure
 
     def measure(validation, step):
