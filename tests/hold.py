@@ -7,7 +7,6 @@ SIGTERM lets it go on, SIGKILL ends it. A job that torchrun has restarted is not
 import os
 import runpy
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -19,11 +18,8 @@ log_step, torch_save = watch.Log.step, torch.save
 
 
 def hold(place, step):
-    until = time.time() + 600
-    while (place, step) == (PLACE, int(STEP)) and not run.SIGTERM.is_set():
-        time.sleep(0.01)
-        if time.time() > until:
-            sys.exit("no signal came")
+    if (place, step) == (PLACE, int(STEP)) and not run.SIGTERM.wait(timeout=600):
+        sys.exit("no signal came")
 
 
 def step_and_hold(log, step, *rest):

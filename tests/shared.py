@@ -1,4 +1,5 @@
-"""What test files share: a tiny model, runs that take seconds, and how to start them and read what they wrote."""
+"""What test files share: models and runs that take seconds, and how to start them and read what they wrote."""
+import atexit
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX
 
 from toy import creatures
 import model
@@ -26,32 +27,12 @@ T, C, H, W, L, N = 3, 4, 8, 12, 5, 24  # a tiny model on frames that are not squ
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-# ---- a tiny model ----------------------------------------------------------------------------------------------------
-
-def tiny_models():
-    """A random tiny CogVideoX in our class and in the stock one, same weights."""
-    torch.manual_seed(0)
-    config = dict(num_attention_heads=2, attention_head_dim=16, in_channels=C, out_channels=C, time_embed_dim=8,
-                  text_embed_dim=12, num_layers=3, sample_width=W, sample_height=H, sample_frames=9,
-                  max_text_seq_length=L, use_rotary_positional_embeddings=True)
-    ours, stock = model.SubjectTransformer(**config).eval(), CogVideoXTransformer3DModel(**config).eval()
-    stock.load_state_dict(ours.state_dict())
-    return ours, stock
-
-
-def tiny_inputs():
-    """Latents, text, timesteps and a reference, two of each."""
-    g = torch.Generator().manual_seed(1)
-    latents, text = torch.randn(2, T, C, H, W, generator=g), torch.randn(2, L, 12, generator=g)
-    return latents, text, torch.tensor([300, 700]), torch.randn(2, 1, C, H, W, generator=g)
-
-
 def large_vae():
     """A small VAE of the real structure, for pictures of 96 x 240: they would take tiles."""
     torch.manual_seed(0)
-    config = dict(block_out_channels=[8, 8, 8, 8], layers_per_block=1, norm_num_groups=2, latent_channels=4,
-                  down_block_types=["CogVideoXDownBlock3D"] * 4, up_block_types=["CogVideoXUpBlock3D"] * 4)
-    return AutoencoderKLCogVideoX(**config, sample_height=96, sample_width=240).eval().requires_grad_(False)
+    vae = AutoencoderKLCogVideoX(block_out_channels=[8, 8, 8, 8], layers_per_block=1, norm_num_groups=2,
+                                 latent_channels=4, sample_height=96, sample_width=240)
+    return vae.eval().requires_grad_(False)
 
 
 def randomise_lora(transformer, seed=5):
@@ -61,8 +42,6 @@ def randomise_lora(transformer, seed=5):
         if "lora_" in name:
             p.data = torch.randn(p.shape, generator=g) * 0.2
 
-
-# ---- runs of seconds -------------------------------------------------------------------------------------------------
 
 def small_knobs(folder):
     """The knobs of a run of seconds, and its data in `folder`, written once: no test changes it."""
@@ -82,14 +61,11 @@ def command(knobs, **more):
     return [TRAIN, "--toy", *(f"--{name}={value}" for name, value in {**knobs, **more}.items())]
 
 
-STARTED = []  # processes of the tests; when pytest ends, however it ends, so do they (conftest.py)
-
-
 def start(words, cwd, stderr=subprocess.STDOUT, **environment):
-    """Start python with these words, in a process group of its own."""
+    """Start python with these words, in a process group of its own. When pytest ends, however it ends, so does this."""
     process = subprocess.Popen([sys.executable, *words], cwd=cwd, stdout=subprocess.PIPE, stderr=stderr, text=True,
                                start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
-    STARTED.append(process)
+    atexit.register(kill_job, process)
     return process
 
 

@@ -4,26 +4,24 @@ A GPU repeats numbers to its rounding only, so each test states its tolerance. G
 themselves on a CPU, in bfloat16 as on a GPU and with shorter runs; what a CPU has not got is skipped."""
 import importlib.util
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import gradcos
 import model
 import sample
 import train
 from common import base, media
 from common.watch import sum_over_ranks
 from paper import bench
-from tests.shared import BASE, ROOT, go_back, log_of, randomise_lora
+from tests.shared import ROOT, go_back, log_of, randomise_lora
 from toy import world
 
 ON_CPU = os.environ.get("GPU_TESTS_ON") == "cpu"
 DEVICE = torch.device("cpu" if ON_CPU else "cuda")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_CPU and not torch.cuda.is_available(),
-                                                  reason="torch sees no GPU here; on a machine with one: pytest -m gpu")]
+NO_GPU = "torch sees no GPU here; on a machine with one: pytest -m gpu"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_CPU and not torch.cuda.is_available(), reason=NO_GPU)]
 needs_a_gpu = pytest.mark.skipif(ON_CPU, reason="a CPU has no memory of its own to offload from")
 needs_torchao = pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="--int8: pip install torchao")
 
@@ -36,11 +34,11 @@ def bfloat16(monkeypatch):
 
 def go(name, **knobs):
     """A short run of train.py --toy; its losses. Micro-batches and LoRA dropout as in the real run."""
-    small = dict(toy=True, steps=6, save_every=3, val_every=0, p=0.5, device=DEVICE.type, lora_dropout=0.1,
-                 view_drop=0.3, image_micro=8, video_micro=8)
+    usual = dict(steps=6, save_every=3, val_every=0, p=0.5, lora_dropout=0.1, view_drop=0.3, image_micro=8,
+                 video_micro=8)
     if ON_CPU:
-        small |= dict(image_batch=4, image_micro=4, video_batch=2, video_micro=2)
-    train.main(train.Config(**small | knobs, name=name))
+        usual |= dict(image_batch=4, image_micro=4, video_batch=2, video_micro=2)
+    train.main(train.Config(toy=True, name=name, device=DEVICE.type, **usual | knobs))
     return [line["loss"] for line in log_of(f"out/{name}")]
 
 
@@ -50,24 +48,24 @@ def test_the_toy_trains_to_the_scores_of_a_cpu(newcomer):
     short = dict(steps=2, val_refs="", val_every=2, image_batch=4, video_batch=2)
     train.main(train.Config(toy=True, device=DEVICE.type, **(short if ON_CPU else {})))
     scores, _ = world.score_lora("out/toy", 4 if ON_CPU else 96, steps=2 if ON_CPU else 20)
-    print(scores)
-    if not ON_CPU:
-        assert scores["moves"] > 69 and scores["cells"] > 90 and scores["identity_16"] > 96
-        assert Path("out/toy/samples/creature-0-000450.png").is_file()
+    assert ON_CPU or scores["moves"] > 69 and scores["cells"] > 90 and scores["identity_16"] > 96, scores
 
 
-def test_a_killed_run_goes_on(newcomer):
+def test_a_killed_run_with_pcgrad_goes_on_and_measures_cosines(newcomer):
     """Equal losses to 2 %: attention's backward adds up in another order each time."""
-    whole = go("whole")
+    whole = go("whole", pcgrad=4, gradcos_every=3)
     go_back("out/whole", 3, "out/killed")
-    assert go("killed") == pytest.approx(whole, rel=2e-2)
+    assert go("killed", pcgrad=4, gradcos_every=3) == pytest.approx(whole, rel=2e-2)
+    assert all(-1 <= line["cosine"] <= 1 for line in log_of("out/killed", "gradcos.jsonl"))
+
+
+ALL_NONE = dict(image_checkpointing="none", video_checkpointing="none")
 
 
 @pytest.mark.parametrize("lever, plain, tolerance", [
-    (dict(image_checkpointing="attention", video_checkpointing="attention"), dict(video_checkpointing="none"), 2e-2),
-    (dict(image_checkpointing="full", video_checkpointing="full"), dict(video_checkpointing="none"), 2e-2),
+    (dict.fromkeys(ALL_NONE, "attention"), ALL_NONE, 2e-2), (dict.fromkeys(ALL_NONE, "full"), ALL_NONE, 2e-2),
     pytest.param(dict(compile=True, lora_dropout=0.0), dict(lora_dropout=0.0), 2e-2, marks=needs_a_gpu),
-    pytest.param(dict(int8=True), {}, 5e-2, marks=[needs_a_gpu, needs_torchao])], ids=["attention", "full", "compile", "int8"])
+    pytest.param(dict(int8=True), {}, 5e-2, marks=[needs_a_gpu, needs_torchao])])
 def test_what_saves_time_or_memory_changes_no_loss(newcomer, request, lever, plain, tolerance):
     """Equal losses to 2 %, with 8 bits to 5 %. Compiled dropout has masks from another stream: there it is off."""
     name = request.node.callspec.id
@@ -81,54 +79,27 @@ def test_one_rank_of_nccl(tiny, inputs, tmp_path):
     ours, (x, text, t, ref) = tiny[0].to(DEVICE), (part.to(DEVICE) for part in inputs)
     expected = torch.autograd.grad(ours(x, text, t, reference=ref).sample.square().mean(), parameters)
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    backend = "gloo" if ON_CPU else "cpu:gloo,cuda:nccl"
-    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo" if ON_CPU else "cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
     try:
         ddp = torch.nn.parallel.DistributedDataParallel(ours, gradient_as_bucket_view=True, init_sync=False)
         ddp(x, text, t, reference=ref).sample.square().mean().backward()
-        sums = sum_over_ranks({"a": torch.ones(2, 4, device=DEVICE), "b": torch.ones(1, device=DEVICE)})
+        assert sum_over_ranks({"a": torch.ones(2, 4, device=DEVICE)})["a"].tolist() == [[1] * 4] * 2
     finally:
         torch.distributed.destroy_process_group()
     for parameter, gradient in zip(parameters, expected):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
-    assert sums["a"].shape == (2, 4) and sums["b"].item() == 1
 
 
 @needs_a_gpu
-@pytest.mark.parametrize("flags, most, mean", [
-    (dict(offload="model"), 8, 1), (dict(offload="sequential"), 8, 1),
-    pytest.param(dict(int8=True), 255, 32, marks=needs_torchao)], ids=["model", "sequential", "int8"])
-def test_offloaded_weights_give_the_same_video_and_eight_bits_a_similar_one(tmp_path, flags, most, mean):
+@pytest.mark.parametrize("flags", [dict(offload="model"), dict(offload="sequential")])
+def test_offloaded_weights_give_the_same_video(tmp_path, flags):
     """Equal to 8 of 255, the mean to 1: the VAE decodes in tiles where they fit."""
     videos = []
     for out, more in ((tmp_path / "plain.mp4", {}), (tmp_path / "other.mp4", flags)):
         sample.main(sample.Config(ref=str(ROOT / "toy/refs/creature-0.png"), lora=str(ROOT / "toy/lora"), steps=4,
                                   device=DEVICE.type, out=str(out), **more))
         videos.append(np.stack([np.asarray(frame, int) for frame in media.load_clip(out, 9, 4)]))
-    difference = np.abs(videos[0] - videos[1])
-    assert difference.max() <= most and difference.mean() <= mean
-
-
-def test_the_cosine_is_that_of_a_cpu(tiny, inputs):
-    """In float32, to 1e-3."""
-    model.add_lora(tiny[0], 4, 2)
-    randomise_lora(tiny[0])
-    measured = []
-    for device in ("cpu", DEVICE):
-        ours, (x, text, t, ref) = tiny[0].to(device), (part.to(device) for part in inputs)
-        named = [(n, p) for n, p in ours.named_parameters() if p.requires_grad]
-        measured.append(gradcos.measure(lambda task: [ours(x[:, :1] if task == "image" else x, text, t,
-                                                           reference=ref).sample.square().mean()], named))
-    for name in ("cosine", "norm_img", "norm_vid"):
-        assert measured[1][name] == pytest.approx(measured[0][name], rel=1e-3, abs=1e-3)
-
-
-def test_pcgrad_and_the_cosine_in_a_run(newcomer):
-    """... which goes on with the buffer of its checkpoint."""
-    whole = go("watched", pcgrad=4, gradcos_every=3)
-    assert all(-1 <= line["cosine"] <= 1 for line in log_of("out/watched", "gradcos.jsonl"))
-    go_back("out/watched", 3, "out/watched-killed")
-    assert go("watched-killed", pcgrad=4, gradcos_every=3) == pytest.approx(whole, rel=2e-2)
+    assert np.abs(videos[0] - videos[1]).max() <= 8 and np.abs(videos[0] - videos[1]).mean() <= 1
 
 
 def test_the_bench_at_two_layers(tmp_path):
@@ -137,8 +108,3 @@ def test_the_bench_at_two_layers(tmp_path):
     bench.main(bench.Config(layers=2, warmup=1, repeats=4, pictures=2, steps=2, **small, device=DEVICE.type,
                             json=str(tmp_path / "bench.json")))
     assert (tmp_path / "bench.json").is_file()
-
-
-def test_the_base_loads_in_the_devices_dtype():
-    pipe = base.load_pipeline(BASE, base.compute_dtype(DEVICE), DEVICE)
-    assert pipe.transformer.dtype == torch.bfloat16 and pipe._execution_device.type == DEVICE.type

@@ -1,0 +1,29 @@
+"""What pytest is told, in every folder: .pytest.ini names this file. It comes before anything imports torch, which
+reads the variables that are set here; only then it brings the fixtures of conftest.py."""
+import os
+import signal
+
+import pytest
+
+
+def pytest_configure(config):
+    # `pytest -m gpu` alone sees a GPU: the other tests compare bits, which only a CPU repeats, and only on one thread.
+    if config.option.markexpr != "gpu":
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what the tests have started ends with them
+    config.pluginmanager.import_plugin("tests.conftest")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite takes two processes, one for each core of a small machine. `pytest FILE` takes one, and so does
+    a GPU, because its memory is not shared out."""
+    option, alone = config.option, hasattr(config, "workerinput") or not config.pluginmanager.hasplugin("xdist")
+    if not alone and not option.file_or_dir and option.markexpr != "gpu" and option.numprocesses is None:
+        option.numprocesses, option.dist, option.loadscopereorder = 2, "loadscope", False
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first: else one of them runs alone at the end."""
+    longest = ["test_bench", "test_runs", "test_levers", "test_method", "test_prepare", "test_ends"]
+    items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
