@@ -327,7 +327,6 @@ def encode(cfg, pipe, batch, task, keep, noise_rng):
         ref = latents_of("reference")
     else:
         ref = torch.zeros_like(x[:, :1])
-        torch.randn(ref.shape, generator=noise_rng)  # t and noise must not depend on whether the reference was dropped
     if "text" in batch:
         return x, ref, to_device(batch["text"], device)
     cls = cls_for(cfg, task)
