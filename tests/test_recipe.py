@@ -168,8 +168,8 @@ SILENT = dict(  # ours, or the authors' code
     videos="data/pexels", out="out", name="subject", device="", tensorboard=False)
 SAMPLING = dict(
     steps=50, guidance=0.0, ref_guidance=1.0, lora_scale=1.0, seed=0, frames=0, fps=0.0, height=0, width=0, fit="cover",
-    batch=1, out="sample.mp4", lora="", base="", ref="", prompt="", prompts="", bench="", images=".", device="", int8=False,
-    offload="none")
+    batch=1, out="sample.mp4", lora="", base="", ref="", prompt="", prompts="", bench="", images=".", device="",
+    int8=False, offload="none")
 AUTHORS = dict(drop="reference", task_schedule="mixed", view_drop=0, crop_jitter=0, lora_dropout=0, cls="front",
                cls_video=False, image_micro=8, video_micro=1, image_checkpointing="attention")
 TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", cache="toy/data/cache", name="toy",
