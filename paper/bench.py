@@ -126,7 +126,7 @@ def build(cfg, layers, device, dtype, random=True):
 
 def as_stock(stock, rotary_tables):
     """The stock transformer under our call: the reference is one frame more, and its output is thrown away."""
-    def forward(noisy, text, timestep, reference, keep, return_dict):
+    def forward(noisy, text, timestep, reference, keep, first_frame, return_dict):
         rope = rotary_tables(noisy.shape[1] + 1, *noisy.shape[-2:], noisy.device)
         frames = torch.cat([reference.to(noisy), noisy], dim=1)
         return (stock(frames, text, timestep, image_rotary_emb=rope, return_dict=False)[0][:, 1:],)
@@ -447,7 +447,7 @@ def measure_rest(cfg, device, ours, parameters, scheduler):
                                          for task in ("image", "video", "image")][1:])
     with tempfile.TemporaryDirectory() as folder:
         results["a checkpoint"] = summary([timed(lambda: save_checkpoint(
-            Path(folder), 1, 1, lambda part: save_lora(ours, part), {"optimizer": optimizer}), device)])
+            Path(folder), 1, lambda part: save_lora(ours, part), {"optimizer": optimizer}), device)])
     for parameter in parameters:
         parameter.grad = None
 
