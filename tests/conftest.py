@@ -1,13 +1,11 @@
-"""The fixtures that several test files share, and what pytest is told: which device the tests see, and that a SIGTERM
-ends them. .pytest.ini names this file as a plugin, so that the tests of every folder have it."""
+"""Fixtures that several test files share, and what pytest is told. .pytest.ini names this file as a plugin: so the tests
+of every folder have it, and pytest_configure sets its variables before anything imports torch, which reads them."""
 import os
 import signal
 import sys
+from functools import partial
 
 import pytest
-
-# ---- a tiny model, and a run of seconds ------------------------------------------------------------------------------
-# They import tests.shared themselves: it imports torch, which reads the variables that pytest_configure sets.
 
 
 @pytest.fixture
@@ -31,7 +29,21 @@ def knobs(tmp_path_factory):
     return shared.small_knobs(tmp_path_factory.getbasetemp() / "toy")
 
 
-# ---- pytest itself ---------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory):
+    """The toy as a newcomer has it, in a folder where the tests then run. Without a GPU its data are few."""
+    from tests import shared
+    folder = tmp_path_factory.mktemp("newcomer")
+    (folder / "toy").mkdir()
+    for name in ("base", "lora", "refs"):
+        (folder / "toy" / name).symlink_to(shared.ROOT / "toy" / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        if not shared.torch.cuda.is_available():
+            for name, write in shared.creatures.DATA.items():
+                patch.setitem(shared.creatures.DATA, name, partial(write, n=8))
+        yield folder
+
 
 def pytest_configure(config):
     # `pytest -m gpu` alone sees a GPU: the other tests compare bits, which only a CPU repeats, and only on one thread.
@@ -42,11 +54,8 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     """End what the tests have started and not ended, with all of its children."""
-    shared = sys.modules.get("tests.shared")
-    if shared is None:
-        return
-    for process in shared.STARTED:
-        if process.poll() is None:
+    if shared := sys.modules.get("tests.shared"):
+        for process in shared.STARTED:
             shared.kill_job(process)
 
 
@@ -54,17 +63,12 @@ def pytest_unconfigure(config):
 def pytest_cmdline_main(config):
     """The whole suite takes two processes, one for each core of a small machine. `pytest FILE` takes one, and so does
     a GPU, because its memory is not shared out."""
-    whole = not config.option.file_or_dir and config.option.markexpr != "gpu"
-    if whole and config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput"):
-        if config.option.numprocesses is None:
-            config.option.numprocesses, config.option.dist = 2, "loadscope"
-            config.option.loadscopereorder = False
+    option, in_worker = config.option, hasattr(config, "workerinput")
+    if not option.file_or_dir and option.markexpr != "gpu" and not in_worker and config.pluginmanager.hasplugin("xdist"):
+        option.numprocesses, option.dist, option.loadscopereorder = option.numprocesses or 2, "loadscope", False
 
 
 def pytest_collection_modifyitems(items):
     """The files that take longest come first: else one of them runs alone at the end."""
     longest = ["test_bench", "test_runs", "test_levers", "test_method", "test_prepare", "test_ends"]
-
-    def place(item):
-        return longest.index(item.path.stem) if item.path.stem in longest else len(longest)
-    items.sort(key=place)
+    items.sort(key=lambda item: (longest.index(item.path.stem) if item.path.stem in longest else len(longest)))

@@ -12,40 +12,33 @@ from pathlib import Path
 
 import torch
 
-from common import run
-from common import watch
+from common import run, watch
 
 PLACE, STEP = os.environ["HOLD"].split()
 log_step, torch_save = watch.Log.step, torch.save
 
 
-def hold():
-    for _ in range(60_000):  # ten minutes
-        if run.SIGTERM.is_set():
-            return
+def hold(place, step):
+    until = time.time() + 600
+    while (place, step) == (PLACE, int(STEP)) and not run.SIGTERM.is_set():
         time.sleep(0.01)
-    sys.exit("no signal came")
+        if time.time() > until:
+            sys.exit("no signal came")
 
 
 def step_and_hold(log, step, *rest):
     log_step(log, step, *rest)
-    if step == int(STEP):
-        hold()
+    hold("step", step)
 
 
 def save_half_and_hold(state, file):
     torch_save(state, file)
-    if state["step"] == int(STEP):
-        whole = file.read_bytes()
-        file.write_bytes(whole[:len(whole) // 2])
-        hold()
-        file.write_bytes(whole)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:len(whole) // 2])
+    hold("save", state["step"])
+    file.write_bytes(whole)
 
 
 if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-    if PLACE == "step":
-        watch.Log.step = step_and_hold
-    else:
-        torch.save = save_half_and_hold
-sys.argv[0] = str(Path(__file__).parents[1] / "train.py")
-runpy.run_path(sys.argv[0], run_name="__main__")
+    watch.Log.step, torch.save = step_and_hold, save_half_and_hold
+runpy.run_path(str(Path(__file__).parents[1] / "train.py"), run_name="__main__")

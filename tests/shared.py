@@ -1,21 +1,19 @@
-"""What several test files share: a tiny model, runs that take seconds, and how to start them and read what they wrote.
-"""
+"""What test files share: a tiny model, runs that take seconds, and how to start them and read what they wrote."""
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
-from PIL import Image
 
 from toy import creatures
-from common import media
 import model
 import train
 
@@ -24,20 +22,8 @@ BASE = str(ROOT / "toy/base")
 TRAIN = str(ROOT / "train.py")
 PATIENCE = 600  # seconds until a test gives up waiting: only something that hangs takes that long
 T, C, H, W, L, N = 3, 4, 8, 12, 5, 24  # a tiny model on frames that are not square; N tokens per latent frame
-
-
-def free_port():
-    """A port for torchrun. Its own 29500 may be taken by another job; 32768 and above by any connection."""
-    for port in range(20_000 + os.getpid() % 8_000, 32_000):
-        with socket.socket() as s:
-            try:
-                s.bind(("127.0.0.1", port))
-                return port
-            except OSError:
-                continue
-
-
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+# --standalone finds a free port: torchrun's own 29500 may be taken by another job.
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 # ---- a tiny model ----------------------------------------------------------------------------------------------------
@@ -91,13 +77,6 @@ def small_knobs(folder):
             "lora_rank": 4, "lora_alpha": 2.0}
 
 
-def write_clip(path, levels, fps, caption="a thing moves"):
-    """A clip of grey frames, one per brightness in `levels`."""
-    media.save_video(path, [Image.new("RGB", (64, 64), (v, v, v)) for v in levels], fps)
-    if caption:
-        path.with_suffix(".txt").write_text(caption)
-
-
 def command(knobs, **more):
     """These knobs as a command line, for torchrun and for what needs a process of its own."""
     return [TRAIN, "--toy", *(f"--{name}={value}" for name, value in {**knobs, **more}.items())]
@@ -108,9 +87,8 @@ STARTED = []  # processes of the tests; when pytest ends, however it ends, so do
 
 def start(words, cwd, stderr=subprocess.STDOUT, **environment):
     """Start python with these words, in a process group of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     process = subprocess.Popen([sys.executable, *words], cwd=cwd, stdout=subprocess.PIPE, stderr=stderr, text=True,
-                               start_new_session=True, env=environment)
+                               start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
     STARTED.append(process)
     return process
 
@@ -126,15 +104,12 @@ def start_and_wait(words, folder, steps, cwd, hold):
     """Start a command of train.py and return once the log that it begins (or begins again) holds this many steps.
 
     The run gets no further than `hold` says (see hold.py) before a signal comes: it cannot be over too early."""
-    def log_number():
-        return log.stat().st_ino if log.is_file() else None
     log = folder / "log.jsonl"
-    before = log_number()  # a run that goes on replaces the log: then it is another file
-    words = [str(ROOT / "tests/hold.py") if word == TRAIN else word for word in words]
-    process = start(words, cwd, HOLD=hold)
+    before = log.stat().st_ino if log.is_file() else None  # a run that goes on replaces the log by another file
+    process = start([str(ROOT / "tests/hold.py") if word == TRAIN else word for word in words], cwd, HOLD=hold)
     until = time.time() + PATIENCE
     while time.time() < until and process.poll() is None:
-        if log_number() not in (None, before) and len(log_lines(folder)) >= steps:
+        if log.is_file() and log.stat().st_ino != before and len(log.read_text().splitlines()) >= steps:
             return process
         time.sleep(0.01)
     kill_job(process)
@@ -143,27 +118,21 @@ def start_and_wait(words, folder, steps, cwd, hold):
 
 def children(process):
     """The ids of the processes that this one started: the ranks of a torchrun."""
-    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    return [int(word) for word in listed.stdout.split()]
+    return [child.pid for child in psutil.Process(process.pid).children()]
 
 
 def kill_job(process):
-    """SIGKILL for a process and its children, all at once."""
-    for pid in (process.pid, *children(process)):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it is over
+    """SIGKILL for a process that still runs and for its children, all at once."""
+    if process.poll() is None:
+        for pid in (process.pid, *children(process)):
+            with suppress(ProcessLookupError):  # it is over
+                os.kill(pid, signal.SIGKILL)
 
 
 def log_of(folder, file="log.jsonl"):
     """The records of a run's log, without the times."""
     records = [json.loads(line) for line in (Path(folder) / file).read_text().splitlines()]
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
-
-
-def log_lines(folder):
-    return (Path(folder) / "log.jsonl").read_text().splitlines()
 
 
 def weights_of(folder, step=6):

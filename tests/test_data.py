@@ -12,7 +12,6 @@ from PIL import Image, ImageOps
 
 import data
 from common import media
-from tests.shared import write_clip
 
 pairs_of, clips_of = partial(data.ImagePairs, size=(16, 16)), partial(data.Clips, size=(16, 16), frames=9, fps=8)
 FILM = Fraction(24000, 1001)
@@ -110,7 +109,8 @@ def test_the_vae_takes_lengths_of_8k_plus_1():
 # ---- samples ---------------------------------------------------------------------------------------------------------
 
 def test_the_reference_is_a_random_frame_of_the_clip_and_the_same_each_time(tmp_path):
-    write_clip(tmp_path / "a.mp4", range(0, 180, 20), 8)
+    media.save_video(tmp_path / "a.mp4", greys(9), 8)
+    (tmp_path / "a.txt").write_text("a thing moves")
     items = [clips_of(tmp_path)[step, 0] for step in range(30)]
     picked = [[torch.equal(frame[None], item["reference"]) for frame in item["target"]] for item in items]
     assert np.sum(picked, 1).tolist() == [1] * 30 and np.any(picked, 0).sum() > 5
@@ -135,7 +135,8 @@ def test_a_clip_that_cannot_be_used_is_skipped_and_named(tmp_path):
     folder = tmp_path / "a/b"  # folders of folders are looked through
     folder.mkdir(parents=True)
     for name in ("good.mp4", "cut.MP4", "blank.Mov"):
-        write_clip(folder / name, [80] * 9, 8)
+        media.save_video(folder / name, greys(9), 8)
+        (folder / name).with_suffix(".txt").write_text("a thing moves")
     (folder / "cut.MP4").write_bytes((folder / "cut.MP4").read_bytes()[:700])
     (folder / "blank.txt").write_text("\ufeff \n", encoding="utf-8")
     items = [clips_of(tmp_path, in_order=True)[0, i] for i in range(3)]  # others stand in for two of them

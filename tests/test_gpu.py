@@ -2,34 +2,28 @@
 
 A GPU repeats numbers to its rounding only, so each test states its tolerance. GPU_TESTS_ON=cpu tries the tests
 themselves on a CPU, in bfloat16 as on a GPU and with shorter runs; what a CPU has not got is skipped."""
-from tests.shared import BASE, ROOT, go_back, log_of, randomise_lora
-
 import importlib.util
 import os
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from toy import creatures
-from common import media
-from common import base
 import gradcos
 import model
 import sample
 import train
-from paper import bench
-from toy import world
+from common import base, media
 from common.watch import sum_over_ranks
+from paper import bench
+from tests.shared import BASE, ROOT, go_back, log_of, randomise_lora
+from toy import world
 
 ON_CPU = os.environ.get("GPU_TESTS_ON") == "cpu"
 DEVICE = torch.device("cpu" if ON_CPU else "cuda")
-REF = str(ROOT / "toy/refs/creature-0.png")
-needs_cuda = pytest.mark.skipif(not ON_CPU and not torch.cuda.is_available(),
-                                reason="torch sees no GPU here; on a machine with one: pytest -m gpu")
-pytestmark = [pytest.mark.gpu, needs_cuda]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_CPU and not torch.cuda.is_available(),
+                                                  reason="torch sees no GPU here; on a machine with one: pytest -m gpu")]
 needs_a_gpu = pytest.mark.skipif(ON_CPU, reason="a CPU has no memory of its own to offload from")
 needs_torchao = pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="--int8: pip install torchao")
 
@@ -40,37 +34,20 @@ def bfloat16(monkeypatch):
         monkeypatch.setattr(base.compute_dtype, "__code__", (lambda device: torch.bfloat16).__code__)
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """A folder with the toy's base and references, where every test below trains."""
-    folder = tmp_path_factory.mktemp("toy")
-    (folder / "toy").mkdir()
-    for name in ("base", "lora", "refs"):
-        (folder / "toy" / name).symlink_to(ROOT / "toy" / name)
-    with pytest.MonkeyPatch.context() as patch:
-        if ON_CPU:
-            for name in ("pairs", "clips", "val_pairs", "val_clips"):
-                patch.setitem(creatures.DATA, name, partial(creatures.DATA[name], n=8))
-        yield folder
-
-
-def go(toy, monkeypatch, **knobs):
+def go(name, **knobs):
     """A short run of train.py --toy; its losses. Micro-batches and LoRA dropout as in the real run."""
-    monkeypatch.chdir(toy)
-    small = dict(toy=True, steps=6, save_every=3, val_every=0, sample_every=0, p=0.5, device=DEVICE.type,
-                 image_micro=8, video_micro=8, lora_dropout=0.1, view_drop=0.3)
+    small = dict(toy=True, steps=6, save_every=3, val_every=0, p=0.5, device=DEVICE.type, lora_dropout=0.1,
+                 view_drop=0.3, image_micro=8, video_micro=8)
     if ON_CPU:
         small |= dict(image_batch=4, image_micro=4, video_batch=2, video_micro=2)
-    cfg = train.Config(**{**small, **knobs})
-    train.main(cfg)
-    return [line["loss"] for line in log_of(f"out/{cfg.name}")]
+    train.main(train.Config(**small | knobs, name=name))
+    return [line["loss"] for line in log_of(f"out/{name}")]
 
 
-def test_the_toy_trains_to_the_scores_of_a_cpu(toy, monkeypatch):
+def test_the_toy_trains_to_the_scores_of_a_cpu(newcomer):
     """README's second command. Five seeds on a CPU: 89.6 +- 6.6 move, cells 93.7 +- 1.2, identity 99.6 +- 0.9; three
     standard deviations are allowed."""
-    monkeypatch.chdir(toy)
-    short = dict(steps=2, val_every=2, sample_every=0, image_batch=4, video_batch=2)
+    short = dict(steps=2, val_refs="", val_every=2, image_batch=4, video_batch=2)
     train.main(train.Config(toy=True, device=DEVICE.type, **(short if ON_CPU else {})))
     scores, _ = world.score_lora("out/toy", 4 if ON_CPU else 96, steps=2 if ON_CPU else 20)
     print(scores)
@@ -79,36 +56,29 @@ def test_the_toy_trains_to_the_scores_of_a_cpu(toy, monkeypatch):
         assert Path("out/toy/samples/creature-0-000450.png").is_file()
 
 
-def test_a_killed_run_goes_on(toy, monkeypatch):
+def test_a_killed_run_goes_on(newcomer):
     """Equal losses to 2 %: attention's backward adds up in another order each time."""
-    whole = go(toy, monkeypatch, name="whole")
+    whole = go("whole")
     go_back("out/whole", 3, "out/killed")
-    assert go(toy, monkeypatch, name="killed") == pytest.approx(whole, rel=2e-2)
+    assert go("killed") == pytest.approx(whole, rel=2e-2)
 
 
-@pytest.mark.parametrize("mode", ["attention", "full"])
-def test_checkpointing_changes_no_loss(toy, monkeypatch, mode):
-    """Equal losses to 2 %, and the memory that is kept is less."""
-    plain = go(toy, monkeypatch, name="none", image_checkpointing="none", video_checkpointing="none")
-    again = go(toy, monkeypatch, name=mode, image_checkpointing=mode, video_checkpointing=mode)
-    assert again == pytest.approx(plain, rel=2e-2)
-
-
-@needs_a_gpu
-def test_compiled_blocks_have_the_same_losses(toy, monkeypatch):
-    """Equal losses to 2 %, without LoRA dropout: its masks come from another stream."""
-    flags = dict(steps=3, lora_dropout=0.0)
-    plain = go(toy, monkeypatch, name="eager", **flags)
-    assert go(toy, monkeypatch, name="compiled", compile=True, **flags) == pytest.approx(plain, rel=2e-2)
+@pytest.mark.parametrize("lever, plain, tolerance", [
+    (dict(image_checkpointing="attention", video_checkpointing="attention"), dict(video_checkpointing="none"), 2e-2),
+    (dict(image_checkpointing="full", video_checkpointing="full"), dict(video_checkpointing="none"), 2e-2),
+    pytest.param(dict(compile=True, lora_dropout=0.0), dict(lora_dropout=0.0), 2e-2, marks=needs_a_gpu),
+    pytest.param(dict(int8=True), {}, 5e-2, marks=[needs_a_gpu, needs_torchao])], ids=["attention", "full", "compile", "int8"])
+def test_what_saves_time_or_memory_changes_no_loss(newcomer, request, lever, plain, tolerance):
+    """Equal losses to 2 %, with 8 bits to 5 %. Compiled dropout has masks from another stream: there it is off."""
+    name = request.node.callspec.id
+    assert go(name, steps=3, **lever) == pytest.approx(go(f"plain-{name}", steps=3, **plain), rel=tolerance)
 
 
 def test_one_rank_of_nccl(tiny, inputs, tmp_path):
     """DDP's gradient is the model's own, to 1e-5 in float32, and the log's sums cross the group."""
-    ours, _ = tiny
-    x, text, t, ref = (part.to(DEVICE) for part in inputs)
-    parameters = model.add_lora(ours.to(DEVICE), 4, 2)
-    randomise_lora(ours.cpu())
-    ours.to(DEVICE)
+    parameters = model.add_lora(tiny[0], 4, 2)
+    randomise_lora(tiny[0])
+    ours, (x, text, t, ref) = tiny[0].to(DEVICE), (part.to(DEVICE) for part in inputs)
     expected = torch.autograd.grad(ours(x, text, t, reference=ref).sample.square().mean(), parameters)
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     backend = "gloo" if ON_CPU else "cpu:gloo,cuda:nccl"
@@ -124,73 +94,49 @@ def test_one_rank_of_nccl(tiny, inputs, tmp_path):
     assert sums["a"].shape == (2, 4) and sums["b"].item() == 1
 
 
-def video_of(tmp_path, **flags):
-    out = tmp_path / "a.mp4"
-    sample.main(sample.Config(ref=REF, lora=str(ROOT / "toy/lora"), steps=4, device=DEVICE.type, out=str(out), **flags))
-    return np.stack([np.asarray(frame) for frame in media.load_clip(out, 9, 4)]).astype(int)
-
-
 @needs_a_gpu
-@pytest.mark.parametrize("offload", ["model", "sequential"])
-def test_offloaded_weights_give_the_same_video(tmp_path, offload):
+@pytest.mark.parametrize("flags, most, mean", [
+    (dict(offload="model"), 8, 1), (dict(offload="sequential"), 8, 1),
+    pytest.param(dict(int8=True), 255, 32, marks=needs_torchao)], ids=["model", "sequential", "int8"])
+def test_offloaded_weights_give_the_same_video_and_eight_bits_a_similar_one(tmp_path, flags, most, mean):
     """Equal to 8 of 255, the mean to 1: the VAE decodes in tiles where they fit."""
-    difference = np.abs(video_of(tmp_path, offload=offload) - video_of(tmp_path))
-    assert difference.max() <= 8 and difference.mean() <= 1
-
-
-@needs_a_gpu
-@needs_torchao
-def test_int8_trains_and_samples(toy, tmp_path, monkeypatch):
-    """The first losses equal to 5 %: eight bits are coarser than bfloat16."""
-    plain = go(toy, monkeypatch, name="bf16", steps=2)
-    assert go(toy, monkeypatch, name="int8", steps=2, int8=True) == pytest.approx(plain, rel=5e-2)
-    assert len(video_of(tmp_path, int8=True)) == 9
+    videos = []
+    for out, more in ((tmp_path / "plain.mp4", {}), (tmp_path / "other.mp4", flags)):
+        sample.main(sample.Config(ref=str(ROOT / "toy/refs/creature-0.png"), lora=str(ROOT / "toy/lora"), steps=4,
+                                  device=DEVICE.type, out=str(out), **more))
+        videos.append(np.stack([np.asarray(frame, int) for frame in media.load_clip(out, 9, 4)]))
+    difference = np.abs(videos[0] - videos[1])
+    assert difference.max() <= most and difference.mean() <= mean
 
 
 def test_the_cosine_is_that_of_a_cpu(tiny, inputs):
-    """In float32, to 1e-3, on the device and with the flat gradients in RAM."""
-    ours, _ = tiny
-    model.add_lora(ours, 4, 2)
-    randomise_lora(ours)
+    """In float32, to 1e-3."""
+    model.add_lora(tiny[0], 4, 2)
+    randomise_lora(tiny[0])
     measured = []
-    for device, flat in (("cpu", "cpu"), (DEVICE, DEVICE), (DEVICE, "cpu")):
-        ours.to(device)
-        x, text, t, ref = (part.to(device) for part in inputs)
-
-        def losses_of(task):
-            frames = x[:, :1] if task == "image" else x
-            yield ours(frames, text, t, reference=ref).sample.square().mean()
+    for device in ("cpu", DEVICE):
+        ours, (x, text, t, ref) = tiny[0].to(device), (part.to(device) for part in inputs)
         named = [(n, p) for n, p in ours.named_parameters() if p.requires_grad]
-        measured.append(gradcos.measure(losses_of, named, flat))
-    for other in measured[1:]:
-        assert other["cosine"] == pytest.approx(measured[0]["cosine"], abs=1e-3)
-        assert other["norm_vid"] == pytest.approx(measured[0]["norm_vid"], rel=1e-3)
+        measured.append(gradcos.measure(lambda task: [ours(x[:, :1] if task == "image" else x, text, t,
+                                                           reference=ref).sample.square().mean()], named))
+    for name in ("cosine", "norm_img", "norm_vid"):
+        assert measured[1][name] == pytest.approx(measured[0][name], rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize("where", [DEVICE.type, "cpu"])
-def test_pcgrad_projects_on_the_device(where):
-    """Two conflicting gradients, known by hand: (1, 0) against (-1, 1) leaves (1/2, 1/2)."""
-    parameter = torch.nn.Parameter(torch.zeros(2, device=DEVICE))
-    pcgrad = gradcos.PCGrad(4, torch.device(where))
-    for task, gradient in (("video", [-1.0, 1.0]), ("image", [1.0, 0.0])):
-        parameter.grad = torch.tensor(gradient, device=DEVICE)
-        pcgrad([parameter], task)
-    assert parameter.grad.device.type == DEVICE.type and pcgrad.buffer[0][1].device.type == where
-    assert torch.allclose(parameter.grad.cpu(), torch.tensor([0.5, 0.5]))
-
-
-def test_pcgrad_and_the_cosine_in_a_run(toy, monkeypatch):
-    assert all(np.isfinite(go(toy, monkeypatch, name="watched", pcgrad=4, gradcos_every=3, steps=4)))
+def test_pcgrad_and_the_cosine_in_a_run(newcomer):
+    """... which goes on with the buffer of its checkpoint."""
+    whole = go("watched", pcgrad=4, gradcos_every=3)
     assert all(-1 <= line["cosine"] <= 1 for line in log_of("out/watched", "gradcos.jsonl"))
+    go_back("out/watched", 3, "out/watched-killed")
+    assert go("watched-killed", pcgrad=4, gradcos_every=3) == pytest.approx(whole, rel=2e-2)
 
 
 def test_the_bench_at_two_layers(tmp_path):
     """Of the real width and frame size; on a CPU a small one. Its file is there after each part."""
     small = dict(heads=4, height=32, width=48, frames=9, rank=4) if ON_CPU else {}
-    out = tmp_path / "bench.json"
-    short = dict(layers=2, warmup=1, repeats=4, pictures=2, steps=2, **small)
-    bench.main(bench.Config(**short, device=DEVICE.type, json=str(out)))
-    assert out.is_file()
+    bench.main(bench.Config(layers=2, warmup=1, repeats=4, pictures=2, steps=2, **small, device=DEVICE.type,
+                            json=str(tmp_path / "bench.json")))
+    assert (tmp_path / "bench.json").is_file()
 
 
 def test_the_base_loads_in_the_devices_dtype():
