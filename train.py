@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup
 from diffusers.utils import logging as diffusers_logging
 
 import gradcos
@@ -33,13 +32,12 @@ from common.media import latent_frames, normalise
 from common.run import (SIGTERM, check, claim, command_line, join_ranks, knob, newest_checkpoint, print0,
                         rank_and_world_size, resume, rng, save_checkpoint, settings_of, sigterm_asks, start_log,
                         torch_rng)
-from common.setup import divide_batches, load_model, open_data
+from common.setup import divide_batches, image_stage, load_model, make_optimizer, open_data
 from common.watch import Log, Validation, add_losses, already_measured, describe, no_losses, sum_over_ranks
 from data import Clips, ImagePairs, batches
 from model import (encode_moments, encode_prompt, read_lora, sample_latents, save_lora, to_device, v_loss,
                    with_reference_token)
 
-CHECKPOINTING = ("full", "attention", "none")
 HELD_OUT = {"image": 64, "video": 32}  # samples that --val_every and --gradcos_every measure with, at most
 
 
@@ -92,8 +90,8 @@ class Config:
     save_every: int = knob(50, "steps between checkpoints (A.2)", trains=False)
     image_checkpointing: str = knob("none", "memory against time in image steps. none: keep all activations. attention:"
                                             " keep attention's outputs. full: keep blocks' inputs (A.1)",
-                                    *CHECKPOINTING, trains=False)
-    video_checkpointing: str = knob("attention", "the same in video steps", *CHECKPOINTING, trains=False)
+                                    "none", "attention", "full", trains=False)
+    video_checkpointing: str = knob("attention", "the same in video steps", "none", "attention", "full", trains=False)
     compile: bool = knob(False, "compile the blocks: faster steps, after minutes for each new shape of a micro-batch")
     workers: int = knob(4, "processes per rank that read data", trains=False)
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
@@ -153,7 +151,7 @@ def train(cfg):
     """The run out/NAME, from its newest checkpoint on."""
     world_size = rank_and_world_size()[1]
     device = use_device(cfg.device)
-    # Ranks wait for those that measure and sample: two hours are 40 samples of three minutes on the slowest one.
+    # Ranks wait for those that measure and sample: two hours are 40 samples of three minutes.
     join_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     folder = Path(cfg.out) / cfg.name
     cfg = divide_batches(cfg, world_size)
@@ -278,9 +276,8 @@ def plan(cfg, step):
 
 def tokens_to_keep(cfg, micro, n):
     """TokenDrop (3.4) in a video micro-batch: which of the reference's n tokens stay, a random share of 1 - token_drop.
-
-    Sorted indices (K,), or None for all. K is fixed, so that shapes stay the same. With --drop reference all stay or
-    none, as in the authors' scripts."""
+    Sorted indices (K,), None for all. K is fixed, so that shapes stay the same. With --drop reference all stay or none,
+    as in the authors' scripts."""
     if cfg.drop == "reference":
         return all_or_none(cfg, micro, cfg.token_drop)
     kept = round((1 - cfg.token_drop) * n)
@@ -299,10 +296,9 @@ def all_or_none(cfg, micro, drop):
 
 
 def image_frame(cfg, micro, T):
-    """The latent frame (of RoPE) at which the target of a micro-batch begins; the reference is frame 0.
-
-    A clip has frames 1..T. A picture is one frame long and so, in the paper, always frame 1 (3.3): what image steps
-    teach, they teach at one distance from the reference. With --image_frame random it is any of 1..T."""
+    """The latent frame (of RoPE) at which the target of a micro-batch begins; the reference is frame 0. A clip
+    has frames 1..T. A picture is, in the paper, always frame 1 (3.3): what image steps teach, they teach at one
+    distance from the reference. With --image_frame random it is any of 1..T."""
     if micro.task == "video" or cfg.image_frame == "first":
         return 1
     return int(rng(cfg.seed, "image frame", micro.step, micro.index).integers(1, T, endpoint=True))
@@ -312,8 +308,7 @@ def encode(cfg, pipe, batch, task, keep, noise_rng):
     """A batch of the loader -> latents x (B,T,C,H,W), reference latents (B,1,C,H,W), text (B,L,D), on the device.
 
     The VAE encodes pixels; a cache holds the moments of its posterior instead. Latents are a draw from these either
-    way. The reference is encoded on its own, not cut from the clip's latents; zeros stand in for one that is dropped
-    whole."""
+    way. The reference is encoded on its own; zeros stand in for one that is dropped whole."""
     device = pipe.transformer.device
 
     def latents_of(picture):
@@ -327,7 +322,6 @@ def encode(cfg, pipe, batch, task, keep, noise_rng):
         ref = latents_of("reference")
     else:
         ref = torch.zeros_like(x[:, :1])
-        torch.randn(ref.shape, generator=noise_rng)  # t and noise must not depend on whether the reference was dropped
     if "text" in batch:
         return x, ref, to_device(batch["text"], device)
     cls = cls_for(cfg, task)
@@ -343,15 +337,10 @@ def sample_noise(x, scheduler, noise_rng):
 
 # ---- the parts of a run ----------------------------------------------------------------------------------------------
 
-def image_stage(cfg):
-    """Image steps of 'two_stage' (D.7): as many as the coin would give on average."""
-    return round((1 - cfg.p) * cfg.steps)
-
-
 def held_out_batches(cfg, pipe, size, frames, n_ref):
-    """This rank's held-out micro-batches, (task, inputs of v_loss), as in B.1: fixed samples, noise, timesteps, kept
-    tokens and image frames, without view drop. They depend on the flags of data, prompts, token drop, image frame and
-    micro-batch sizes, not on --seed: compare held-out losses of runs that share these."""
+    """This rank's held-out micro-batches, (task, inputs of v_loss), as in B.1: fixed samples and draws, no view drop.
+    They do not depend on --seed, but on all flags of data and drops: compare held-out losses of runs that share them.
+    """
     cfg = replace(cfg, seed=2**31 - 1)
     rank, world_size = rank_and_world_size()
     datasets = {"image": ImagePairs(f"{cfg.images}_val", size, cfg.crop_jitter, cfg.seed, in_order=True),
@@ -385,26 +374,10 @@ def look(cfg):
         x, ref, _ = encode(cfg, pipe, batch, micro.task, keep, torch_rng(cfg.seed, "noise", micro.step, micro.index))
         seen.append((micro, batch, x, ref, keep))
     write_sheet(cfg, pipe, seen, Path(cfg.out) / cfg.name / "look.png")
-    print0(f"wrote {Path(cfg.out) / cfg.name / 'look.png'}")
-
-
-def make_optimizer(cfg, parameters):
-    """AdamW and its learning rate: warm-up, then cosine with restarts (A.2)."""
-    # The paper is silent on weight decay and on the number of restarts: one cycle is a plain cosine.
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
-
-    def decay_over(steps):
-        return get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, cfg.warmup, steps, num_cycles=1)
-    first = image_stage(cfg)
-    if cfg.task_schedule != "two_stage" or first in (0, cfg.steps):
-        return optimizer, decay_over(cfg.steps)
-    # Two trainings, one after the other: with one decay over both the second would have a learning rate near zero.
-    stages = [decay_over(first), decay_over(cfg.steps - first)]
-    return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, stages, [first])
 
 
 def save(transformer, folder, cfg):
-    """The LoRA with what sample.py needs to know of its training in the file's header."""
+    """The LoRA, and in its header what sample.py needs to know of its training."""
     save_lora(transformer, folder, base=cfg.base, cls=cfg.cls, fps=str(cfg.fps), guidance=str(cfg.guidance),
               trained_by=json.dumps(asdict(cfg)))
 

@@ -168,25 +168,22 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
         except (ValueError, OSError) as e:
             print(f"skipped: {e}", file=sys.stderr)
     todo = [(item, file, stamp) for item, file, stamp in mine if stamp_of(file) != stamp]  # not there, cut, or stale
-    counts = torch.tensor([len(todo), len(mine) - len(todo)])  # to do and cached, all ranks together
-    if world_size > 1:
-        dist.all_reduce(counts)
-    if rank == 0 and counts[0]:
+    cached = torch.tensor(len(mine) - len(todo))
+    if rank == 0:
         write(index, json.dumps(key | {"complete": False}, indent=1))
-    cached = torch.tensor(0)
     pictures = 2 * cfg.crops if task == "image" else frames  # in an item
     together = min(8, max(1, VAE_PIXELS // (pictures * size[0] * size[1])))
     for i in tqdm(range(0, len(todo), together), desc=f"caching {task}s", disable=rank > 0):
-        files, pixels, prompts = [], [], []
+        group = []
         for item, file, stamp in todo[i:i + together]:
             try:
                 loaded, *words = load_item(cfg, task, dataset, item, size)
+                group.append(((file, stamp), loaded, words))
             except (ValueError, KeyError, OSError) as e:
                 print(f"skipped: {e}", file=sys.stderr)
-                continue
-            files, pixels, prompts = [*files, (file, stamp)], [*pixels, loaded], [*prompts, words]
-        if not files:
+        if not group:
             continue
+        files, pixels, prompts = zip(*group)
         moments = encode_moments(pipe.vae, normalise(torch.cat(pixels))).cpu().chunk(len(files))
         for (file, stamp), m, (words, name) in zip(files, moments, prompts):
             if task == "video":
@@ -209,8 +206,7 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
     if world_size > 1:
         dist.all_reduce(cached)
     if rank == 0:
-        cached = (counts[1] + cached).item()
-        write(index, json.dumps(key | {"complete": True, "cached": cached}, indent=1))
+        write(index, json.dumps(key | {"complete": True, "cached": cached.item()}, indent=1))
         print(f"{out}: {cached} of {len(items)} {task}s cached")
 
 

@@ -57,3 +57,4 @@ def write_sheet(cfg, pipe, seen, path):
         sheet.paste(row, (0, i * high + WORDS))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+    print(f"wrote {path}")

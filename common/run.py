@@ -95,7 +95,8 @@ def command_line(main, Config, description, argv=None, positional=None, out_of_m
             print(f"{parser.prog}: interrupted", file=sys.stderr)
             sys.exit(130)
         if isinstance(e, torch.OutOfMemoryError):
-            e = f"the GPU's memory is full ({str(e).split('. ')[0]}). Try {out_of_memory}"
+            advice = f". Try {out_of_memory}" if out_of_memory else ""
+            e = f"the GPU's memory is full ({str(e).split('. ')[0]}){advice}"
         lines = str(e).strip().splitlines()
         if "Original Traceback" in str(e):  # it comes from a process that reads data: its last line says what is wrong
             lines = lines[-1:]

@@ -1,7 +1,8 @@
-"""What a run is made of: each rank's share of a batch, the base with its LoRA, the data sets."""
+"""What a run is made of: each rank's share of a batch, the base with its LoRA, the data sets, the optimiser."""
 from dataclasses import replace
 
 import torch
+from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup
 
 from common.base import compute_dtype, find_lora, frame_size, load_pipeline, tile_large_clips, warn_of_another_size
 from common.latents import open_caches
@@ -81,3 +82,23 @@ def open_data(cfg, pipe):
                    "they are new: run python -m paper.prepare cache again)")
     pixels = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size  # a token's side
     return datasets, size, frames, (height // pixels) * (width // pixels)
+
+
+def image_stage(cfg):
+    """Image steps of 'two_stage' (D.7): as many as the coin would give on average."""
+    return round((1 - cfg.p) * cfg.steps)
+
+
+def make_optimizer(cfg, parameters):
+    """AdamW and its learning rate: warm-up, then cosine with restarts (A.2)."""
+    # The paper is silent on weight decay and on the number of restarts: one cycle is a plain cosine.
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
+
+    def decay_over(steps):
+        return get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, cfg.warmup, steps, num_cycles=1)
+    first = image_stage(cfg)
+    if cfg.task_schedule != "two_stage" or first in (0, cfg.steps):
+        return optimizer, decay_over(cfg.steps)
+    # Two trainings, one after the other: with one decay over both the second would have a learning rate near zero.
+    stages = [decay_over(first), decay_over(cfg.steps - first)]
+    return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, stages, [first])

@@ -30,168 +30,18 @@ import gradcos
 import train
 from common.run import changed, command_line, knob, newest_checkpoint, read_json, records, write
 
-ROWS = {  # name: flags of train.py. Sizes of data sets are shares of the toy's 2,000 pairs and 400 clips.
-    "ours": {},
-    "image-only": {"p": 0.0},
-    "p-0.05": {"p": 0.05},
-    "p-0.1": {"p": 0.1},
-    "p-0.4": {"p": 0.4},
-    "p-0.6": {"p": 0.6},
-    "two-stage": {"task_schedule": "two_stage"},
-    "pairs-1pct": {"images": "toy/data/pairs-20"},   # 2,000 of 200K
-    "pairs-2pct": {"images": "toy/data/pairs-40"},   # 4,000 of 200K
-    "pcgrad-4": {"pcgrad": 4},
-    "pcgrad-8": {"pcgrad": 8},
-    "text-to-video": {"token_drop": 1.0},
-    "clips-25pct": {"videos": "toy/data/clips-100"},  # 1K of 4K
-    "first-frame-no-drop": {"random_frame": False, "token_drop": 0.0},
-    "random-frame-no-drop": {"token_drop": 0.0},
-    "first-frame-drop": {"random_frame": False},
-    "t2v-finetuning": {"p": 1.0, "token_drop": 1.0},
-    "thaw": {"p": 1.0, "init_lora": "image-only", "steps": 200, "warmup": 10, "lr": 1e-3},  # goes on from that run
-    "elsewhere": {"images": "toy/data/pairs_elsewhere"},
-    "elsewhere-image-only": {"images": "toy/data/pairs_elsewhere", "p": 0.0},
-    "walking": {"images": "toy/data/pairs_walking"},
-    "walking-image-only": {"images": "toy/data/pairs_walking", "p": 0.0},
-    "base-walks": {"base": "toy/base_walks"},  # a base whose clips all walk
-    "base-walks-image-only": {"base": "toy/base_walks", "p": 0.0},
-    "low-lr-image-only": {"lr": 2e-3, "p": 0.0},
-    "view-drop": {"view_drop": 0.5},
-    "scope-reference": {"lora_scope": "reference"},
-    "scope-reference-image-only": {"lora_scope": "reference", "p": 0.0},
-    "no-cls": {"cls": "off"},
-    "clips-50pct": {"videos": "toy/data/clips-200"},
-    "clips-75pct": {"videos": "toy/data/clips-300"},
-    "drop-reference": {"drop": "reference"},
-    "mixed": {"task_schedule": "mixed", **train.TOY_AUTHORS},
-    "cls-item": {"cls": "item"},
-    "authors": {"recipe": "authors", **train.AUTHORS, **train.TOY_AUTHORS},
-    # The target of an image step at any latent frame of a clip instead of always the first: a row of each kind above.
-    "image-only-any-frame": {"p": 0.0, "image_frame": "random"},
-    "ours-any-frame": {"image_frame": "random"},
-    "base-walks-image-only-any-frame": {"base": "toy/base_walks", "p": 0.0, "image_frame": "random"},
-    "p-0.1-any-frame": {"p": 0.1, "image_frame": "random"},
-    "p-0.05-any-frame": {"p": 0.05, "image_frame": "random"},
-    "p-0.4-any-frame": {"p": 0.4, "image_frame": "random"},
-    "scope-reference-image-only-any-frame": {"lora_scope": "reference", "p": 0.0, "image_frame": "random"},
-    "view-drop-any-frame": {"view_drop": 0.5, "image_frame": "random"},
-    # The rival (3.5, Figure 4): another LoRA makes a single picture of the subject (PICTURE_BY), then image-to-video.
-    "picture-then-video": {"p": 1.0, "random_frame": False, "token_drop": 0.0},  # as many clips as `ours` sees
-    "picture-then-video-long": {"p": 1.0, "random_frame": False, "token_drop": 0.0, "steps": train.TOY["steps"]},
-}
+PAPER = read_json(Path(__file__).with_name("tables.json"))  # all that is run, and what the paper says of it
+ROWS = PAPER["rows"]          # name: flags of train.py. Data sets are shares of the toy's 2,000 pairs and 400 clips
+FIGURES = PAPER["figures"]    # figure: its rows
+TABLES = PAPER["tables"]      # table: [row, the paper's name, the paper's numbers in PAPER_COLUMNS or null]
+FINDINGS = PAPER["findings"]  # where, what the paper says, column, higher row, lower row (or a number), perhaps a margin
 PICTURE_BY = {"picture-then-video": "image-only", "picture-then-video-long": "image-only"}
 SHORT = {"t2v-finetuning", "picture-then-video"}  # a fifth of the steps: Table 11's baseline had 800 of 4,000
-FIGURES = {  # figure: its rows. headline and dose are drawn from results, the next from gradcos, the others from runs
-    "headline": ("ours", "image-only", "thaw"),
-    "dose": ("image-only", "p-0.05", "p-0.1", "ours", "p-0.4", "p-0.6"),
-    "figure9": ("ours", "image-only"), "figure10": ("ours", "pcgrad-4", "pcgrad-8"),
-    "cosines": ("image-only", "elsewhere-image-only", "walking-image-only", "low-lr-image-only"),
-    "figure11": ("ours", "pairs-2pct", "pairs-1pct"),
-    "figure12": ("first-frame-no-drop", "random-frame-no-drop", "ours"),
-    "figure13": ("image-only", "two-stage", "ours"),
-}
 CURVES = FIGURES["headline"]  # scored at checkpoints too
 PICTURES = (*CURVES, "ours-any-frame", "image-only-any-frame")  # scored on single pictures too
 WATCHED = {*FIGURES["figure9"], *FIGURES["figure10"], *FIGURES["cosines"]}  # measured with gradcos
 
 PAPER_COLUMNS = ("Motion Smoothness", "Dynamic Degree", "CLIP-T", "CLIP-I", "DINO-I")
-TABLES = {  # table: (row, the paper's name, the paper's numbers in PAPER_COLUMNS)
-    "table3": [("image-only", "Image-only", (99.60, 0.84, 32.67, 71.15, 43.19)),
-               ("two-stage", "Two-stage", (96.04, 81.51, 28.96, 84.73, 76.13)),
-               ("ours", "Ours (200K; the image-only row is Table 9's 4K run)", (98.45, 69.64, 32.69, 77.14, 62.88))],
-    "table4": [("pairs-1pct", "2,000 pairs", (98.72, 60.71, 33.38, 74.72, 57.03)),
-               ("pairs-2pct", "4,000 pairs", (97.99, 78.33, 33.22, 75.87, 58.86)),
-               ("ours", "200K pairs", (98.45, 69.64, 32.69, 77.14, 62.88))],
-    "table5": [("pcgrad-8", "PCGrad, buffer 8", (98.86, 50.83, 31.28, 82.17, 74.32)),
-               ("pcgrad-4", "PCGrad, buffer 4", (97.74, 70.83, 33.44, 74.52, 56.15)),
-               ("ours", "without PCGrad", (98.45, 69.64, 32.69, 77.14, 62.88))],
-    "table6": [("no-cls", "without `<cls>`", (98.84, 54.55, 32.87, 73.36, 57.51)),
-               ("ours", "with `<cls>`", (97.99, 78.33, 33.22, 75.87, 58.86))],
-    "table7": [("text-to-video", "T2I + T2V", (98.85, 44.14, 33.41, 72.71, 48.68)),
-               ("ours", "Ours", (97.99, 78.33, 33.22, 75.87, 58.86))],
-    "table8": [("clips-25pct", "1K clips", (99.03, 59.66, 32.16, 72.69, 56.98)),
-               ("clips-50pct", "2K clips", (98.96, 52.25, 32.49, 72.13, 54.42)),
-               ("clips-75pct", "3K clips", (98.79, 55.46, 32.04, 72.79, 55.57)),
-               ("ours", "4K clips", (97.99, 78.33, 33.22, 75.87, 58.86))],
-    "table9": [("image-only", "p = 0.0", (99.60, 0.84, 32.67, 71.15, 43.19)),
-               ("ours", "p = 0.2", (97.99, 78.33, 33.22, 75.70, 58.86)),
-               ("p-0.4", "p = 0.4", (98.31, 59.12, 31.94, 73.53, 56.60)),
-               ("p-0.6", "p = 0.6", (98.33, 60.87, 31.31, 76.71, 62.84))],
-    "table11": [("t2v-finetuning", "CogVideoX fine-tuned on clips (FVD 598 / 594 / 574)", None),
-                ("image-only", "Image-only (FVD 642 / 636 / 680)", None),
-                ("two-stage", "Two-stage (FVD 802 / 872 / 824)", None), ("ours", "Ours (FVD 512 / 512 / 550)", None)],
-    "figure12": [("first-frame-no-drop", "first frame, no drop (pictures in the paper)", None),
-                 ("random-frame-no-drop", "random frame, no drop", None),
-                 ("first-frame-drop", "first frame, drop", None), ("ours", "random frame, drop", None)],
-    "dose": [(row, f"p = {ROWS[row].get('p', 0.2):g}", None) for row in FIGURES["dose"]],
-    "world": [("ours", "same place in both views, captions \"stands\"", None),
-              ("image-only", "the same, p = 0", None),
-              ("elsewhere", "another place in each view", None), ("elsewhere-image-only", "the same, p = 0", None),
-              ("walking", "action words in the captions of pairs", None),
-              ("walking-image-only", "the same, p = 0", None),
-              ("base-walks", "a base that has seen no clip in which a creature stands", None),
-              ("base-walks-image-only", "the same, p = 0", None),
-              ("low-lr-image-only", "a third of the learning rate, p = 0", None)],
-    "recipes": [("ours", "the paper's text: token drop, one coin a step, `<cls>` in front", None),
-                ("drop-reference", "the whole reference in half of the video micro-batches", None),
-                ("mixed", "8 coins a step", None), ("cls-item", "`<cls>` before the name", None),
-                ("view-drop", "view drop 0.5", None), ("authors", "the authors' scripts", None)],
-    "method": [("ours", "the default", None), ("view-drop", "view drop 0.5 (A.2)", None),
-               ("scope-reference", "LoRA on reference tokens only", None),
-               ("scope-reference-image-only", "the same, p = 0", None), ("image-only", "all tokens, p = 0", None),
-               ("thaw", "image-only, then 200 steps of clips", None)],
-    "any-frame": [("image-only", "p = 0, a picture's target at latent frame 1", None),
-                  ("image-only-any-frame", "the same, at any latent frame of a clip", None),
-                  ("p-0.05", "p = 0.05, at 1", None), ("p-0.05-any-frame", "the same, at any", None),
-                  ("p-0.1", "p = 0.1, at 1", None), ("p-0.1-any-frame", "the same, at any", None),
-                  ("ours", "p = 0.2, at 1", None), ("ours-any-frame", "the same, at any", None),
-                  ("p-0.4", "p = 0.4, at 1", None), ("p-0.4-any-frame", "the same, at any", None),
-                  ("view-drop", "view drop 0.5, p = 0.2, at 1", None),
-                  ("view-drop-any-frame", "the same, at any", None),
-                  ("scope-reference-image-only", "LoRA on reference tokens only, p = 0, at 1", None),
-                  ("scope-reference-image-only-any-frame", "the same, at any", None),
-                  ("base-walks-image-only", "a base that has seen no clip that stands, p = 0, at 1", None),
-                  ("base-walks-image-only-any-frame", "the same, at any", None)],
-    "rival": [("ours", "dual-task: 360 steps of pairs and 90 of clips", None),
-              ("picture-then-video", "450 of pairs for a picture, then 90 of clips: image-to-video", None),
-              ("picture-then-video-long", "the same with 450 of clips", None)],
-}
-FINDINGS = [  # where, what the paper says, column, the higher row, the lower row (or a number), perhaps a margin
-    ("Tables 3, 9", "dual-task moves more than image-only", "moves", "ours", "image-only"),
-    ("Tables 3, 9", "image-only training freezes (moves in under 5 %)", "moves", 5.0, "image-only"),
-    ("Tables 3, 9", "... whole: more than half of its videos are frozen", "frozen", "image-only", 50.0),
-    ("Tables 3, 9", "dual-task keeps more identity than image-only", "cells", "ours", "image-only"),
-    ("Table 3", "two-stage keeps more identity than dual-task", "cells", "two-stage", "ours"),
-    ("Table 11", "dual-task's motion is better than two-stage's (FVD there)", "moves_right", "ours", "two-stage"),
-    ("Table 11", "dual-task's motion is better than image-only's", "moves_right", "ours", "image-only"),
-    ("Table 4's numbers", "more pairs, more identity (100 % against 1 %)", "cells", "ours", "pairs-1pct"),
-    ("Table 4, 5.3", "2 % of the pairs keep as much identity, to 10 points", "cells", "pairs-2pct", "ours", 10),
-    ("Table 4, 5.3", "1 % of the pairs keep as much identity, to 10 points", "cells", "pairs-1pct", "ours", 10),
-    ("B.3's text", "PCGrad changes identity by little (10 points)", "cells", "pcgrad-8", "ours", 10),
-    ("B.3's text", "PCGrad changes motion by little (10 points)", "moves", "pcgrad-8", "ours", 10),
-    ("Figure 10", "PCGrad's cosine is the default's, to 0.05", "cosine", "pcgrad-8", "ours", 0.05),
-    ("Table 7", "text-to-video instead costs identity", "cells", "ours", "text-to-video"),
-    ("Table 7", "text-to-video instead costs motion", "moves", "ours", "text-to-video"),
-    ("Table 9", "p = 0.6 keeps more identity than p = 0.2", "cells", "p-0.6", "ours"),
-    ("Figure 12, D.6", "random frame alone moves more than neither", "moves", "random-frame-no-drop",
-     "first-frame-no-drop"),
-    ("Figure 12, D.6", "with drop it moves more than neither", "moves", "ours", "first-frame-no-drop"),
-    ("Figure 5", "the cosine at p = 0.2 is zero, to 0.05", "cosine", "ours", 0.0, 0.05),
-    ("Figure 9, B.2", "image-only's cosine is above 0.4", "cosine", "image-only", 0.4),
-    ("Figure 9, B.2", "image-only's video gradient is larger", "norm_vid", "image-only", "ours"),
-    ("Figure 9, B.2", "image-only's image gradient is larger", "norm_img", "image-only", "ours"),
-    ("not the paper's", "image-only freezes less when the views show another place", "moves", "elsewhere-image-only",
-     "image-only"),
-    ("not the paper's", "... and then breaks instead", "broken", "elsewhere-image-only", "image-only"),
-    ("not the paper's", "... and its cosine is positive", "cosine", "elsewhere-image-only", 0.05),
-    ("not the paper's", "action words in the pairs' captions freeze as well (under 5 %)", "moves", 5.0,
-     "walking-image-only"),
-    ("not the paper's", "a random frame keeps more identity than the first", "cells", "random-frame-no-drop",
-     "first-frame-no-drop"),
-    ("not the paper's", "LoRA on reference tokens alone protects motion at p = 0", "moves",
-     "scope-reference-image-only", "image-only"),
-    ("not the paper's", "200 steps of clips thaw an image-only LoRA", "moves", "thaw", "image-only"),
-]
 CANNOT_SHOW = """What the toy cannot show in principle, and is therefore no finding here: that `<cls>` helps (Table 6:
 a toy prompt names one thing only), that more clips help (Table 8: 100 clips hold every field and direction there is),
 that p = 0.2 moves more than p = 0.6 or two-stage more than dual-task (Tables 3, 9: the clips' own share of motion is

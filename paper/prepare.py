@@ -205,9 +205,10 @@ class PoliteRetry(urllib3.Retry):
     def sleep(self, response=None):
         asked, now = self.get_retry_after(response) if response else None, time.monotonic()
         if asked:
+            asked = min(asked, LONGEST_WAIT)
             if now >= PoliteRetry.until:  # else it is another thread's refusal of the same moment
                 tqdm.write(f"the server says HTTP {response.status}: all downloads wait {asked:.0f} s", file=sys.stderr)
-            PoliteRetry.until = max(PoliteRetry.until, now + min(asked, LONGEST_WAIT))
+            PoliteRetry.until = max(PoliteRetry.until, now + asked)
         rest(max(self.get_backoff_time(), PoliteRetry.until - now))
 
 

@@ -291,7 +291,7 @@ def test_a_benchmark_is_sampled_and_goes_on(tmp_path, capsys):
 
 
 HELD = """import os, runpy, sys, time
-import data
+from common import media
 save = media.save_video
 def save_and_hold(path, *args, **options):
     save(path, *args, **options)

@@ -128,12 +128,13 @@ def server(tmp_path, monkeypatch):
     httpd.shutdown()
 
 
-def listing(tmp_path, url, kinds, others=(), **more):
+def listing(tmp_path, url, kinds, others=(), ids="", **more):
     """A config that asks for 9 frames at 4 fps of these clips; others: what further rows of the list hold instead."""
+    (tmp_path / "ids.txt").write_text(ids)
     rows = [{"title": f"a thing {k}", "video": f"{url}/{k}.mp4", "duration": "PT00M12S", "sfw": True} for k in kinds]
     pq.write_table(pa.Table.from_pylist(rows + [rows[0] | other for other in others]), tmp_path / "list.parquet")
     return Pexels(**{"out": str(tmp_path / "p"), "source": str(tmp_path / "list.parquet"), "n": 99, "val": 0,
-                     "frames": 9, "fps": 4.0, **more})
+                     "frames": 9, "fps": 4.0, "ids": str(tmp_path / "ids.txt") if ids else "", **more})
 
 
 def test_a_hostile_server_costs_only_the_clips_that_it_spoils(server, tmp_path, capsys):
@@ -142,20 +143,20 @@ def test_a_hostile_server_costs_only_the_clips_that_it_spoils(server, tmp_path, 
              "page": "failed a web page", "cut": "failed ProtocolError", "slow": "failed not done after",
              "corrupt": "filtered cannot read the clip"}
     url, requests = server
-    links = [f"{kind}-1" for kind in fates] + [f"good-{i}" for i in range(2, 22)]
+    links = [f"{kind}-6" for kind in fates] + [f"good-{i}" for i in range(7, 67)]  # busy-6 is among the first
     prepare_pexels(listing(tmp_path, url, links, store="training"))
     said = capsys.readouterr()
-    assert "25 of 99 clips kept; 1 filtered, 1 portrait, 1 dead, 4 failed, 1 refused" in said.out
+    assert "65 of 99 clips kept; 1 filtered, 1 portrait, 1 dead, 4 failed, 1 refused" in said.out
     for status, why, link in json.loads((tmp_path / "p/prepare.json").read_text())["done"]["train"].values():
         assert f"{status} {why}".startswith(fates[link.split("/")[-1].split("-")[0]]), link
     asked = Counter(path for _, path in requests)
-    assert asked["/missing-1.mp4"] == 1 and asked["/broken-1.mp4"] == 2  # what may pass is tried again
-    refused, again = (second for second, path in requests if path == "/busy-1.mp4")
+    assert asked["/missing-6.mp4"] == 1 and asked["/broken-6.mp4"] == 2  # what may pass is tried again
+    refused, again = (second for second, path in requests if path == "/busy-6.mp4")
     assert again >= refused + 1 and said.err.count("HTTP 429: all downloads wait 1 s") == 1
     assert not [path for second, path in requests if refused + 0.25 < second < refused + 1]
     # --store training: 9 frames at 4 fps, every third of 30 at 12, and 480 rows or fewer
     clips = {clip.with_suffix(".txt").read_text(): load_clip(clip, 9, 4.0) for clip in tmp_path.glob("p/*.mp4")}
-    assert clips["a thing large-1\n"][0].size == (960, 480) and clips["a thing good-1\n"][0].size == (128, 72)
+    assert clips["a thing large-6\n"][0].size == (960, 480) and clips["a thing good-6\n"][0].size == (128, 72)
     assert all([round(f.getpixel((9, 9))[0] / 27) for f in clip] == list(range(9)) for clip in clips.values())
 
 
@@ -169,8 +170,9 @@ def test_a_dead_network_ends_the_run_and_old_failures_do_not(server, tmp_path, c
 @pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stopped_run_ends_at_once_and_the_next_fetches_what_is_missing(server, tmp_path, sent, code):
     url, requests = server
-    cfg = listing(tmp_path, url, ["slow-1", "good-1", "good-2", "good-3"])
-    flags = [f"--{name}={getattr(cfg, name)}" for name in ("out", "source", "val", "frames", "fps")]
+    names = ["slow-1", "good-1", "good-2", "good-3"]
+    cfg = listing(tmp_path, url, names, ids=" ".join(names))  # asked for by name, none is held out
+    flags = [f"--{name}={getattr(cfg, name)}" for name in ("out", "source", "val", "frames", "fps", "ids")]
     process = start(["-m", "paper.prepare", "pexels", *flags], cwd=tmp_path)
     while len(list(tmp_path.glob("p/*.mp4"))) < 3 or len(requests) < 4:
         assert process.poll() is None, process.communicate()[0]
@@ -192,20 +194,18 @@ def test_held_out_clips_never_move_into_training(server, tmp_path):
     prepare_pexels(listing(tmp_path, url, [f"good-{i}" for i in range(40)], n=5, val=5))
     before = stems()
     assert [len(side) for side in before] == [5, 5] and len(requests) == 10
-    cfg = listing(tmp_path, url, [f"good-{i}" for i in range(120)], n=200, val=5)
-    prepare_pexels(cfg)
+    names = [f"good-{i}" for i in range(120)]
+    prepare_pexels(listing(tmp_path, url, names, n=200, val=5))
     assert stems()[1] == before[1] and before[0] < stems()[0] and len(stems()[0]) > 40 and not stems()[0] & before[1]
-    (tmp_path / "ids.txt").write_text(" ".join(f"good-{i}" for i in range(120)))
-    prepare_pexels(replace(cfg, ids=str(tmp_path / "ids.txt")))
+    prepare_pexels(listing(tmp_path, url, names, ids=" ".join(names), n=200, val=5))
     assert stems()[1] == before[1] and not stems()[0] & before[1]
 
 
 def test_rows_are_chosen_by_what_the_list_says_and_titles_lose_their_endings(tmp_path, capsys):
     others = [{"sfw": False}, {"title": " "}, {"duration": "PT00M01S"}, {"video": "nothing"}, {"video": "http://x/14"},
-              {"video": "http://x/11-b.mp4", "title": "b · free stock video"},
+              {"video": "http://x/11-d.mp4", "title": "b · free stock video"},
               {"video": "http://x/good_12.mp4?x=1", "title": "c | Pexels · Free Stock Video"}]
-    (tmp_path / "ids.txt").write_text("11\ngood_12\n77\n")
-    cfg = listing(tmp_path, "http://x", ["1"], others, ids=str(tmp_path / "ids.txt"))
+    cfg = listing(tmp_path, "http://x", ["1"], others, ids="11\ngood_12\n77\n", val=8)
     assert [row["title"] for row in prepare.candidates(cfg, {})["train"]] == ["b", "c"]
     assert capsys.readouterr().out == (
         "8 clips listed; left out: 1 not safe for work, 1 no title, 1 too short, 1 no link; stripped from titles: "

@@ -158,7 +158,7 @@ def test_a_run_does_not_go_on_with_another(golden, knobs, knob, other):
 
 PAPER = dict(  # 5.1, A.1, A.2, Algorithm 1 and 3.2 to 3.4
     base="THUDM/CogVideoX-5b", lora_rank=128, lora_alpha=64, lora_dropout=0.1, lora_scope="all", frames=49, fps=8,
-    p=0.2, task_schedule="switch", random_frame=True, token_drop=0.5, drop="tokens", view_drop=0.5,
+    p=0.2, task_schedule="switch", image_frame="first", random_frame=True, token_drop=0.5, drop="tokens", view_drop=0.5,
     cls="front", cls_video=True, steps=4000, image_batch=256, video_batch=32, lr=5e-5, warmup=200,
     save_every=50, pcgrad=0, recipe="paper", toy=False)
 SILENT = dict(  # ours, or the authors' code
@@ -167,9 +167,9 @@ SILENT = dict(  # ours, or the authors' code
     gradcos_every=0, val_every=0, look=0, init_lora="", cache="", val_refs="", images="data/subjects200k",
     videos="data/pexels", out="out", name="subject", device="", tensorboard=False)
 SAMPLING = dict(
-    steps=50, guidance=0.0, lora_scale=1.0, seed=0, frames=0, fps=0.0, height=0, width=0, fit="cover", batch=1,
-    out="sample.mp4", lora="", base="", ref="", prompt="", prompts="", bench="", images=".", device="", int8=False,
-    offload="none")
+    steps=50, guidance=0.0, ref_guidance=1.0, lora_scale=1.0, seed=0, frames=0, fps=0.0, height=0, width=0, fit="cover",
+    batch=1, out="sample.mp4", lora="", base="", ref="", prompt="", prompts="", bench="", images=".", device="",
+    int8=False, offload="none")
 AUTHORS = dict(drop="reference", task_schedule="mixed", view_drop=0, crop_jitter=0, lora_dropout=0, cls="front",
                cls_video=False, image_micro=8, video_micro=1, image_checkpointing="attention")
 TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", cache="toy/data/cache", name="toy",
@@ -289,7 +289,7 @@ def test_each_half_of_guidance_gets_the_references_in_order(tiny, inputs):
 def learning_rates(steps, **flags):
     """What AdamW gets in each step."""
     cfg = train.Config(steps=steps, **flags)
-    optimizer, schedule = train.make_optimizer(cfg, [torch.nn.Parameter(torch.zeros(1))])
+    optimizer, schedule = setup.make_optimizer(cfg, [torch.nn.Parameter(torch.zeros(1))])
     rates = []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -299,7 +299,7 @@ def learning_rates(steps, **flags):
 
 
 def test_adamw_has_the_numbers_of_A2():
-    optimizer, _ = train.make_optimizer(train.Config(), [torch.nn.Parameter(torch.zeros(1))])
+    optimizer, _ = setup.make_optimizer(train.Config(), [torch.nn.Parameter(torch.zeros(1))])
     (group,) = optimizer.param_groups
     assert type(optimizer) is torch.optim.AdamW and group["initial_lr"] == 5e-5 and group["fused"]
     assert (group["betas"], group["eps"], group["weight_decay"], group["amsgrad"]) == ((0.9, 0.95), 1e-8, 1e-4, False)
@@ -387,7 +387,7 @@ def test_the_reference_may_be_any_frame_alike():
 
 
 def test_two_stages_share_the_steps_as_the_coin_would():
-    assert train.image_stage(train.Config()) == 3200 and train.image_stage(train.Config(p=0.5, steps=7)) in (3, 4)
+    assert setup.image_stage(train.Config()) == 3200 and setup.image_stage(train.Config(p=0.5, steps=7)) in (3, 4)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -580,7 +580,7 @@ def test_a_held_out_pair_that_cannot_be_read_is_said(held_out, wide_pair, capsys
 def test_held_out_batches_are_those_of_every_seed(held_out):
     cfg, pipe, batches = held_out
     again = train.held_out_batches(dataclasses.replace(cfg, seed=1), pipe, (32, 32), 9, 16)
-    assert all(torch.equal(a[k], b[k]) for (_, a), (_, b) in zip(batches, again) for k in a if a[k] is not None)
+    assert all(torch.equal(a[k], b[k]) for (_, a), (_, b) in zip(batches, again) for k in a if torch.is_tensor(a[k]))
 
 
 def test_ranks_share_the_held_out_batches(held_out, monkeypatch):
@@ -697,7 +697,7 @@ def test_every_line_of_prompts_has_the_seed_of_the_flag(tmp_path, calls):
     sample.main(sample.Config(prompts=str(tmp_path / "p.txt"), lora=str(ROOT / "toy/lora"), seed=7, batch=2,
                               out=str(tmp_path / "a.mp4")))
     assert [[g.initial_seed() for g in words["generator"]] for words in calls] == [[7, 7], [7]]
-    assert all(words["attention_kwargs"] == {"reference": None} for words in calls)
+    assert all(words["attention_kwargs"] == {"reference": None, "ref_guidance": 1.0} for words in calls)
 
 
 def test_a_contact_sheet_has_the_reference_and_six_frames_evenly_spread():

@@ -4,6 +4,7 @@
     python -m toy.world refs              toy/refs: reference pictures of creatures that no training step sees
     python -m toy.world bench             toy/data/bench: 96 of them as a benchmark for sample.py and paper/metrics.py
     python -m toy.world score --lora DIR  sample 96 unseen creatures and score the videos exactly
+    python -m toy.world noise             assets/noise.png: how noise becomes a video, model by model
     python -m toy.world picture           assets/toy.webp: references and their videos, side by side
 
 toy/creatures.py says what a creature is, how it moves and how a video of it is scored. Both views of a pair show it in
@@ -208,10 +209,56 @@ def picture(cfg, scale=4):
     print(f"wrote {cfg.out}")
 
 
+@dataclass
+class Noise:
+    lora: list[str] = knob(["toy/lora"], "LoRAs, a row for each; the base without one comes first")
+    titles: list[str] = knob(["dual-task"], "a title for each")
+    creature: int = knob(2, "which of the test set")
+    steps: int = knob(20, "denoising steps")
+    out: str = knob("assets/noise.png", "file to write")
+
+
+def noise(cfg, scale=3):
+    """How noise becomes a video: what each model takes the finished video for, at five moments of its denoising."""
+    test, rows = draw_test_set(cfg.creature + 1), []
+    left = [cfg.steps - cfg.steps * quarter // 4 for quarter in range(5)]  # 20, 15, 10, 5 and 0 steps
+    for lora in ("", *cfg.lora):
+        pipe, header = load(lora=lora or cfg.lora[0], use_lora=bool(lora))
+        predicted, step = [], pipe.scheduler.step
+
+        def note(*args, **kwargs):
+            out = step(*args, **kwargs)
+            predicted.append(out[1])  # x0, as this step predicts it
+            return out
+        pipe.scheduler.step = note
+        references = encode_references(pipe, [Image.fromarray(test.references[-1])], SIZE, SIZE) if lora else None
+        generate(pipe, references, test.prompts[-1:], [0], steps=cfg.steps, guidance=guidance_of(header))
+        with torch.no_grad():
+            videos = [pipe.decode_latents(predicted[min(cfg.steps - n, cfg.steps - 1)])[0] for n in left]  # (3,F,H,W)
+        frames = [((video[:, [0, 4, 8]] / 2 + 0.5).clamp(0, 1) * 255).byte() for video in videos]
+        rows.append([three.permute(2, 1, 3, 0).flatten(1, 2).numpy() for three in frames])  # (H, 3 W, 3)
+    side, gap, words = SIZE * scale, 12, 20
+    paper = Image.new("RGB", (side + 5 * (3 * side + gap), words + len(rows) * (words + side)), "white")
+    write = ImageDraw.Draw(paper)
+    write.text((side + gap, 3), f"{test.prompts[-1]}: first, middle and last frame", "black", font_size=13)
+    for i, (title, row) in enumerate(zip(("the base, no picture", *cfg.titles), rows)):
+        y = words + i * (words + side)
+        write.text((side + gap, y + 3), title, "black", font_size=12)
+        if i:
+            paper.paste(Image.fromarray(test.references[-1]).resize((side, side), Image.NEAREST), (0, y + words))
+        for j, three in enumerate(row):
+            x = side + gap + j * (3 * side + gap)
+            write.text((x + 2 * side, y + 3), f"{left[j]} steps left", "black", font_size=11)
+            paper.paste(Image.fromarray(three).resize((3 * side, side), Image.NEAREST), (x, y + words))
+    paper.save(cfg.out)
+    print(f"wrote {cfg.out}")
+
+
 if __name__ == "__main__":
     command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command in ("score", "picture"):
-        config, action = (Score, score) if command == "score" else (Picture, picture)
+    actions = {"score": (Score, score), "picture": (Picture, picture), "noise": (Noise, noise)}
+    if command in actions:
+        config, action = actions[command]
         command_line(action, config, action.__doc__, sys.argv[2:])
     elif command == "data" and len(sys.argv) == 2:
         write_missing(*(f"toy/data/{name}" for name in DATA))
@@ -220,7 +267,7 @@ if __name__ == "__main__":
     elif command == "bench" and len(sys.argv) == 2:
         write_bench("toy/data/bench")
     else:
-        usage = "usage: python -m toy.world data | refs | bench | score [--help] | picture [--help]"
+        usage = "usage: python -m toy.world data | refs | bench | score | picture | noise [--help]"
         if command not in ("-h", "--help"):
             sys.exit(usage)
         print(usage)
