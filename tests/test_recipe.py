@@ -31,7 +31,7 @@ import train
 from common import latents, media, run, setup, watch
 from tests.shared import BASE, ROOT, log_of, small_knobs
 
-CPU, LORA = torch.device("cpu"), str(ROOT / "toy/lora")
+CPU, LORA, REF = torch.device("cpu"), str(ROOT / "toy/lora"), str(ROOT / "toy/refs/creature-0.png")
 GOLDEN = Path(__file__).with_name("golden.json")
 VERSIONS = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in (
     "torch", "diffusers", "transformers", "peft", "numpy", "pillow", "av")}}
@@ -136,8 +136,7 @@ TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", ca
 
 
 def test_every_default_and_preset_and_what_is_no_knob():
-    """Three checkpoints stay; B.1's held-out batches; at most eight pictures of full size in a call of the VAE; D.7's
-    image steps, as many as the coin would give."""
+    """No knobs: checkpoints that stay, B.1's held-out batches, 8 pictures of full size a VAE call, D.7's image steps."""
     assert vars(train.Config()) == PAPER | SILENT and vars(sample.Config()) == SAMPLING
     assert train.AUTHORS == AUTHORS and train.TOY == TOY and train.TOY_AUTHORS == dict(image_micro=2, video_micro=2)
     assert (run.KEPT, train.HELD_OUT, model.VAE_PIXELS) == (3, {"image": 64, "video": 32}, 8 * 480 * 720)
@@ -164,7 +163,8 @@ def loaded_fixture(knobs):
     return setup.load_model(cfg, CPU)
 
 
-def test_lora_sits_on_the_nine_names_of_A1_and_is_all_that_is_trained(loaded):
+def test_lora_is_that_of_A1_and_all_that_is_trained(loaded):
+    """Rank 128, alpha 64 and dropout 0.1 on nine names. A is uniform within 1/sqrt(inputs), B is zero."""
     transformer = loaded[1].transformer
     in_block = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2",
                 "norm1.linear", "norm2.linear"]
@@ -173,11 +173,7 @@ def test_lora_sits_on_the_nine_names_of_A1_and_is_all_that_is_trained(loaded):
     named = dict(transformer.named_parameters())
     trained = {n for n, p in named.items() if p.requires_grad}
     assert trained == {n for n in named if "lora_" in n} and {id(named[n]) for n in trained} == set(map(id, loaded[2]))
-
-
-def test_peft_got_rank_128_alpha_64_dropout_01_and_its_own_start(loaded):
-    """A is uniform within 1/sqrt(inputs), B is zero: the first update is small and in B alone."""
-    for layer in lora_layers(loaded[1].transformer).values():
+    for layer in lora_layers(transformer).values():
         assert layer.r == {"default": 128} and layer.scaling == {"default": 0.5}  # alpha / rank
         assert layer.lora_dropout["default"].p == 0.1 and layer.training and not layer.cast_input_dtype_enabled
         A, B = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight
@@ -241,23 +237,16 @@ def test_latents_are_draws_from_the_posterior_times_the_scaling_factor(dtype):
 
 
 def test_drops_are_each_micro_batchs_own():
-    """TokenDrop keeps a sorted share, rounded, of one token at least with LoRA on reference tokens; the view drop has
-    a coin."""
-    first, *others = micros = [train.MicroBatch("video", 7, index, []) for index in range(200)]
+    """TokenDrop keeps a sorted share, of one token at least where LoRA needs it. The view drop has a coin."""
+    micros = [train.MicroBatch("video", 7, index, []) for index in range(200)]
     keeps = [train.tokens_to_keep(train.Config(), micro, 1350) for micro in micros]
     assert all(torch.equal(keep, keep.sort().values) for keep in keeps)
     assert len({tuple(keep.tolist()) for keep in keeps}) == 200
     few = dict(token_drop=0.99, lora_scope="reference", view_drop=0.0)
     for n, kept, flags in ((1350, 675, {}), (1350, 135, dict(token_drop=0.9)), (1350, 14, few), (16, 1, few)):
-        assert len(train.tokens_to_keep(train.Config(**flags), first, n)) == kept
+        assert len(train.tokens_to_keep(train.Config(**flags), micros[0], n)) == kept
     drops = [train.all_or_none(train.Config(), micro, 0.25) is not None for micro in micros]
     assert np.mean(drops) == pytest.approx(0.25, abs=0.1)  # 0.03 is the standard deviation
-
-
-def test_the_reference_may_be_any_of_49_frames_alike():
-    clips, draws = SimpleNamespace(frames=49, random_frame=True), np.random.default_rng(0)
-    counts = np.bincount([data.Clips.random_frame_select(clips, draws) for _ in range(9800)], minlength=49)
-    assert len(counts) == 49 and counts.min() > 140 and counts.max() < 260  # 200 each
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -277,22 +266,17 @@ def test_jitter_zooms_by_up_to_its_share_and_shifts_by_half_of_it_either_way(tur
     assert shift.std() == pytest.approx(0.2 / math.sqrt(12), rel=0.1) and abs(np.corrcoef(zoom, shift)[0, 1]) < 0.15
 
 
-@pytest.fixture
-def wide_pair(tmp_path):
-    """One pair of the same noise, twice as wide as high."""
+def test_each_picture_of_a_pair_has_its_own_jitter_and_each_cached_crop_is_drawn(loaded, tmp_path):
+    """A pair of the same noise, twice as wide as high."""
     noise = np.random.default_rng(0).integers(0, 200, (64, 128, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
-    (tmp_path / "pairs.jsonl").write_text(json.dumps({"image_0": "a.png", "image_1": "a.png", "description_0": "a",
-                                                      "description_1": "b"}))
-    return tmp_path
-
-
-def test_each_picture_of_a_pair_has_its_own_jitter_and_each_cached_crop_is_drawn(loaded, wide_pair):
-    plain, item = (data.ImagePairs(wide_pair, (32, 32), crop_jitter=jitter)[0, 0] for jitter in (0.0, 0.1))
+    pair = {"image_0": "a.png", "image_1": "a.png", "description_0": "a", "description_1": "b"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    plain, item = (data.ImagePairs(tmp_path, (32, 32), crop_jitter=jitter)[0, 0] for jitter in (0.0, 0.1))
     assert torch.equal(plain["target"], plain["reference"]) and not torch.equal(item["target"], item["reference"])
     assert not any(torch.equal(item[k], plain[k]) for k in ("target", "reference"))
-    cfg = dataclasses.replace(loaded[0], images=str(wide_pair), p=0.0)
-    cfg.cache = write_cache(cfg, wide_pair / "cache", images=cfg.images, crops=3)
+    cfg = dataclasses.replace(loaded[0], images=str(tmp_path), p=0.0)
+    cfg.cache = write_cache(cfg, tmp_path / "cache", images=cfg.images, crops=3)
     pairs = setup.open_data(cfg, loaded[1])[0]["image"]
     seen = {pairs[step, 0]["target_moments"].sum().item() for step in range(60)}
     assert len(seen) == 6  # three crops, two directions
@@ -335,9 +319,8 @@ def test_a_cache_of_other_settings_shapes_or_weights_is_another(loaded):
 
 
 def test_only_the_data_that_p_asks_for_is_opened(loaded):
-    cfg, pipe, _ = loaded
     for opened, flags in (["image"], dict(p=0.0, videos="none")), (["video"], dict(p=1.0, images="none")):
-        assert list(setup.open_data(dataclasses.replace(cfg, **flags), pipe)[0]) == opened
+        assert list(setup.open_data(dataclasses.replace(loaded[0], **flags), loaded[1])[0]) == opened
 
 
 # ---- measuring (B.1) -------------------------------------------------------------------------------------------------
@@ -396,19 +379,16 @@ def test_cosine_is_signed_and_guarded_by_a_tiny_eps_and_no_gradient_counts_as_ze
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
-REF = str(ROOT / "toy/refs/creature-0.png")
-
-
 @pytest.fixture
 def calls(monkeypatch):
-    """What the stock pipeline is asked for, call by call; it answers with grey pictures."""
+    """What the stock pipeline is asked for, call by call; it answers with brighter and brighter greys."""
     asked = []
 
     def answer(pipe, **words):
         said = [words[k] for k in ("guidance_scale", "num_inference_steps", "num_frames", "height", "width")]
         asked.append(words | {"asked": (*said, [g.initial_seed() for g in words["generator"]])})
-        grey = [Image.new("RGB", (32, 32), "grey")] * words["num_frames"]
-        return SimpleNamespace(frames=[grey] * len(words["generator"]))
+        video = [Image.new("RGB", (32, 32), (20 * i,) * 3) for i in range(words["num_frames"])]
+        return SimpleNamespace(frames=[video] * len(words["generator"]))
     monkeypatch.setattr(CogVideoXPipeline, "__call__", answer)
     return asked
 
@@ -466,13 +446,8 @@ def test_samples_while_training_have_the_runs_guidance_and_cls_and_seed_0(tmp_pa
     assert words["asked"] == (3.0, 50, 9, 32, 32, [0]) and is_given(words, "a creature", Image.open(tmp_path / "a.png"))
     sheet = Image.open(tmp_path / knobs["name"] / "samples/a-000001.png")
     assert sheet.size == (7 * 128 + 6 * 4, 128)  # 32 pixels are enlarged to 128
+    assert np.asarray(sheet)[0, ::132, 0].tolist() == [255, 0, 40, 60, 100, 120, 160]  # red, six frames evenly spread
     assert log_of(tmp_path / knobs["name"], "samples.jsonl") == [{"step": 1, "saturation": {"a": 0.0}}]  # grey
-
-
-def test_a_contact_sheet_has_the_reference_and_six_frames_evenly_spread():
-    video = [Image.new("RGB", (8, 8), (20 * i,) * 3) for i in range(9)]
-    sheet = np.asarray(sample.contact_sheet(video, Image.new("RGB", (8, 8), (7, 7, 7))))
-    assert sheet.shape == (8, 7 * 8 + 6 * 4, 3) and sheet[0, ::12, 0].tolist() == [7, 0, 40, 60, 100, 120, 160]
 
 
 def test_the_newest_checkpoint_is_sampled(tmp_path, monkeypatch):
