@@ -136,7 +136,7 @@ TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", ca
 
 
 def test_every_default_and_preset_and_what_is_no_knob():
-    """No knobs: checkpoints that stay, B.1's held-out batches, 8 pictures of full size a VAE call, D.7's image steps."""
+    """No knobs: checkpoints that stay, B.1's held-out batches, 8 full pictures in a VAE call, D.7's image steps."""
     assert vars(train.Config()) == PAPER | SILENT and vars(sample.Config()) == SAMPLING
     assert train.AUTHORS == AUTHORS and train.TOY == TOY and train.TOY_AUTHORS == dict(image_micro=2, video_micro=2)
     assert (run.KEPT, train.HELD_OUT, model.VAE_PIXELS) == (3, {"image": 64, "video": 32}, 8 * 480 * 720)
@@ -201,12 +201,11 @@ def test_init_lora_brings_rank_alpha_and_weights_and_the_flag_its_dropout(held_o
 
 
 def test_adamw_has_the_numbers_of_A2_and_the_papers_schedule():
-    """200 steps of warm-up, then half a cosine over 3,800."""
     optimizer, schedule = setup.make_optimizer(train.Config(), [torch.nn.Parameter(torch.zeros(1))])
     (group,) = optimizer.param_groups
     assert type(optimizer) is torch.optim.AdamW and group["initial_lr"] == 5e-5 and group["fused"]
     assert (group["betas"], group["eps"], group["weight_decay"], group["amsgrad"]) == ((0.9, 0.95), 1e-8, 1e-4, False)
-    rates = []
+    rates = []  # 200 steps of warm-up, then half a cosine over 3,800
     for _ in range(4000):
         rates.append(group["lr"])
         optimizer.step()
@@ -267,7 +266,6 @@ def test_jitter_zooms_by_up_to_its_share_and_shifts_by_half_of_it_either_way(tur
 
 
 def test_each_picture_of_a_pair_has_its_own_jitter_and_each_cached_crop_is_drawn(loaded, tmp_path):
-    """A pair of the same noise, twice as wide as high."""
     noise = np.random.default_rng(0).integers(0, 200, (64, 128, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
     pair = {"image_0": "a.png", "image_1": "a.png", "description_0": "a", "description_1": "b"}
@@ -385,8 +383,9 @@ def calls(monkeypatch):
     asked = []
 
     def answer(pipe, **words):
-        said = [words[k] for k in ("guidance_scale", "num_inference_steps", "num_frames", "height", "width")]
-        asked.append(words | {"asked": (*said, [g.initial_seed() for g in words["generator"]])})
+        words |= words.pop("attention_kwargs") | {"seeds": [g.initial_seed() for g in words["generator"]]}
+        names = "guidance_scale ref_guidance num_inference_steps num_frames height width seeds"
+        asked.append(words | {"asked": [words[name] for name in names.split()]})
         video = [Image.new("RGB", (32, 32), (20 * i,) * 3) for i in range(words["num_frames"])]
         return SimpleNamespace(frames=[video] * len(words["generator"]))
     monkeypatch.setattr(CogVideoXPipeline, "__call__", answer)
@@ -403,7 +402,7 @@ def sampled(folder, **flags):
 def is_given(words, prompt, picture):
     """Were these the prompt, the negative one and the reference?"""
     pipe = sample.load_pipeline(BASE)
-    given = words["prompt_embeds"], words["negative_prompt_embeds"], words["attention_kwargs"]["reference"]
+    given = words["prompt_embeds"], words["negative_prompt_embeds"], words["reference"]
     wanted = [model.encode_prompt(pipe, [text]) for text in (prompt, "")]
     wanted.append(sample.encode_references(pipe, [picture], 32, 32))
     return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(given, wanted))
@@ -411,12 +410,12 @@ def is_given(words, prompt, picture):
 
 def test_sampling_takes_guidance_rate_and_cls_from_the_lora_and_flags_win(tmp_path, calls):
     """The toy's LoRA says 2, 4 fps and front; 50 steps, the base's size and 9 frames, seed 0."""
-    assert sampled(tmp_path, ref=REF) == 4 and calls[0]["asked"] == (2.0, 50, 9, 32, 32, [0])
+    assert sampled(tmp_path, ref=REF) == 4 and calls[0]["asked"] == [2.0, 1.0, 50, 9, 32, 32, [0]]
     assert is_given(calls[0], "<cls> a creature", media.load_image(REF))
-    flags = dict(guidance=3.5, fps=16.0, seed=7, steps=9, frames=16, height=40, width=48)
+    flags = dict(guidance=3.5, ref_guidance=2.0, fps=16.0, seed=7, steps=9, frames=16, height=40, width=48)
     assert sampled(tmp_path, ref=REF, **flags) == 16
-    assert calls[1]["asked"] == (3.5, 9, 13, 40, 48, [7])  # 4k + 1 frames here
-    assert calls[1]["attention_kwargs"]["reference"].shape[-2:] == (20, 24)
+    assert calls[1]["asked"] == [3.5, 2.0, 9, 13, 40, 48, [7]]  # 4k + 1 frames here
+    assert calls[1]["reference"].shape[-2:] == (20, 24)
 
 
 def test_where_nothing_is_said_it_is_sampled_as_the_authors_do(tmp_path, calls):
@@ -424,7 +423,7 @@ def test_where_nothing_is_said_it_is_sampled_as_the_authors_do(tmp_path, calls):
     model.save_file(model.load_file(model.lora_path(LORA)), tmp_path / model.LORA_FILE)  # without a header
     assert sampled(tmp_path, ref=REF, lora=str(tmp_path), base=BASE) == 8
     sample.generate(sample.load_pipeline(BASE), None, ["x", "y"], [3, 4])
-    assert [words["asked"] for words in calls] == [(6.0, 50, 9, 32, 32, [0]), (6.0, 50, 9, 32, 32, [3, 4])]
+    assert [words["asked"] for words in calls] == [[6.0, 1.0, 50, 9, 32, 32, seeds] for seeds in ([0], [3, 4])]
     assert calls[1]["prompt"] == ["<cls> x", "<cls> y"] and calls[1]["max_sequence_length"] == 16
     said = {"True": "front", "False": "off", "front": "front", "item": "item", "off": "off"}
     assert sample.cls_of({}) == "front" and {cls: sample.cls_of({"cls": cls}) for cls in said} == said
@@ -433,8 +432,7 @@ def test_where_nothing_is_said_it_is_sampled_as_the_authors_do(tmp_path, calls):
 def test_every_line_of_prompts_has_the_seed_of_the_flag(tmp_path, calls):
     (tmp_path / "p.txt").write_text("a\nb\nc\n")
     sample.main(sample.Config(prompts=str(tmp_path / "p.txt"), lora=LORA, seed=7, batch=2, out=f"{tmp_path}/a.mp4"))
-    assert [words["asked"][-1] for words in calls] == [[7, 7], [7]]
-    assert calls[0]["attention_kwargs"] == {"reference": None, "ref_guidance": 1.0}
+    assert [(words["seeds"], words["reference"]) for words in calls] == [([7, 7], None), ([7], None)]
 
 
 def test_samples_while_training_have_the_runs_guidance_and_cls_and_seed_0(tmp_path, knobs, calls):
@@ -443,7 +441,8 @@ def test_samples_while_training_have_the_runs_guidance_and_cls_and_seed_0(tmp_pa
     train.train(train.Config(**{**knobs, "steps": 1, "guidance": 3.0, "cls": "off", "val_every": 1,
                                 "val_refs": str(tmp_path), "out": str(tmp_path)}))
     (words,) = calls  # after the step, not before it
-    assert words["asked"] == (3.0, 50, 9, 32, 32, [0]) and is_given(words, "a creature", Image.open(tmp_path / "a.png"))
+    assert words["asked"] == [3.0, 1.0, 50, 9, 32, 32, [0]]
+    assert is_given(words, "a creature", Image.open(tmp_path / "a.png"))
     sheet = Image.open(tmp_path / knobs["name"] / "samples/a-000001.png")
     assert sheet.size == (7 * 128 + 6 * 4, 128)  # 32 pixels are enlarged to 128
     assert np.asarray(sheet)[0, ::132, 0].tolist() == [255, 0, 40, 60, 100, 120, 160]  # red, six frames evenly spread
