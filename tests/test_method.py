@@ -17,11 +17,10 @@ import sample
 import train
 from common import base, latents, media, setup
 from common.run import torch_rng
-from tests.shared import (BASE, ROOT, TORCHRUN, C, H, L, N, T, W, command, go_back, large_vae, log_of, run,
-                          weights_of)
+from tests.shared import BASE, ROOT, TORCHRUN, N, T, command, go_back, large_vae, log_of, run, weights_of
 
 
-# ---- what drops ------------------------------------------------------------------------------------------------------
+# ---- what drops, and where <cls> stands ------------------------------------------------------------------------------
 
 def test_drop_reference_keeps_all_or_nothing():
     """The share of empty `keep` is --token_drop; 1 is text-to-video in both readings, 0 keeps all in both."""
@@ -49,16 +48,12 @@ def test_a_dropped_reference_is_not_encoded(knobs, task):
     assert zeros.shape == ref.shape and not zeros.any() and ref.any()
 
 
-# ---- <cls> -----------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("caption, item, front, item_mode", [
-    ("An armchair in the living room", "armchair", "<cls> An armchair in the living room",
-     "An <cls> armchair in the living room"),
-    ("Two Tea Cups on a table", "tea cup", "<cls> Two Tea Cups on a table", "Two <cls> Tea Cups on a table"),
-    ("Three boxes and a box", "box", "<cls> Three boxes and a box", "Three <cls> boxes and a box"),
-    ("A category of its own", "cat", "<cls> A category of its own", "<cls> A category of its own"),  # no such word
-    ("It stands in the rain", "", "<cls> It stands in the rain", "<cls> It stands in the rain"),      # no name given
-    ("A <CLS> dog runs", "dog", "A <cls> dog runs", "A <cls> dog runs")])                             # as in the paper
+    ("An armchair", "armchair", "<cls> An armchair", "An <cls> armchair"),
+    ("Two Tea Cups on it", "tea cup", "<cls> Two Tea Cups on it", "Two <cls> Tea Cups on it"),
+    ("Two boxes and a box", "box", "<cls> Two boxes and a box", "Two <cls> boxes and a box"),
+    ("A category", "cat", "<cls> A category", "<cls> A category"), ("It rains", "", "<cls> It rains", "<cls> It rains"),
+    ("A <CLS> dog runs", "dog", "A <cls> dog runs", "A <cls> dog runs")])  # as in the paper
 def test_where_cls_stands(caption, item, front, item_mode):
     assert model.with_reference_token(caption, "front", item) == front
     assert model.with_reference_token(caption, "item", item) == item_mode
@@ -98,21 +93,17 @@ def test_a_mixed_step_is_the_weighted_mean_of_both_tasks(knobs, tmp_path, monkey
     train.train(cfg)
 
     cfg, pipe, parameters = setup.load_model(cfg, torch.device("cpu"))
-    datasets, gradients, losses = setup.open_data(cfg, pipe)[0], {"image": [], "video": []}, {"image": [], "video": []}
+    datasets, gradients = setup.open_data(cfg, pipe)[0], {"image": [], "video": []}
     for micro in train.plan(cfg, 0):
         keep = train.tokens_to_keep(cfg, micro, 16) if micro.task == "video" else None
         noise_rng, batch = torch_rng(cfg.seed, "noise", 0, micro.index), next(data.batches(datasets, [micro.keys]))
         x, ref, text = train.encode(cfg, pipe, batch, micro.task, keep, noise_rng)
         t, noise = train.sample_noise(x, pipe.scheduler, noise_rng)
         loss = model.v_loss(pipe.transformer, pipe.scheduler, x, text, t, noise, ref, keep)
-        losses[micro.task].append(loss.item())
         gradients[micro.task].append(torch.autograd.grad(loss.mean(), parameters))
     for i, g in enumerate(got):
         expected = 0.75 * sum(g[i] for g in gradients["image"]) / 6 + 0.25 * sum(g[i] for g in gradients["video"]) / 2
         assert torch.allclose(g, expected, atol=1e-6 + 1e-5 * expected.abs().max().item())
-    (line,) = log_of(tmp_path / "toy")
-    assert line["task"] == "mixed" and line["loss"] == pytest.approx(np.mean(losses["image"] + losses["video"]))
-    assert {task: line[task]["loss"] for task in losses} == pytest.approx({k: np.mean(v) for k, v in losses.items()})
 
 
 def test_the_authors_recipe_resumes_and_two_ranks_follow_it(knobs, tmp_path):
@@ -129,11 +120,9 @@ def test_the_authors_recipe_resumes_and_two_ranks_follow_it(knobs, tmp_path):
     r = run(*TORCHRUN, *command(knobs, name="two"), "--recipe", "authors", cwd=tmp_path)
     assert r.returncode == 0, r.stderr
     assert (weights_of(tmp_path / "out/two") - weights).norm() / weights.norm() < 1e-5
-    losses = [line["loss"] for line in log_of(tmp_path / "out/two")]
-    assert losses == pytest.approx([line["loss"] for line in whole], rel=1e-5)
 
 
-# ---- one VAE path ----------------------------------------------------------------------------------------------------
+# ---- one VAE path, sampling, watching --------------------------------------------------------------------------------
 
 def test_a_picture_has_the_same_latents_in_training_cache_and_sampling(tmp_path, monkeypatch):
     """The latents of the whole picture, though the VAE is set to tiles."""
@@ -180,30 +169,26 @@ def test_at_most_eight_pictures_of_full_size_a_call(monkeypatch):
     assert calls == [8, 8, 4, 20]
 
 
-# ---- sampling and watching -------------------------------------------------------------------------------------------
-
 def test_lora_scale():
-    """0 is the base, 1 the adapters beside the base, 2 a LoRA whose B is doubled."""
+    """0 is the base, 2 the adapters beside the base with B doubled."""
     def video(pipe):
         reference = sample.encode_references(pipe, [media.load_image(ROOT / "toy/refs/creature-0.png")], 32, 32)
         return np.array(sample.generate(pipe, reference, ["a creature stands"], [0], steps=2, guidance=2.0), int)
-    zero, one, two = (video(sample.load(str(ROOT / "toy/lora"), BASE, lora_scale=scale)[0]) for scale in (0, 1, 2))
+    zero, two = (video(sample.load(str(ROOT / "toy/lora"), BASE, lora_scale=scale)[0]) for scale in (0, 2))
     pipe = base.load_pipeline(BASE)
-    assert np.abs(video(pipe) - zero).max() <= 1 < np.abs(zero - one).max()
+    assert np.abs(video(pipe) - zero).max() <= 1 < np.abs(zero - two).max()
     model.load_lora(pipe.transformer.eval(), ROOT / "toy/lora")
-    assert np.abs(video(pipe) - one).max() <= 1
     for name, parameter in pipe.transformer.named_parameters():
         parameter.data *= 2 if "lora_B" in name else 1
     assert np.abs(video(pipe) - two).max() <= 1
 
 
-def test_look_draws_what_goes_in(knobs, tmp_path, monkeypatch):
+def test_look_draws_what_goes_in(knobs, tmp_path):
     """Two micro-batches: the words, the target, and of a clip's reference the tokens that stay; the others are grey."""
-    monkeypatch.chdir(tmp_path)
-    cfg = train.Config(**{**knobs, "look": 2, "seed": 1, "p": 1.0})
+    cfg = train.Config(**{**knobs, "look": 2, "seed": 1, "p": 1.0, "out": str(tmp_path)})
     train.look(cfg)
-    sheet = np.asarray(Image.open("out/toy/look.png"))
-    assert sheet.shape == (2 * (128 + 30), 7 * 128 + 6 * 4, 3) and not Path("out/toy/log.jsonl").exists()
+    sheet = np.asarray(Image.open(tmp_path / "toy/look.png"))
+    assert sheet.shape == (2 * (128 + 30), 7 * 128 + 6 * 4, 3) and not (tmp_path / "toy/log.jsonl").exists()
     for row, micro in enumerate(train.plan(cfg, 0)):
         tokens = sheet[row * 158 + 30:, :128][:128].reshape(4, 32, 4, 32, 3).swapaxes(1, 2).reshape(16, -1, 3)
         grey = [token for token in range(16) if (tokens[token] == 128).all()]
