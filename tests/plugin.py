@@ -14,13 +14,14 @@ def pytest_configure(config):
     config.pluginmanager.import_plugin("tests.conftest")
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(wrapper=True)  # before xdist's own, which reads what is set here
 def pytest_cmdline_main(config):
     """The whole suite takes two processes, one for each core of a small machine. `pytest FILE` takes one, and so does
     a GPU, because its memory is not shared out."""
     option, alone = config.option, hasattr(config, "workerinput") or not config.pluginmanager.hasplugin("xdist")
     if not alone and not option.file_or_dir and option.markexpr != "gpu" and option.numprocesses is None:
         option.numprocesses, option.dist, option.loadscopereorder = 2, "loadscope", False
+    return (yield)
 
 
 def pytest_collection_modifyitems(items):
