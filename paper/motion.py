@@ -43,7 +43,7 @@ def dis_flow():
     try:
         import cv2
     except ImportError:
-        raise ValueError("no OpenCV: pip install -r requirements-eval.txt")
+        raise ValueError("no OpenCV: pip install -r paper/requirements-eval.txt")
     dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     return lambda a, b: dis.calc(*(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in (a, b)), None)
 

