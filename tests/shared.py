@@ -62,7 +62,7 @@ def command(knobs, **more):
 
 
 def start(words, cwd, stderr=subprocess.STDOUT, **environment):
-    """Start python with these words, in a process group of its own. When pytest ends, however it ends, so does this."""
+    """Start python with these words, in a process group of its own. It ends with the tests."""
     process = subprocess.Popen([sys.executable, *words], cwd=cwd, stdout=subprocess.PIPE, stderr=stderr, text=True,
                                start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
     atexit.register(kill_job, process)
