@@ -11,6 +11,7 @@ def pytest_configure(config):
     if config.option.markexpr != "gpu":
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what the tests have started ends with them
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # a job in the background ignores it, and hands that on
     config.pluginmanager.import_plugin("tests.conftest")
 
 

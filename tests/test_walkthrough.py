@@ -17,7 +17,7 @@ def test_the_cells_of_the_walkthrough_run(tmp_path):
         code = code.replace(long, short)
     for name in ("toy/base", "toy/lora", "toy/refs"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    (tmp_path / "train.py").touch()  # the first cell looks for the folder of this file
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")  # the first cell looks for the folder of this file
     (tmp_path / "cells.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + code)
     r = run("cells.py", cwd=tmp_path)
     assert r.returncode == 0, r.stderr
