@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common.run import command_line, knob, read_json
+from common.args import command_line, knob
+from common.run import read_json
 from common.run import records as read_records
 
 

@@ -23,8 +23,8 @@ from transformers import T5Tokenizer
 import model
 import sample
 import train
+from common.args import command_line
 from common import base, media
-from common.run import command_line
 from model import SubjectTransformer, add_lora, load_lora, save_lora, v_loss
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -25,13 +25,13 @@ import torch.distributed as dist
 from diffusers.utils import logging as diffusers_logging
 
 import gradcos
+from common.args import check, command_line, knob
 from common.base import attention_order, autocast, find_device, use_device
 from common.latents import cls_for
 from common.look import write_sheet
 from common.media import latent_frames, normalise
-from common.run import (SIGTERM, check, claim, command_line, join_ranks, knob, newest_checkpoint, print0,
-                        rank_and_world_size, resume, rng, save_checkpoint, settings_of, sigterm_asks, start_log,
-                        torch_rng)
+from common.run import (SIGTERM, claim, join_ranks, newest_checkpoint, print0, rank_and_world_size, resume, rng,
+                        save_checkpoint, settings_of, sigterm_asks, start_log, torch_rng)
 from common.setup import divide_batches, image_stage, load_model, make_optimizer, open_data
 from common.watch import Log, Validation, add_losses, already_measured, describe, no_losses, sum_over_ranks
 from data import Clips, ImagePairs, batches

@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from common.args import check, knob
 from common.base import compute_dtype, find_device, frame_size, load_pipeline, tile_large_clips
 from common.media import clip_frames, load_clip, normalise, resize_center_crop, to_pixels
-from common.run import changed, check, knob, read_json, rng, write
+from common.run import changed, read_json, rng, write
 from data import Clips, ImagePairs, caption_of
 from model import PAPER_BASE, VAE_PIXELS, encode_moments, encode_prompt, weight_fingerprint, with_reference_token
 

@@ -28,7 +28,8 @@ from tqdm import tqdm
 import common.run
 import gradcos
 import train
-from common.run import changed, command_line, knob, newest_checkpoint, read_json, records, write
+from common.args import command_line, knob
+from common.run import changed, newest_checkpoint, read_json, records, write
 
 PAPER = read_json(Path(__file__).with_name("tables.json"))  # all that is run, and what the paper says of it
 ROWS = PAPER["rows"]          # name: flags of train.py. Data sets are shares of the toy's 2,000 pairs and 400 clips

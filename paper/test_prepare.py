@@ -18,9 +18,10 @@ from PIL import Image
 from toy import creatures
 import train
 from data import Clips, ImagePairs
+from common.args import command_line
 from common.latents import Cache, Latents, prepare_cache
 from common.media import load_clip, save_video
-from common.run import command_line, records
+from common.run import records
 from paper import prepare
 from paper.prepare import Pexels, Subjects200K, prepare_pexels, prepare_subjects
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.run import command_line, knob
+from common.args import command_line, knob
 from gradcos import cosine, project
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 import gradcos
 import sample
 import train
+from common.args import command_line
 from common import base
-from common.run import command_line
 from common.watch import Log
 from toy import creatures
 

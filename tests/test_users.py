@@ -12,8 +12,8 @@ import torch
 import model
 import sample
 import train
+from common.args import command_line
 from common import base, watch
-from common.run import command_line
 
 LORA = str(ROOT / "toy/lora")
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from toy import creatures
 from model import SubjectTransformer, encode_prompt, encode_video, v_loss
-from common.run import command_line, knob
+from common.args import command_line, knob
 
 
 @dataclass

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from common.args import command_line, knob
 from common.base import compute_dtype, find_device
 from common.latents import Latents, prepare_cache
-from common.run import command_line, knob, read_json
+from common.run import read_json
 from model import encode_video, with_reference_token
 from sample import cls_of, encode_references, generate, guidance_of, load
 from toy.creatures import (BEATS, DATA, FIELD_RGB, FRAMES, SIZE, caption, draw_test_set, one_process, score_videos,
