@@ -28,6 +28,7 @@ def test_every_row_is_a_run_and_stands_in_a_table():
     ([1.0, 2.0, 3.0], {}, "reproduced"), ([0.9, 2.0, 3.2], {}, "reproduced"),  # mean 2 against 1.69 sd: 1.69, 1.94
     ([0.8, 2.0, 3.3], {}, "not decidable"),                                      # 2.03 against 2.11
     ([1.0, 2.0, 3.0], {"smallest": 3.1}, "not decidable"),                       # smaller than two videos
+    ([0.5, 0.2, -0.3], {"smallest": 2.0}, "no difference"), ([0.5, 1.2, -0.3], {"smallest": 1.0}, "not decidable"),
     ([1.0, -2.0, 1.5], {"margin": 10}, "reproduced"), ([15.0, 16.0, 17.0], {"margin": 10}, "not reproduced"),
     ([8.0, 9.0, 10.0], {"margin": 10}, "not decidable")])
 def test_verdict(differences, options, verdict):
