@@ -37,6 +37,9 @@ DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  
 FIELD_RGB, COLOUR_RGB = np.array(list(FIELDS.values())), np.array(list(COLOURS.values()))
 STEP = np.array(list(DIRECTIONS.values()))
 STANDS, JUMPS = len(DIRECTIONS), len(DIRECTIONS) + 1  # the directions of those that stand, and that jump about
+# How probable a cell of a creature's left half is not empty: (8,4).
+SOLID = np.array([[.35, .55, .75, .8], [.5, .8, .95, 1], [.6, .9, 1, 1], [.6, .95, 1, 1],
+                  [.6, .95, 1, 1], [.5, .85, .95, 1], [.4, .7, .8, .7], [.4, .6, .5, .3]])
 VERBS = [*(f"walks {way}" for way in DIRECTIONS), "stands", "jumps"]
 
 
@@ -61,9 +64,7 @@ class Creatures:
 
 def draw_creatures(rng, n):
     """n random identities: a solid middle, ragged edges, two eyes in the second colour."""
-    solid = np.array([[.35, .55, .75, .8], [.5, .8, .95, 1], [.6, .9, 1, 1], [.6, .95, 1, 1],
-                      [.6, .95, 1, 1], [.5, .85, .95, 1], [.4, .7, .8, .7], [.4, .6, .5, .3]])
-    half = (rng.random((n, 8, 4)) < solid) * (1 + (rng.random((n, 8, 4)) < .35))
+    half = (rng.random((n, 8, 4)) < SOLID) * (1 + (rng.random((n, 8, 4)) < .35))
     half[:, 2, 1:4] = [1, 2, 1]  # eyes: which way is up can always be seen
     colours = rng.permuted(np.tile(np.arange(len(COLOURS)), (n, 1)), axis=1)[:, :2]
     return Creatures(np.concatenate([half, half[:, :, ::-1]], 2).astype(np.int64), colours)
