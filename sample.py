@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.args import check, command_line, knob
-from common.base import (ROOT, attention_order, find_device, find_lora, frame_size, load_pipeline, sampling_dtype,
-                         tile_vae, warn_of_another_size)
+from common.args import check, command_line, knob, refuse_overwriting
+from common.base import (attention_order, find_device, frame_size, load_pipeline, sampling_dtype, tile_vae,
+                         warn_of_another_size)
+from common.find import ROOT, find_lora
 from common.jobs import jobs_of_bench, jobs_of_flags, refuse_outputs, report, share_out
 from common.media import clip_frames, fit_reference, normalise, resize_center_crop, save_video, to_pixels
-from common.run import join_ranks, rank_and_world_size, refuse_overwriting
+from common.run import join_ranks, rank_and_world_size
 from model import (PAPER_BASE, REFERENCE_TOKEN, encode_prompt, encode_video, load_lora, lora_header,
                    with_reference_token)
 

@@ -29,11 +29,12 @@ from common.args import check, command_line, knob
 from common.base import attention_order, autocast, find_device, use_device
 from common.latents import cls_for
 from common.look import write_sheet
+from common.log import Log, add_losses, describe, no_losses, sum_over_ranks
 from common.media import latent_frames, normalise
 from common.run import (SIGTERM, claim, join_ranks, newest_checkpoint, print0, rank_and_world_size, resume, rng,
                         save_checkpoint, settings_of, sigterm_asks, start_log, torch_rng)
 from common.setup import divide_batches, image_stage, load_model, make_optimizer, open_data
-from common.watch import Log, Validation, add_losses, already_measured, describe, no_losses, sum_over_ranks
+from common.watch import Validation, already_measured
 from data import Clips, ImagePairs, batches
 from model import (encode_moments, encode_prompt, read_lora, sample_latents, save_lora, to_device, v_loss,
                    with_reference_token)
@@ -339,8 +340,7 @@ def sample_noise(x, scheduler, noise_rng):
 
 def held_out_batches(cfg, pipe, size, frames, n_ref):
     """This rank's held-out micro-batches, (task, inputs of v_loss), as in B.1: fixed samples and draws, no view drop.
-    They do not depend on --seed, but on all flags of data and drops: compare held-out losses of runs that share them.
-    """
+    They do not depend on --seed, but on all flags of data and drops: compare losses of runs that share them."""
     cfg = replace(cfg, seed=2**31 - 1)
     rank, world_size = rank_and_world_size()
     datasets = {"image": ImagePairs(f"{cfg.images}_val", size, cfg.crop_jitter, cfg.seed, in_order=True),

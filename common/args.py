@@ -2,6 +2,7 @@
 import os
 import sys
 from dataclasses import field, fields, make_dataclass
+from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser
@@ -35,6 +36,15 @@ def check(cfg, positive="", shares=""):
                             (name == "seed" and value >= 2**63, "be below 2^63")):
             if wrong:
                 raise ValueError(f"--{name} must {rule}, got {value}")
+
+
+def refuse_overwriting(inputs, outputs):
+    """ValueError when a file that will be written is one that is read, under whatever name or link."""
+    inputs = [Path(path) for path in inputs if path and Path(path).is_file()]
+    for file in map(Path, outputs):
+        for path in inputs:
+            if file.exists() and file.samefile(path):
+                raise ValueError(f"--out: {file} would be written over {path}, which is read: choose another --out")
 
 
 def command_line(main, Config, description, argv=None, positional=None, out_of_memory="", presets=None):

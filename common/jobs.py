@@ -6,7 +6,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from common.media import load_image, read_text
-from common.run import changed, rank_and_world_size, read_json, refuse_overwriting, write
+from common.args import refuse_overwriting
+from common.run import changed, rank_and_world_size, read_json, write
 from model import with_reference_token
 
 

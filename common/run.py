@@ -82,15 +82,6 @@ def write(path, text):
     os.replace(part, path)
 
 
-def refuse_overwriting(inputs, outputs):
-    """ValueError when a file that will be written is one that is read, under whatever name or link."""
-    inputs = [Path(path) for path in inputs if path and Path(path).is_file()]
-    for file in map(Path, outputs):
-        for path in inputs:
-            if file.exists() and file.samefile(path):
-                raise ValueError(f"--out: {file} would be written over {path}, which is read: choose another --out")
-
-
 def read_json(path):
     """The dict in a json file. ValueError names a file that holds something else."""
     try:

@@ -4,7 +4,8 @@ from dataclasses import replace
 import torch
 from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup
 
-from common.base import compute_dtype, find_lora, frame_size, load_pipeline, tile_large_clips, warn_of_another_size
+from common.base import compute_dtype, frame_size, load_pipeline, tile_large_clips, warn_of_another_size
+from common.find import find_lora
 from common.latents import open_caches
 from common.media import clip_frames
 from common.run import print0

@@ -40,10 +40,10 @@ import gradcos
 import model
 from common.args import command_line, knob
 from common.base import attention_order, autocast, compute_dtype, find_device, follow_autocast, tile_vae
+from common.log import Moment
 from common.media import clip_frames
 from model import SubjectTransformer, add_lora, encode_moments, save_lora, v_loss
 from common.run import records, save_checkpoint, write
-from common.watch import Moment
 
 
 @dataclass(frozen=True)

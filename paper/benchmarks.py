@@ -9,9 +9,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from toy.creatures import FPS, FRAMES, draw_test_set, true_clips
-from common.args import knob
+from common.args import knob, refuse_overwriting
 from common.media import read_text, save_video
-from common.run import refuse_overwriting, write
+from common.run import write
 
 
 @dataclass

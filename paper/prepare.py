@@ -37,10 +37,10 @@ import urllib3
 from huggingface_hub import HfApi, hf_hub_download
 from tqdm import tqdm
 
-from common.args import check, command_line, knob
+from common.args import check, command_line, knob, refuse_overwriting
 from common.latents import Latents, prepare_cache
 from common.media import CLIP_SUFFIXES, load_clip, read_text, save_video
-from common.run import changed, join_ranks, rank_and_world_size, read_json, refuse_overwriting, write
+from common.run import changed, join_ranks, rank_and_world_size, read_json, write
 from data import SUBJECTS200K, open_parquet, picture_of, split_views
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from common import run, watch
+from common import log, run
 
 PLACE, STEP = os.environ["HOLD"].split()
-log_step, torch_save = watch.Log.step, torch.save
+log_step, torch_save = log.Log.step, torch.save
 
 
 def hold(place, step):
@@ -36,5 +36,5 @@ def save_half_and_hold(state, file):
 
 
 if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-    watch.Log.step, torch.save = step_and_hold, save_half_and_hold
+    log.Log.step, torch.save = step_and_hold, save_half_and_hold
 runpy.run_path(str(Path(__file__).parents[1] / "train.py"), run_name="__main__")

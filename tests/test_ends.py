@@ -17,13 +17,13 @@ from common.run import checkpoints, claim, newest_checkpoint, save_checkpoint, s
 BREAK = """
 import os, runpy, signal, subprocess, sys
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
-from common import watch
-log_step = watch.Log.step
+from common import log
+log_step = log.Log.step
 def step(log, number, *rest):
     log_step(log, number, *rest)
     if number == 2 and int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
         {what}
-watch.Log.step = step
+log.Log.step = step
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

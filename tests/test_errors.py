@@ -15,7 +15,7 @@ import sample
 import train
 from common.args import command_line
 from common import base
-from common.watch import Log
+from common.log import Log
 from toy import creatures
 
 REF, LORA = str(ROOT / "toy/refs/creature-0.png"), str(ROOT / "toy/lora")

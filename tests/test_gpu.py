@@ -13,7 +13,7 @@ import model
 import sample
 import train
 from common import base, media
-from common.watch import sum_over_ranks
+from common.log import sum_over_ranks
 from paper import bench
 from tests.shared import ROOT, go_back, log_of, randomise_lora
 from toy import world

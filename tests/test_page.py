@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.base import find_lora
+from common.find import find_lora
 from model import encode_video, with_reference_token
 from sample import encode_references, generate, guidance_of, load
 from toy import creatures

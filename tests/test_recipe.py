@@ -28,7 +28,7 @@ import gradcos
 import model
 import sample
 import train
-from common import latents, media, run, setup, watch
+from common import latents, log, media, run, setup
 from tests.shared import BASE, ROOT, log_of, small_knobs
 
 CPU, LORA, REF = torch.device("cpu"), str(ROOT / "toy/lora"), str(ROOT / "toy/refs/creature-0.png")
@@ -91,7 +91,7 @@ def golden(request, knobs, tmp_path_factory):
 
 def test_golden_run(golden):
     made = json.loads(GOLDEN.read_text())
-    expected, got = (dict(watch.numbers_in({k: v for k, v in values.items() if k.startswith(golden.name)}, ""))
+    expected, got = (dict(log.numbers_in({k: v for k, v in values.items() if k.startswith(golden.name)}, ""))
                      for values in (made, golden.written))
     assert got == pytest.approx(expected, rel=1e-4, abs=1e-6), f"made with {made['made_with']}, here {VERSIONS}"
 
@@ -324,13 +324,13 @@ def test_only_the_data_that_p_asks_for_is_opened(loaded):
 # ---- measuring (B.1) -------------------------------------------------------------------------------------------------
 
 def test_losses_go_to_the_quarter_of_their_timestep_and_a_mixed_step_weighs_micro_batches_alike():
-    losses, t = watch.no_losses("cpu"), torch.tensor([0, 249, 250, 499, 500, 749, 750, 999])
-    watch.add_losses(losses, "image", torch.tensor([1.0, 3.0, 10.0, 20.0, 5.0, 5.0, 0.0, 2.0]), t, 1000)  # mean 5.75
-    watch.add_losses(losses, "image", torch.tensor([5.0]), torch.tensor([100]), 1000)
+    losses, t = log.no_losses("cpu"), torch.tensor([0, 249, 250, 499, 500, 749, 750, 999])
+    log.add_losses(losses, "image", torch.tensor([1.0, 3.0, 10.0, 20.0, 5.0, 5.0, 0.0, 2.0]), t, 1000)  # mean 5.75
+    log.add_losses(losses, "image", torch.tensor([5.0]), torch.tensor([100]), 1000)
     image = {"loss": pytest.approx(51 / 9), "loss_by_timestep": [3, 15, 5, 1]}
-    assert watch.loss_means(*losses["image"]) == image and not losses["video"].any()
-    watch.add_losses(losses, "video", torch.tensor([10.0]), t[-1:], 1000)
-    assert watch.step_means("mixed", losses) == {
+    assert log.loss_means(*losses["image"]) == image and not losses["video"].any()
+    log.add_losses(losses, "video", torch.tensor([10.0]), t[-1:], 1000)
+    assert log.step_means("mixed", losses) == {
         "loss": pytest.approx((5.75 + 5 + 10) / 3), "image": image,
         "video": {"loss": 10, "loss_by_timestep": [None, None, None, 10]}}
 

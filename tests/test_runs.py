@@ -16,7 +16,7 @@ import sample
 import train
 from common.run import checkpoints, newest_checkpoint
 from common.setup import divide_batches
-from common.watch import numbers_in
+from common.log import numbers_in
 
 
 def go(knobs, **more):

@@ -13,7 +13,7 @@ import model
 import sample
 import train
 from common.args import command_line
-from common import base, watch
+from common import base, find, log
 
 LORA = str(ROOT / "toy/lora")
 
@@ -63,7 +63,7 @@ def test_another_kind_of_base_is_one_line_before_its_weights(changes, message):
     file = Path("base/transformer/config.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     if not message:
-        return base.read_config("base")
+        return find.read_config("base")
     with pytest.raises(ValueError, match=message):
         sample.main(sample.Config(ref="cat.png", prompt="x", lora=LORA, base="base"))
 
@@ -85,15 +85,15 @@ def test_a_lora_comes_from_the_hub_and_a_mistyped_path_is_not_looked_for_there(m
         if f"{repository}/{name}" not in there:
             raise OSError(f"404: no {name}\nin {repository}")
         return f"{LORA}/{model.LORA_FILE}"
-    monkeypatch.setattr(base, "hf_hub_download", download)
+    monkeypatch.setattr(find, "hf_hub_download", download)
     for name in ("me/cat", "carpedkm/v1", "me/many/b/two.safetensors"):
-        assert base.find_lora(name) == model.lora_path(LORA)
+        assert find.find_lora(name) == model.lora_path(LORA)
     with pytest.raises(FileNotFoundError, match="no LoRA at me/dog, and the download of .* failed: 404: no .*s$"):
-        base.find_lora("me/dog")
+        find.find_lora("me/dog")
     asked.clear()
     for path in ("out/dog", "nowhere", "./me/cat", "/me/cat", "me/cat/step-000400", "~/me/cat"):
         with pytest.raises(FileNotFoundError, match=f"no LoRA at {path}: expected"):
-            base.find_lora(path)
+            find.find_lora(path)
     assert not asked
 
 
@@ -101,14 +101,14 @@ def test_long_captions_are_said_once_and_counted(capsys, caplog, monkeypatch):
     """diffusers' own warning repeats the captions of each micro-batch."""
     too_long = set()
     monkeypatch.setattr(model, "TOO_LONG", too_long)
-    monkeypatch.setattr(watch, "TOO_LONG", too_long)
+    monkeypatch.setattr(log, "TOO_LONG", too_long)
     pipe = base.load_pipeline(BASE)
     fits = {len(pipe.tokenizer("creature " * n).input_ids): "creature " * n for n in range(20)}[16]
     long = [f"{fits} walks {way}" for way in ("up", "down")]
     for _ in range(3):
         model.encode_prompt(pipe, [fits, *long])
     assert capsys.readouterr().err.count("more than 16 tokens") == 1 and not caplog.records and too_long == set(long)
-    watch.Log(None, 0, [], torch.device("cpu")).close()
+    log.Log(None, 0, [], torch.device("cpu")).close()
     assert capsys.readouterr().out == "2 caption(s) were longer than the text encoder reads\n"
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
 from common.args import command_line, knob
-from common.base import find_lora
+from common.find import find_lora
 from model import encode_prompt, encode_video, lora_header, with_reference_token
 from sample import guidance_of, load
 from toy.creatures import COLOURS, DIRECTIONS, FIELDS, FRAMES, SIZE, SOLID, caption

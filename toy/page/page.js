@@ -197,7 +197,7 @@ async function make(stop) {
     video.frames = await decode(video.predicted[Math.min(M.timesteps.length - state.left, M.timesteps.length - 1)]);
     shown[column] = video;
   }
-  say(`Two videos in ${((performance.now() - began) / 1000).toFixed(1)} s.`);
+  say(`Two videos, made in ${((performance.now() - began) / 1000).toFixed(1)} s.`);
 }
 
 // ---- what one sees and touches --------------------------------------------------------------------------------------
@@ -217,8 +217,9 @@ function changed() {
   }));
   paint($("reference"), reference());
   $("prompt").textContent = `"A creature walks ${state.direction} over a ${state.field} field"`;
-  $("dose-value").textContent = `p = ${state.dose}`;
-  $("dose-says").textContent = state.dose === "0" ? "the same, p = 0" : `with clips, p = ${state.dose}`;
+  const percent = Math.round(100 * state.dose);
+  $("dose-value").textContent = `${percent} % (p = ${state.dose})`;
+  $("dose-says").innerHTML = percent ? `<b>and on clips of others</b>, ${percent} % of the steps` : "no clips at all";
   $("left-value").textContent = state.left;
   document.querySelectorAll("fieldset button[data-value]").forEach(button => button.setAttribute("aria-pressed",
     String(state[button.parentElement.id]) === button.dataset.value));
@@ -232,12 +233,16 @@ function buildControls() {
     if (Array.isArray(look) && look.length === 3) button.style.background = `rgb(${look})`;
     else button.textContent = look;
     button.title = button.ariaLabel = `${name}: ${typeof look === "string" ? look : value}`;
-    button.onclick = () => { state[name] = name === "brush" ? Number(value) : value; changed(); };
+    button.onclick = () => {
+      state[name] = name === "brush" ? Number(value) : value;
+      if (name === "first" || name === "second") state.brush = name === "first" ? 1 : 2;  // who picks a colour wants it
+      changed();
+    };
     $(name).append(button);
   });
   choose("first", M.colours);
   choose("second", M.colours);
-  choose("brush", {1: "body", 2: "spots", 0: "rub out"});
+  choose("brush", {1: "body", 2: "spots", 0: "erase"});
   choose("field", M.fields);
   choose("direction", {left: "\u2190", right: "\u2192", up: "\u2191", down: "\u2193"});
   const doses = Object.keys(M.doses).sort((a, b) => a - b);
@@ -250,7 +255,7 @@ function buildControls() {
   $("another").onclick = () => { another(Math.random); changed(); };
   $("clear").onclick = () => { state.cells.fill(0); changed(); };
   $("recipe").textContent = M.recipe;
-  another(uniform(1));
+  another(uniform(7));  // the first one comes out well; "draw another" shows what is usual
   changed();
 }
 
@@ -290,8 +295,8 @@ draw.onkeydown = event => {
 };
 
 let frame = 0;
-setInterval(() => {  // two beats of rest at either end, to see where it begins and where it ends
-  frame = (frame + 1) % (M ? M.frames + 4 : 1);
+setInterval(() => {  // some beats of rest at either end, to see where it begins and where it ends
+  frame = (frame + 1) % (M ? M.frames + 6 : 1);
   for (const column of ["still", "walks"]) {
     const frames = shown[column]?.frames;
     if (frames) paint($(column), frames[Math.min(Math.max(frame - 2, 0), M.frames - 1)]);
@@ -299,5 +304,5 @@ setInterval(() => {  // two beats of rest at either end, to see where it begins 
   }
 }, 250);
 
-window.toy = {state, changed, shown, normal, reference};  // for tests/test_page.py
+window.toy = {state, changed, shown, normal, uniform, another, reference};  // for tests/test_page.py
 load().then(() => wanted()).catch(error => say(error.message));
