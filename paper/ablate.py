@@ -403,16 +403,20 @@ def draw_headline(plt, results, controls):
 
 
 def draw_dose(plt, results, controls):
-    """Motion and identity against p."""
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for column, colour in zip(("moves", "cells"), gradcos.COLOURS):
-        doses = [(ROWS[row].get("p", 0.2), [r["scores"][column] for r in results[row].values()])
-                 for row in FIGURES["dose"]]
-        x = [p for p, _ in doses]
-        axis.fill_between(x, [min(v) for _, v in doses], [max(v) for _, v in doses], color=colour, alpha=0.2)
-        axis.plot(x, [np.mean(v) for _, v in doses], "o-", color=colour, label=column)
-    axis.set(xlabel="p, the share of video steps", ylabel="per cent", ylim=(-2, 102))
-    axis.legend(frameon=False)
+    """Motion and identity against p: with a picture's target at latent frame 1, as in the paper, and at any frame."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained", sharey=True)
+    panels = {"moves": "videos that move", "still": "videos still to the pixel", "cells": "cells that are right"}
+    for axis, (column, title) in zip(axes, panels.items()):
+        for suffix, label, colour in (("", "at latent frame 1 (the paper)", gradcos.COLOURS[0]),
+                                      ("-any-frame", "at any latent frame", gradcos.COLOURS[1])):
+            doses = [(ROWS[row].get("p", 0.2), [r["scores"][column] for r in results[row].values()])
+                     for row in FIGURES["dose"] if row.endswith("-any-frame") == bool(suffix)]
+            x = [p for p, _ in doses]
+            axis.fill_between(x, [min(v) for _, v in doses], [max(v) for _, v in doses], color=colour, alpha=0.2)
+            axis.plot(x, [np.mean(v) for _, v in doses], "o-", color=colour, label=label)
+        axis.set(title=title, xlabel="p, the share of video steps", ylim=(-2, 102))
+    axes[0].set(ylabel="per cent")
+    axes[2].legend(frameon=False, title="the target of an image step")
     return figure
 
 

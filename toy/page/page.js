@@ -50,6 +50,7 @@ async function session(graph, from) {
   const externalData = [];
   for (const [path, file] of Object.entries(from)) externalData.push({path, data: await weights(file)});
   files[graph] ??= await download(graph);
+  say("Starting the models ...");
   return ort.InferenceSession.create(files[graph], {externalData});
 }
 
@@ -169,7 +170,7 @@ async function wanted() {
       await make(() => wish !== done);
     }
   } catch (error) {
-    say(`The model stopped: ${error.message}. Reload the page to try again.`);
+    say(error.message.includes("Reload") ? error.message : `${error.message}: reload the page to try again.`);
   }
   busy = false;
 }
