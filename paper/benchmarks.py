@@ -16,19 +16,15 @@ from common.run import write
 
 @dataclass
 class Bench:
-    refs: str = knob("", "folder of reference pictures; a name without its number is the subject's: toy_cat-2.jpg")
-    prompts: str = knob("", "file, a prompt a line; {} is the subject; 'toy_cat-2: a sentence' is for that picture")
+    refs: str = knob("refs", "folder of reference pictures; a name without its number is the subject's: toy_cat-2.jpg")
+    prompts: str = knob("prompts.txt", "a line each; {} is the subject; 'toy_cat-2: a sentence' is for that picture")
     out: str = knob("bench.json", "file to write, for sample.py --bench with --images the folder of pictures")
 
 
 def make_bench(cfg):
     """Pictures and prompts -> a benchmark file: every picture with each of its prompts (the paper: 30 with 4 each)."""
-    if not Path(cfg.refs).is_dir():
-        raise FileNotFoundError(f"--refs: no folder of pictures at {cfg.refs or '(not given)'}")
-    if not Path(cfg.prompts).is_file():
-        raise FileNotFoundError(f"--prompts: no file {cfg.prompts or '(not given)'}; it has a prompt per line")
-    Image.init()
-    pictures = {f.stem: f for f in sorted(Path(cfg.refs).iterdir()) if f.suffix.lower() in Image.EXTENSION}
+    kinds = Image.registered_extensions()
+    pictures = {f.stem: f for f in sorted(Path(cfg.refs).iterdir()) if f.suffix.lower() in kinds}
     if not pictures:
         raise ValueError(f"--refs: no pictures in {cfg.refs}")
     prompts = {stem: [] for stem in pictures}

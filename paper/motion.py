@@ -48,35 +48,31 @@ def dis_flow():
     return lambda a, b: dis.calc(*(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in (a, b)), None)
 
 
-def raft_flow(path, device):
-    """RAFT-large with 20 iterations, trained on FlyingChairs and FlyingThings3D as VBench's is: torchvision's weights
-    C_T_V1, "ported from the original paper"."""
+def raft_flow(device):
+    """RAFT-large, trained on FlyingChairs and FlyingThings3D as VBench's is: torchvision's weights C_T_V1, "ported from
+    the original paper"."""
     try:
         from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
-        url = Raft_Large_Weights.C_T_V1.url
-        state = (torch.load(path, weights_only=True, map_location="cpu") if path else
-                 torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True))
-    except (ImportError, RuntimeError) as e:  # a torchvision of another torch fails with the second
-        raise ValueError(f"install the torchvision of torch {torch.__version__} ({str(e)[:60]}), or pass --flow dis")
-    except OSError as e:
-        raise ValueError(f"no RAFT weights ({e}): download {url} and pass it as --raft, or pass --flow dis")
-    return RaftFlow(raft_large(weights=None), state, device)
+        raft = raft_large()
+        raft.load_state_dict(Raft_Large_Weights.C_T_V1.get_state_dict(check_hash=True, weights_only=True))
+    except (ImportError, RuntimeError, OSError) as e:  # a torchvision of another torch fails with the second
+        raise ValueError(f"no RAFT ({str(e)[:90]}): install the torchvision of torch {torch.__version__}, which "
+                         "downloads the weights once, or pass --flow dis")
+    return flow_of_raft(raft.to(device), device)
 
 
-class RaftFlow:
-    """A torchvision RAFT as a flow function."""
-
-    def __init__(self, model, state, device):
-        model.load_state_dict(state)
-        self.model, self.device = model.eval().to(device), device
+def flow_of_raft(raft, device):
+    """A torchvision RAFT as a flow function, with 20 iterations."""
+    raft.eval()
 
     @torch.no_grad()
-    def __call__(self, a, b):
-        x = torch.from_numpy(np.stack([a, b])).permute(0, 3, 1, 2).float().to(self.device) / 127.5 - 1
+    def flow(a, b):
+        x = torch.from_numpy(np.stack([a, b])).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
         (h, w), (up, left) = x.shape[2:], (-x.shape[2] % 8 // 2, -x.shape[3] % 8 // 2)
         x = F.pad(x, (left, -w % 8 - left, up, -h % 8 - up), mode="replicate")  # RAFT takes whole eights
-        flow = self.model(x[:1], x[1:], num_flow_updates=20)[-1][0]
-        return flow[:, up:up + h, left:left + w].permute(1, 2, 0).cpu().numpy()
+        moved = raft(x[:1], x[1:], num_flow_updates=20)[-1][0]
+        return moved[:, up:up + h, left:left + w].permute(1, 2, 0).cpu().numpy()
+    return flow
 
 
 def linear_smoothness(frames):
@@ -105,15 +101,14 @@ def vbench_smoothness(file):
         raise ValueError(f"--vbench {file} is no VBench result with motion_smoothness: {e!r}")
 
 
-def flow_class(frames, flow, mask=None):
+def flow_class(frames, flow, mask):
     """("small", "medium", "large" or "camera", pixels the foreground moves, pixels the background moves).
 
     Sec. E.2.1, for a clip at 720x480, whose pixels the thresholds are in: optical flow from the first frame to each
     later one, its length averaged over the foreground and over the background, then over frames. A background above 10
     px is a moving camera: the clip is left out. Foreground <= 25: small; <= 50: medium; else large. mask (H,W), true on
-    the foreground of the first frame; without one the whole frame counts as foreground, and no camera is found.
+    the foreground of the first frame; true everywhere, no camera is found.
     """
-    mask = np.ones(frames[0].shape[:2], bool) if mask is None else mask
     if not mask.any():
         raise ValueError("its mask shows no foreground")
     lengths = [np.linalg.norm(flow(frames[0], frame), axis=2) for frame in frames[1:]]
