@@ -256,7 +256,7 @@ function buildControls() {
   $("another").onclick = () => { another(Math.random); changed(); };
   $("clear").onclick = () => { state.cells.fill(0); changed(); };
   $("recipe").textContent = M.recipe;
-  another(uniform(7));  // the first one comes out well; "draw another" shows what is usual
+  another(uniform(7));
   changed();
 }
 
