@@ -256,19 +256,15 @@ def noise(cfg, scale=3):
 
 
 if __name__ == "__main__":
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    command, *words = sys.argv[1:] or [""]
     actions = {"score": (Score, score), "picture": (Picture, picture), "noise": (Noise, noise)}
+    writers = {"data": lambda: write_missing(*(f"toy/data/{name}" for name in DATA)),
+               "refs": lambda: write_refs("toy/refs"), "bench": lambda: write_bench("toy/data/bench")}
     if command in actions:
         config, action = actions[command]
-        command_line(action, config, action.__doc__, sys.argv[2:])
-    elif command == "data" and len(sys.argv) == 2:
-        write_missing(*(f"toy/data/{name}" for name in DATA))
-    elif command == "refs" and len(sys.argv) == 2:
-        write_refs("toy/refs")
-    elif command == "bench" and len(sys.argv) == 2:
-        write_bench("toy/data/bench")
+        command_line(action, config, action.__doc__, words)
+    elif command in writers and not words:
+        writers[command]()
     else:
-        usage = "usage: python -m toy.world data | refs | bench | score | picture | noise [--help]"
-        if command not in ("-h", "--help"):
-            sys.exit(usage)
-        print(usage)
+        usage = f"usage: python -m toy.world {' | '.join([*writers, *actions])} [--help]"
+        sys.exit(print(usage) if command in ("-h", "--help") else usage)
