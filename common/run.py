@@ -117,8 +117,7 @@ def checkpoints(run):
 
 def newest_checkpoint(run):
     """The newest complete checkpoint of a run (out/NAME), or None."""
-    found = checkpoints(run)
-    return found[-1] if found else None
+    return next(reversed(checkpoints(run)), None)
 
 
 def remove_half_saved(run):
