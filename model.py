@@ -137,9 +137,8 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
         if ref_guidance != 1 and K > 0:
             # Guidance on the picture: with scale s on the text and S on the picture the pipeline then makes
             #     v(no text, ref) + s (v(text, ref) - v(no text, ref)) + (S - 1) (v(text, ref) - v(text, no ref)).
-            # The last term is the same in both halves, so that s does not multiply it: guiding each half alone gives it
-            # the factor s and tears the toy's creatures at S = 3. And it has the text, as training always does. It
-            # costs half a call more. An empty keep: the video stays at frames 1..T, as in training's drops.
+            # The last term is the same in both halves, so that s does not multiply it: with the factor s it tears the
+            # toy's creatures at S = 3. An empty keep leaves the video at frames 1..T, as in training's drops.
             none = SubjectTransformer.forward(
                 self, hidden_states[-videos:], encoder_hidden_states[-videos:], timestep[-videos:], timestep_cond, ofs,
                 image_rotary_emb, attention_kwargs, False, reference[-videos:], torch.empty(0, dtype=torch.long))[0]

@@ -73,7 +73,7 @@ def render_cells(creatures, fields, tiles):
     offset = tiles[..., None] * (TILE // CELL) + np.arange(CELLS)  # (N,F,2,8): the rows and the columns it covers
     rows, columns = offset[:, :, 0, :, None], offset[:, :, 1, None, :]
     canvas[np.arange(n)[:, None, None, None], np.arange(f)[:, None, None], rows, columns] = creatures.bitmap[:, None]
-    palette = np.concatenate([FIELD_RGB[fields][:, None], COLOUR_RGB[creatures.colours]], 1)  # (N,3,3) of values 0, 1, 2
+    palette = np.concatenate([FIELD_RGB[fields][:, None], COLOUR_RGB[creatures.colours]], 1)  # (N,3,3): of 0, 1, 2
     return palette.astype(np.uint8)[np.arange(n)[:, None, None, None], canvas]
 
 
