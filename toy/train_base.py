@@ -185,7 +185,7 @@ def train_transformer(pipe, cfg, device):
     rope = [table.unflatten(0, (2 * beats, -1))  # cos and sin, each (10 times, 16 patches, head_dim)
             for table in SubjectTransformer.rotary_tables(transformer, 2 * beats, side, side, device)]
 
-    def call(noisy, *args, reference, keep, **kwargs):  # the stock model: no reference, T frames at this step's `times`
+    def call(noisy, *args, reference, keep, first_frame, **kwargs):  # the stock model: T frames at this step's `times`
         at = times[:noisy.shape[1]]
         return forward(noisy, *args, image_rotary_emb=tuple(table[at].flatten(0, 1) for table in rope), **kwargs)
     torch.manual_seed(cfg.seed + 1)
