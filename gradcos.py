@@ -6,7 +6,6 @@
 Runs that differ only in their seed are drawn as one line, their mean, in a band from the lowest to the highest.
 Also here: PCGrad (Sec. 4.3, B.3), the method that the paper's coin is compared with.
 """
-import math
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,22 +128,25 @@ class PCGrad:
 @dataclass
 class Config:
     runs: list[str] = knob([], "runs (out/NAME) trained with --gradcos_every")
-    out: str = knob("gradcos.png", "picture to write; the others take its name: -groups, and -losses with --val_every")
+    out: str = knob("gradcos.png", "picture to write; beside it -groups, the cosine in each group of layers")
 
 
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f"]  # for colour-blind eyes too
 
 
-def read_runs(folders, file):
+def read_runs(folders):
     """{label: one list of records per seed}. Runs whose settings differ only in the seed share a label."""
     configs, records = [], []
     for folder in folders:
+        file = Path(folder, "gradcos.jsonl")
+        if not file.is_file():
+            raise FileNotFoundError(f"no gradcos.jsonl in {folder}: was it trained with --gradcos_every?")
         config = read_json(Path(folder) / "config.json")
         # The cache of latents follows from the data sets, which are compared themselves.
         configs.append({k: v for k, v in config.items() if k not in ("seed", "cache", "name", "not_trained")})
-        records.append(read_records(Path(folder) / file))
+        records.append(read_records(file))
         if not records[-1]:
-            raise ValueError(f"{Path(folder) / file} holds no whole measurement")
+            raise ValueError(f"{file} holds no whole measurement")
     differ = [k for k in configs[0] if any(c.get(k) != configs[0][k] for c in configs)]
     groups = {}
     for folder, config, record in zip(folders, configs, records):
@@ -192,49 +194,22 @@ def draw_groups(plt, groups):
         blocks = [n for n in names if n.startswith("block ")]
         steps = [r["step"] for r in min(seeds, key=len)]
         table = torch.tensor([[[r["groups"][b][0] for r in records[:len(steps)]] for b in blocks] for records in seeds])
-        half = (steps[-1] - steps[0]) / (2 * max(len(steps) - 1, 1)) or 0.5  # each bar is centred on its step
-        image = right.imshow(table.mean(0).numpy(), aspect="auto", cmap="RdBu", vmin=-1, vmax=1, origin="lower",
-                             interpolation="nearest",
-                             extent=(steps[0] - half, steps[-1] + half, -0.5, len(blocks) - 0.5))
+        image = right.pcolormesh(steps, range(len(blocks)), table.mean(0).numpy(), cmap="RdBu", vmin=-1, vmax=1)
         right.set(title="by depth", xlabel="step", ylabel="block")
         figure.colorbar(image, ax=right, label="cosine")
-    return figure
-
-
-def draw_losses(plt, groups):
-    """The held-out loss per task: whole (thick) and for each quarter of the timesteps (thin, 4 has the most noise)."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for axis, task in zip(axes, ("image", "video")):
-        for (label, seeds), colour in zip(groups.items(), COLOURS * 9):
-            band(axis, seeds, lambda r: r[task]["loss"], color=colour, label=label, linewidth=2)
-            for quarter, style in enumerate((":", "-.", "--", "-")):
-                noise = ("little noise", "more noise", "much noise", "nearly all noise")[quarter]
-                name = f"{noise} (t in quarter {quarter + 1})" if colour == COLOURS[0] else None
-                band(axis, seeds, lambda r: r[task]["loss_by_timestep"][quarter] or math.nan, color=colour,
-                     linewidth=0.8, linestyle=style, label=name)
-        axis.set(title=f"held-out {task} loss", xlabel="step", ylabel="loss")
-    axes[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # beside: on no curve
     return figure
 
 
 def main(cfg):
     if not cfg.runs:
         raise ValueError("no runs: pass out/RUN [out/RUN ...]")
-    import matplotlib  # only here: training does not need it
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    out = Path(cfg.out)
+    import matplotlib.pyplot as plt  # only here: training does not need it
+    plt.switch_backend("agg")  # no window
+    groups, out = read_runs(cfg.runs), Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figures = [(out, draw_figure_5, "gradcos.jsonl"),
-               (out.with_stem(out.stem + "-groups"), draw_groups, "gradcos.jsonl"),
-               (out.with_stem(out.stem + "-losses"), draw_losses, "val.jsonl")]
-    lack = {file: [run for run in cfg.runs if not (Path(run) / file).is_file()] for _, _, file in figures}
-    if all(lack.values()):
-        raise FileNotFoundError(f"no gradcos.jsonl in {lack['gradcos.jsonl'][0]}: was it trained with --gradcos_every?")
-    for path, draw, file in figures:
-        if not lack[file]:
-            draw(plt, read_runs(cfg.runs, file)).savefig(path, dpi=130)
-            print(f"wrote {path}")
+    for path, draw in ((out, draw_figure_5), (out.with_stem(f"{out.stem}-groups"), draw_groups)):
+        draw(plt, groups).savefig(path, dpi=130)
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

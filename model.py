@@ -18,7 +18,7 @@ import re
 import sys
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -77,9 +77,6 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
             show a single picture at another distance from the reference (train.py's --image_frame).
         image_rotary_emb: the stock T-frame tables, used only without a reference; made from the config when None.
         """
-        if self.config.patch_size_t is not None:
-            raise ValueError("CogVideoX 1.5 (patch_size_t) folds two frames into one token, so a reference cannot be "
-                             f"frame 0; use a 1.0 base such as {PAPER_BASE}")
         attention_kwargs = dict(attention_kwargs or {})
         reference = attention_kwargs.pop("reference", None) if reference is None else reference
         ref_guidance = attention_kwargs.pop("ref_guidance", 1.0)
@@ -94,12 +91,10 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
 
         frames = hidden_states
         if reference is not None:
-            if reference.shape[0] not in (1, B) and B % reference.shape[0] == 0:  # [uncond | cond] halves, one ref each
-                reference = reference.repeat(B // reference.shape[0], 1, 1, 1, 1)
-            if reference.shape[1:] != (1, *hidden_states.shape[2:]) or reference.shape[0] not in (1, B):
+            if B % videos or reference.shape[1:] != (1, *hidden_states.shape[2:]):
                 raise ValueError(f"reference must be (B or 1, 1, C, H, W) like the video {tuple(hidden_states.shape)}, "
                                  f"got {tuple(reference.shape)}")
-            reference = reference.to(hidden_states).expand(B, -1, -1, -1, -1)
+            reference = reference.to(hidden_states).repeat(B // videos, 1, 1, 1, 1)
             frames = torch.cat([reference, hidden_states], dim=1)  # (B, 1+T, C, H, W)
         frame_count = frames.shape[1]  # T, or 1 + T
         if reference is None:
@@ -108,11 +103,10 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
             K = N
         else:
             K = len(keep)
-        span = Span(L, K, frame_count)
         set_span = None
-        if self.lora_scope == "reference":
-            set_span = self.set_span
-            set_span(span)
+        if self.lora_scope == "reference":  # tell the LoRA layers which rows are the reference's
+            set_span = partial(setattr, self, "span", (L, K, frame_count))
+            set_span()
 
         rope = image_rotary_emb  # a pair (cos, sin), each (frame_count*N, head_dim)
         if self.config.use_rotary_positional_embeddings and (rope is None or reference is not None):
@@ -132,8 +126,7 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
 
         checkpointing = self.checkpointing if torch.is_grad_enabled() else "none"
         for block in self.transformer_blocks:
-            hidden, text = self.run_block(checkpointing, set_span, span, block, hidden, text, temb, rope,
-                                          attention_kwargs)
+            hidden, text = self.run_block(checkpointing, set_span, block, hidden, text, temb, rope, attention_kwargs)
 
         hidden = hidden[:, K:]  # (B, T*N, D): only the noisy frames are decoded
         hidden = self.norm_out(self.norm_final(hidden), temb=temb)
@@ -144,9 +137,8 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
         if ref_guidance != 1 and K > 0:
             # Guidance on the picture: with scale s on the text and S on the picture the pipeline then makes
             #     v(no text, ref) + s (v(text, ref) - v(no text, ref)) + (S - 1) (v(text, ref) - v(text, no ref)).
-            # The last term is the same in both halves, so that s does not multiply it: guiding each half alone gives it
-            # the factor s and tears the toy's creatures at S = 3. And it has the text, as training always does. It
-            # costs half a call more. An empty keep: the video stays at frames 1..T, as in training's drops.
+            # The last term is the same in both halves, so that s does not multiply it: with the factor s it tears the
+            # toy's creatures at S = 3. An empty keep leaves the video at frames 1..T, as in training's drops.
             none = SubjectTransformer.forward(
                 self, hidden_states[-videos:], encoder_hidden_states[-videos:], timestep[-videos:], timestep_cond, ofs,
                 image_rotary_emb, attention_kwargs, False, reference[-videos:], torch.empty(0, dtype=torch.long))[0]
@@ -160,10 +152,6 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
 
     def disable_gradient_checkpointing(self):
         self.checkpointing = "none"
-
-    def set_span(self, span):
-        """Tell the layers of lora_scope "reference" where the reference's tokens are."""
-        self.span = span
 
     def compile_blocks(self):
         """Compile the blocks, all with one kernel set per shape: the first step of each shape waits for the compiler.
@@ -187,9 +175,9 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
         return checkpoint(SubjectTransformer._run_block, *args, use_reentrant=False, **options)
 
     @staticmethod
-    def _run_block(set_span, span, block, hidden, text, temb, rope, attention_kwargs):
+    def _run_block(set_span, block, hidden, text, temb, rope, attention_kwargs):
         if set_span is not None:  # inside the checkpointed function: backward's recomputation sees the same span
-            set_span(span)
+            set_span()
         return block(hidden, text, temb, image_rotary_emb=rope, attention_kwargs=attention_kwargs)
 
     def rotary_tables(self, frames, height, width, device, skipped=0):
@@ -224,12 +212,10 @@ def add_lora(transformer, rank, alpha, dropout=0.0, scope="all"):
     """
     if scope not in ("all", "reference"):
         raise ValueError(f"lora_scope must be 'all' or 'reference', got {scope!r}")
-    transformer.requires_grad_(False)
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS))
-    transformer.requires_grad_(False)
     for name, parameter in transformer.named_parameters():
-        if "lora_" in name:
-            parameter.requires_grad_(scope == "all" or _reaches_output(name, len(transformer.transformer_blocks)))
+        useful = scope == "all" or _reaches_output(name, len(transformer.transformer_blocks))
+        parameter.requires_grad_("lora_" in name and useful)
     # peft makes adapters in the base's dtype. bfloat16 has 8 bits: adding 5e-5 to a weight of 0.01 rounds away.
     cast_training_params(transformer)
     for module in transformer.modules():
@@ -256,27 +242,19 @@ def weight_fingerprint(weight):
     return hashlib.sha256(weight.view(torch.int16).numpy().tobytes()).hexdigest()[:12]
 
 
-def fingerprint(transformer):
-    """12 hex digits that tell one base from another. LoRA never touches proj_out, so it is the same after training."""
-    return weight_fingerprint(transformer.proj_out.weight)
-
-
 def save_lora(transformer, path, **extra):
     """Write the adapters to path/pytorch_lora_weights.safetensors in the diffusers format, alpha included.
 
-    `extra` (strings) goes into the file's header beside the base's name and fingerprint: read it with `lora_header`.
-    The write is atomic: a kill leaves the old file or the new one.
-    """
+    `extra` (strings) goes into the file's header beside the base's name and fingerprint: read it with `lora_header`."""
     config = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v
               for k, v in transformer.peft_config["default"].to_dict().items()}
+    base = weight_fingerprint(transformer.proj_out.weight)  # LoRA never touches proj_out
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(config, default=str, sort_keys=True),
-              "lora_scope": transformer.lora_scope, "base_fingerprint": fingerprint(transformer), **extra}
+              "lora_scope": transformer.lora_scope, "base_fingerprint": base, **extra}
     weights = {f"transformer.{k}": v.detach().cpu().contiguous()
                for k, v in get_peft_model_state_dict(transformer).items()}
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(weights, path / (LORA_FILE + ".tmp"), metadata=header)
-    os.replace(path / (LORA_FILE + ".tmp"), path / LORA_FILE)
+    Path(path).mkdir(parents=True, exist_ok=True)
+    save_file(weights, Path(path, LORA_FILE), metadata=header)
 
 
 def lora_path(path):
@@ -313,10 +291,10 @@ def load_lora(transformer, path, dropout=0.0):
     file, header = lora_path(path), lora_header(path)
     with safe_open(file, "pt") as f:
         rank = next(f.get_slice(k).get_shape()[0] for k in f.keys() if "lora_A" in k)
-    trained_on = header.get("base_fingerprint")
-    if trained_on and trained_on != fingerprint(transformer):
-        raise ValueError(f"LoRA {file} was trained on the base {header.get('base', '?')} ({trained_on}), "
-                         f"not on this one ({fingerprint(transformer)}); pass the right --base")
+    here = weight_fingerprint(transformer.proj_out.weight)
+    if header.get("base_fingerprint", here) != here:
+        raise ValueError(f"LoRA {file} was trained on the base {header.get('base', '?')} "
+                         f"({header['base_fingerprint']}), not on this one ({here}); pass the right --base")
     alpha = json.loads(header.get("lora_adapter_metadata", "{}")).get("transformer.lora_alpha")
     if alpha is None:
         alpha = rank / 2
@@ -340,13 +318,6 @@ def read_lora(transformer, path):
 
 # ---- LoRA on reference tokens only: lora_scope "reference" ----------------------------------------------------------
 
-class Span(NamedTuple):
-    """Where the reference tokens are: rows `text : text + kept` of [text | reference | video]; 1 of `frames` frames."""
-    text: int
-    kept: int
-    frames: int
-
-
 def _reaches_output(name, blocks):
     """Under scope "reference": does this adapter get a gradient? Not the text projection, and in the last block not
     what comes after the keys and values: the reference's own output is thrown away there."""
@@ -356,7 +327,8 @@ def _reaches_output(name, blocks):
 
 
 def _restrict_to_reference(transformer):
-    """Make every LoRA layer add its update to the reference rows only. `transformer.span` tells them which rows."""
+    """Make every LoRA layer add its update to the reference rows only: rows L to L + K of [text | reference | video],
+    or the first of the frames. `transformer.span` is (L, K, frames)."""
     transformer.lora_scope = "reference"
     for name, module in transformer.named_modules():
         if isinstance(module, CogVideoXLayerNormZero):
@@ -367,33 +339,31 @@ def _restrict_to_reference(transformer):
 
 def _reference_only_linear(layer, with_lora, transformer, is_patch):
     def forward(x):
-        text, kept, frames = transformer.span
-        if kept == 0 or x.shape[1] == text and not is_patch:  # no reference, or the text projection
+        L, K, frames = transformer.span
+        if K == 0 or x.shape[1] == L and not is_patch:  # no reference, or the text projection
             return layer.base_layer(x)
         if is_patch:  # (B*F, C, H, W): the frames are folded into the batch, and frame 0 is the reference
             x = x.unflatten(0, (-1, frames))
-            y = torch.cat([with_lora(x[:, 0])[:, None], layer.base_layer(x[:, 1:].flatten(0, 1))
-                           .unflatten(0, (-1, frames - 1))], dim=1)
-            return y.flatten(0, 1)
-        before, reference, after = x.split([text, kept, x.shape[1] - text - kept], dim=1)
-        return torch.cat([layer.base_layer(before), with_lora(reference), layer.base_layer(after)], dim=1)
+            video = layer.base_layer(x[:, 1:].flatten(0, 1)).unflatten(0, (-1, frames - 1))
+            return torch.cat([with_lora(x[:, 0])[:, None], video], dim=1).flatten(0, 1)
+        text, reference, video = x.split([L, K, x.shape[1] - L - K], dim=1)
+        return torch.cat([layer.base_layer(text), with_lora(reference), layer.base_layer(video)], dim=1)
     return forward
 
 
 def _reference_only_norm(norm, transformer):
-    """The adaptive norm reads the timestep, not tokens: both versions of shift, scale and gate, then one per token."""
+    """The adaptive norm reads the timestep, not tokens: the stock forward with LoRA for the reference's rows, and with
+    the frozen weight for all others."""
+    stock = CogVideoXLayerNormZero.forward
+    frozen = SimpleNamespace(silu=norm.silu, linear=norm.linear.base_layer, norm=norm.norm)
+
     def forward(hidden, text, temb):  # hidden (B, K + T*N, D)
-        temb, kept = norm.silu(temb), transformer.span.kept
-        base = [m[:, None] for m in norm.linear.base_layer(temb).chunk(6, dim=1)]  # six of (B, 1, D)
-        shift, scale, gate, text_shift, text_scale, text_gate = base
-        if kept:
-            lora = [m[:, None] for m in norm.linear(temb).chunk(6, dim=1)[:3]]
-            rest = hidden.shape[1] - kept
-            shift, scale, gate = (torch.cat([a.expand(-1, kept, -1), b.expand(-1, rest, -1)], dim=1)
-                                  for a, b in zip(lora, base))
-        hidden = norm.norm(hidden) * (1 + scale) + shift
-        text = norm.norm(text) * (1 + text_scale) + text_shift
-        return hidden, text, gate, text_gate
+        reference, video = hidden.tensor_split([transformer.span[1]], dim=1)
+        video, new_text, gate, text_gate = stock(frozen, video, text, temb)
+        if reference.shape[1] > 0:
+            reference, _, reference_gate, _ = stock(norm, reference, text[:, :0], temb)
+            gate = torch.cat([reference_gate.expand_as(reference), gate.expand_as(video)], dim=1)
+        return torch.cat([reference, video], dim=1), new_text, gate, text_gate
     return forward
 
 

@@ -3,7 +3,6 @@ import os
 import sys
 import warnings
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from diffusers import CogVideoXPipeline, TorchAoConfig
@@ -47,9 +46,7 @@ def compute_dtype(device):
 def autocast(device):
     """A context in which the float32 LoRA computes in the device's dtype, as the frozen base does."""
     dtype = compute_dtype(device)
-    if dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(device.type, dtype)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def attention_order(device):
@@ -63,19 +60,15 @@ def attention_order(device):
 def tile_vae(vae):
     """Let the VAE work in overlapping tiles, one sample at a time, to save memory (A.2).
 
-    Where the tiles' stride is not a whole number of latent pixels (tiny VAEs) diffusers would return another size: then
-    it goes on with whole frames, and a line says so."""
+    Where tiles overlap by a fraction of a latent pixel (tiny VAEs) diffusers would return another size: then it goes on
+    with whole frames, and a line says so."""
     vae.enable_slicing()
     vae.enable_tiling()
-    shrink = 2 ** (len(vae.config.block_out_channels) - 1)
-    for axis in ("height", "width"):
-        pixels, latents = getattr(vae, f"tile_sample_min_{axis}"), getattr(vae, f"tile_latent_min_{axis}")
-        overlap = getattr(vae, f"tile_overlap_factor_{axis}")
-        encode_fits = int(pixels * (1 - overlap)) == shrink * (latents - int(latents * overlap))
-        decode_fits = pixels - int(pixels * overlap) == shrink * int(latents * (1 - overlap))
-        if not (encode_fits and decode_fits):
-            print(f"this VAE's tiles of {pixels} pixels do not fit together: no tiling", file=sys.stderr)
-            return vae.disable_tiling()
+    overlaps = (vae.tile_latent_min_height * vae.tile_overlap_factor_height,
+                vae.tile_latent_min_width * vae.tile_overlap_factor_width)
+    if any(abs(latents - round(latents)) > 1e-6 for latents in overlaps):
+        print("this VAE's tiles do not fit together: no tiling", file=sys.stderr)
+        vae.disable_tiling()
 
 
 def tile_large_clips(vae, height, width, frames):
@@ -87,15 +80,12 @@ def tile_large_clips(vae, height, width, frames):
 def sampling_dtype(base, device):
     """compute_dtype, but float16 for CogVideoX-2b (no RoPE) on a GPU, because it was trained in float16."""
     dtype = compute_dtype(device)
-    try:
-        config = SubjectTransformer.load_config(base, subfolder="transformer")
-    except OSError:  # load_pipeline says it better
-        return dtype
-    without_rope = not config.get("use_rotary_positional_embeddings")
-    return torch.float16 if dtype == torch.bfloat16 and without_rope else dtype
+    if dtype == torch.bfloat16 and not read_config(base).get("use_rotary_positional_embeddings"):
+        return torch.float16
+    return dtype
 
 
-def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False, without=(), asked="cpu"):
+def load_pipeline(base, dtype=torch.float32, int8=False, without=(), asked="cpu"):
     """The stock CogVideoXPipeline of a diffusers folder or hub id, with our transformer and a tokenizer that knows
     <cls>. One line of FileNotFoundError when there is no such base.
 
@@ -103,22 +93,20 @@ def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False, without=(
     without: parts, "transformer" or "text_encoder", whose weights are not read (11 and 9.5 GB): they stay on the meta
     device. asked: the user's --device, for refuse_cpu."""
     read_config(base)  # a base that cannot be used is refused before gigabytes are loaded
-    quantization = {}
+    quantization = None
     if int8:
         if not is_torchao_available():  # not in requirements.txt: its mere presence makes diffusers slow and noisy
             raise ValueError("--int8 needs torchao: pip install torchao==0.18.0")
         from torchao.quantization import Int8WeightOnlyConfig
-        quantization["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["proj_out"])
+        quantization = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["proj_out"])
     try:
         refuse_cpu(base, asked)
         parts = {part: without_weights(base, part) for part in without}
         if "transformer" not in parts:
             parts["transformer"] = SubjectTransformer.from_pretrained(base, subfolder="transformer", dtype=dtype,
-                                                                      **quantization)
+                                                                      quantization_config=quantization)
         pipe = CogVideoXPipeline.from_pretrained(base, **parts, dtype=dtype)
     except OSError as e:
-        if Path(base).is_dir():
-            raise
         raise download_failed(base, e)
     if int8:
         follow_autocast(pipe.transformer)
@@ -128,7 +116,7 @@ def load_pipeline(base, dtype=torch.float32, device="cpu", int8=False, without=(
         raise ValueError(f"{base}: the text encoder has {rows} embedding rows, no spare one for {REFERENCE_TOKEN}")
     for module in (pipe.transformer, pipe.vae, pipe.text_encoder):
         module.requires_grad_(False).eval()
-    return pipe if without else pipe.to(device)
+    return pipe
 
 
 def follow_autocast(model):

@@ -42,8 +42,6 @@ def read_config(base):
     try:
         config = SubjectTransformer.load_config(base, subfolder="transformer")
     except OSError as e:
-        if local:
-            raise
         raise download_failed(base, e)
     kind = config.get("_class_name")
     if kind not in ("CogVideoXTransformer3DModel", "SubjectTransformer"):
@@ -59,6 +57,9 @@ def read_config(base):
 
 
 def download_failed(base, error):
+    """What an OSError means when a base was to be loaded; of a folder it says enough itself."""
+    if Path(base).is_dir():
+        return error
     return FileNotFoundError(f"no folder {base}, and the download from the hub failed: {str(error).splitlines()[0]} "
                              f"Without network: hf download {base} --local-dir FOLDER elsewhere, then --base FOLDER")
 

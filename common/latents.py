@@ -178,15 +178,14 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
         group = []
         for item, file, stamp in todo[i:i + together]:
             try:
-                loaded, *words = load_item(cfg, task, dataset, item, size)
-                group.append(((file, stamp), loaded, words))
+                group.append((file, stamp, *load_item(cfg, task, dataset, item, size)))
             except (ValueError, KeyError, OSError) as e:
                 print(f"skipped: {e}", file=sys.stderr)
         if not group:
             continue
-        files, pixels, prompts = zip(*group)
-        moments = encode_moments(pipe.vae, normalise(torch.cat(pixels))).cpu().chunk(len(files))
-        for (file, stamp), m, (words, name) in zip(files, moments, prompts):
+        pixels = normalise(torch.cat([loaded for _, _, loaded, _, _ in group]))
+        moments = encode_moments(pipe.vae, pixels).cpu().chunk(len(group))
+        for (file, stamp, _, words, name), m in zip(group, moments):
             if task == "video":
                 tensors = {"clip": m[0]}                                # (T,2C,h,w)
             else:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -139,19 +139,14 @@ def resize_center_crop(image, height, width, jitter=0.0, rng=None):
     return image.resize((width, height), Image.LANCZOS, box=box)
 
 
-def pad_to_shape(image, height, width):
-    """White beside or above and below the picture, so that nothing of it is lost when it becomes height x width."""
-    w = max(image.width, round(image.height * width / height))
-    h = max(image.height, round(image.width * height / width))
-    padded = Image.new("RGB", (w, h), "white")
-    padded.paste(image, ((w - image.width) // 2, (h - image.height) // 2))
-    return padded
-
-
-def fit_reference(image, height, width, fit, jitter=0.0, rng=None):
-    """A reference picture at height x width: fit "cover" cuts what stands over, "pad" adds white instead."""
-    image = pad_to_shape(image, height, width) if fit == "pad" else image
-    return resize_center_crop(image, height, width, jitter, rng)
+def fit_reference(image, height, width, fit):
+    """A reference picture at height x width: fit "cover" cuts what stands over, "pad" adds white beside it instead."""
+    if fit == "pad":
+        w = max(image.width, round(image.height * width / height))
+        h = max(image.height, round(image.width * height / width))
+        whole, image = image, Image.new("RGB", (w, h), "white")
+        image.paste(whole, ((w - whole.width) // 2, (h - whole.height) // 2))
+    return resize_center_crop(image, height, width)
 
 
 def to_pixels(images):
@@ -288,6 +283,5 @@ def save_video(path, pictures, fps, enlarge=1, format=None):
         part.write_bytes(content.getbuffer())
         os.replace(part, path)
     except OSError as e:
-        with suppress(OSError):
-            part.unlink()
+        part.unlink(missing_ok=True)
         raise OSError(e.errno, f"cannot write {path}: {e.strerror}")

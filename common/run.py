@@ -95,10 +95,8 @@ def read_json(path):
 
 def records(log):
     """The records of a .jsonl file, each with its step. A line that is none is left out: a kill can cut the last."""
-    whole = []
-    if not log.is_file():
-        return whole
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+    whole, text = [], log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    for line in text.splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
@@ -117,8 +115,7 @@ def checkpoints(run):
 
 def newest_checkpoint(run):
     """The newest complete checkpoint of a run (out/NAME), or None."""
-    found = checkpoints(run)
-    return found[-1] if found else None
+    return next(reversed(checkpoints(run)), None)
 
 
 def remove_half_saved(run):
@@ -170,9 +167,8 @@ def resume(run, settings, load_weights, state):
 
     ValueError for other settings, and unless all ranks go on from the same step. Every rank calls it, and has read the
     run when it returns: rank 0 may then write."""
-    start, checkpoint = 0, newest_checkpoint(run)
-    if checkpoint is not None:
-        start = restore(run, checkpoint, settings, load_weights, state)
+    checkpoint = newest_checkpoint(run)
+    start = restore(run, checkpoint, settings, load_weights, state) if checkpoint else 0
     if dist.is_initialized():
         ends = torch.tensor([start, -start])
         dist.all_reduce(ends, dist.ReduceOp.MAX)
@@ -222,7 +218,6 @@ def start_log(run, settings, start):
     """Write config.json, and cut from the logs the steps that will be run again. Only rank 0 writes."""
     if rank_and_world_size()[0] > 0:
         return
-    run.mkdir(parents=True, exist_ok=True)
     remove_half_saved(run)
     write(run / "config.json", json.dumps(settings, indent=1))
     for log in run.glob("*.jsonl"):

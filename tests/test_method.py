@@ -224,6 +224,7 @@ def test_dtypes_of_sampling(tmp_path):
     """float16 for a base without RoPE, as CogVideoX-2b was trained; else bfloat16; on a CPU float32."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     (tmp_path / "transformer").mkdir()
+    (tmp_path / "model_index.json").write_text("{}")
     config = json.loads(Path(BASE, "transformer/config.json").read_text())
     (tmp_path / "transformer/config.json").write_text(json.dumps({**config, "use_rotary_positional_embeddings": False}))
     assert base.sampling_dtype(BASE, cuda) == torch.bfloat16 and base.sampling_dtype(tmp_path, cuda) == torch.float16

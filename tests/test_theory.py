@@ -100,16 +100,14 @@ def test_figures_show_means_over_seeds_at_the_steps_that_all_have(tmp_path, monk
     for name, p, seed, cosine, steps in (("a", 0.5, 0, 0.1, 3), ("b", 0.5, 1, 0.3, 2), ("c", 0.2, 0, -0.2, 1)):
         Path(name).mkdir()
         Path(name, "config.json").write_text(json.dumps({"p": p, "seed": seed, "name": name}))
-        loss = {"loss": 10.0, "loss_by_timestep": [10.0, None, 12.0, 13.0]}
-        lines = [{"step": step, "cosine": cosine + step, "norm_img": 2.0 + seed, "norm_vid": 6.0, "image": loss,
-                  "video": loss, "groups": {"norms": [cosine, 1, 2], "block 0": [0.9, 1, 2]}} for step in range(steps)]
-        for file in ("gradcos.jsonl", "val.jsonl"):
-            Path(name, file).write_text("\n".join(map(json.dumps, lines)))
+        lines = [{"step": step, "cosine": cosine + step, "norm_img": 2.0 + seed, "norm_vid": 6.0,
+                  "groups": {"norms": [cosine, 1, 2], "block 0": [0.9, 1, 2]}} for step in range(steps)]
+        Path(name, "gradcos.jsonl").write_text("\n".join(map(json.dumps, lines)))
     gradcos.main(gradcos.Config(runs=["a", "b", "c"], out="figures/all.png"))
     theory.main(theory.Config(out="figures/theory.png"))
     drawn = {file.stem for file in Path("figures").iterdir()}
-    assert drawn == {"all", "all-groups", "all-losses", "theory"}
-    left, right = gradcos.draw_figure_5(plt, gradcos.read_runs(["a", "b", "c"], "gradcos.jsonl")).axes
+    assert drawn == {"all", "all-groups", "theory"}
+    left, right = gradcos.draw_figure_5(plt, gradcos.read_runs(["a", "b", "c"])).axes
     assert [(line.get_label(), *line.get_xydata().flatten()) for line in left.get_lines()[1:]] == [
         ("p = 0.5 (2 seeds)", 0, pytest.approx(0.2), 1, pytest.approx(1.2)), ("p = 0.2", 0, pytest.approx(-0.2))]
     assert [line.get_ydata()[0] for line in right.get_lines()] == [2.5, 6, 2, 6]

@@ -14,7 +14,6 @@ import copy
 import math
 import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from tqdm import tqdm
 from toy import creatures
 from model import SubjectTransformer, encode_prompt, encode_video, v_loss
 from common.args import command_line, knob
+from common.base import autocast, find_device
 
 
 @dataclass
@@ -139,7 +139,7 @@ def learning_rate(progress, peak):
     return peak * min(progress / 0.03, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def train_vae(vae, cfg, device, autocast):
+def train_vae(vae, cfg, device):
     optimizer = torch.optim.AdamW(vae.parameters(), lr=cfg.vae_lr, betas=(0.9, 0.99), weight_decay=0.0)
     rng = np.random.default_rng([cfg.seed, 1])
     vae.train()
@@ -153,7 +153,7 @@ def train_vae(vae, cfg, device, autocast):
         still = step % 3 > 0  # pictures are clips of one frame: the reference and the image task are encoded so
         pixels, _ = draw(rng, cfg.vae_batch * (4 if still else 1), still, device)
         pixels = pixels.transpose(1, 2)  # (B, 3, F, H, W)
-        with autocast():
+        with autocast(device):
             posterior = vae.encode(pixels).latent_dist
             pixels_out = vae.decode(posterior.sample()).sample
         reconstruction = F.l1_loss(pixels_out.float(), pixels)
@@ -169,11 +169,11 @@ def train_vae(vae, cfg, device, autocast):
     vae.register_to_config(scaling_factor=1 / encode_video(vae, pixels).std().item())
 
 
-def train_transformer(pipe, cfg, device, autocast):
+def train_transformer(pipe, cfg, device):
     transformer = pipe.transformer.train()
     ema = copy.deepcopy(transformer).requires_grad_(False)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01,
-                                  fused=device == "cuda")
+                                  fused=device.type == "cuda")
     pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)
     rng = np.random.default_rng([cfg.seed, 2])
     pools = {still: encode_pool(pipe, rng, cfg.pool, still, device, cfg) for still in (True, False)}
@@ -185,7 +185,7 @@ def train_transformer(pipe, cfg, device, autocast):
     rope = [table.unflatten(0, (2 * beats, -1))  # cos and sin, each (10 times, 16 patches, head_dim)
             for table in SubjectTransformer.rotary_tables(transformer, 2 * beats, side, side, device)]
 
-    def call(noisy, *args, reference, keep, **kwargs):  # the stock model: no reference, T frames at this step's `times`
+    def call(noisy, *args, reference, keep, first_frame, **kwargs):  # the stock model: T frames at this step's `times`
         at = times[:noisy.shape[1]]
         return forward(noisy, *args, image_rotary_emb=tuple(table[at].flatten(0, 1) for table in rope), **kwargs)
     torch.manual_seed(cfg.seed + 1)
@@ -207,7 +207,7 @@ def train_transformer(pipe, cfg, device, autocast):
         caption = torch.where(u < 0.1, len(captions) - 1, torch.where(u < 0.5, rows[pick, 1], rows[pick, 0]))
         x, text = latents[pick].float(), texts[caption]
         t = torch.randint(pipe.scheduler.config.num_train_timesteps, (n,), device=device)
-        with autocast():
+        with autocast(device):
             loss = v_loss(call, pipe.scheduler, x, text, t, torch.randn_like(x)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -242,9 +242,7 @@ def save(pipe, transformer, out):
 
 
 def main(cfg):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    # bfloat16 only on a GPU: on a CPU that has no instructions for it the VAE is 45 times slower.
-    autocast = (lambda: torch.autocast(device, torch.bfloat16)) if device == "cuda" else nullcontext
+    device = find_device()
     pipe = build(cfg.seed).to(device)
     if cfg.init:
         pipe.transformer = CogVideoXTransformer3DModel.from_pretrained(cfg.init, subfolder="transformer").to(device)
@@ -252,8 +250,8 @@ def main(cfg):
     if cfg.vae:
         pipe.vae = AutoencoderKLCogVideoX.from_pretrained(cfg.vae, subfolder="vae").to(device).requires_grad_(False)
     else:
-        train_vae(pipe.vae, cfg, device, autocast)
-    train_transformer(pipe, cfg, device, autocast)
+        train_vae(pipe.vae, cfg, device)
+    train_transformer(pipe, cfg, device)
     save(pipe, pipe.transformer, cfg.out)
     print(f"wrote {cfg.out}")
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from common.args import command_line, knob
 from common.base import compute_dtype, find_device
@@ -61,17 +62,13 @@ def ensure_data(cfg, presets):
 
 def sample_test_set(pipe, test, references=None, seed=0, batch=16, **options):
     """Videos uint8 (n,F,32,32,3) for the test set's prompts and references (None: without any)."""
-    videos = []
-    for i in range(0, len(test.prompts), batch):
-        chunk = slice(i, min(i + batch, len(test.prompts)))
-        latents = None
+    videos, seeds = [], range(seed, seed + len(test.prompts))
+    for i in tqdm(range(0, len(seeds), batch), f"batches of {batch} videos"):
+        chunk, latents = slice(i, i + batch), None
         if references is not None:
             latents = encode_references(pipe, [Image.fromarray(r) for r in references[chunk]], SIZE, SIZE)
-        pictures = generate(pipe, latents, test.prompts[chunk], [seed + j for j in range(chunk.start, chunk.stop)],
-                            **options)
+        pictures = generate(pipe, latents, test.prompts[chunk], seeds[chunk], **options)
         videos += [np.stack([np.asarray(p) for p in video]) for video in pictures]
-        print(f"\r{len(videos)}/{len(test.prompts)} videos", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
     return np.stack(videos)
 
 
@@ -256,19 +253,15 @@ def noise(cfg, scale=3):
 
 
 if __name__ == "__main__":
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    command, *words = sys.argv[1:] or [""]
     actions = {"score": (Score, score), "picture": (Picture, picture), "noise": (Noise, noise)}
+    writers = {"data": lambda: write_missing(*(f"toy/data/{name}" for name in DATA)),
+               "refs": lambda: write_refs("toy/refs"), "bench": lambda: write_bench("toy/data/bench")}
     if command in actions:
         config, action = actions[command]
-        command_line(action, config, action.__doc__, sys.argv[2:])
-    elif command == "data" and len(sys.argv) == 2:
-        write_missing(*(f"toy/data/{name}" for name in DATA))
-    elif command == "refs" and len(sys.argv) == 2:
-        write_refs("toy/refs")
-    elif command == "bench" and len(sys.argv) == 2:
-        write_bench("toy/data/bench")
+        command_line(action, config, action.__doc__, words)
+    elif command in writers and not words:
+        writers[command]()
     else:
-        usage = "usage: python -m toy.world data | refs | bench | score | picture | noise [--help]"
-        if command not in ("-h", "--help"):
-            sys.exit(usage)
-        print(usage)
+        usage = f"usage: python -m toy.world {' | '.join([*writers, *actions])} [--help]"
+        sys.exit(print(usage) if command in ("-h", "--help") else usage)
