@@ -1,5 +1,5 @@
 """Every way out of a run ends it, with its error and exit status, and leaves a folder that the next run understands."""
-from tests.shared import TORCHRUN, command, log_of, run
+from tests.shared import BROKEN, TORCHRUN, command, log_of, run
 
 import shutil
 import signal
@@ -13,22 +13,9 @@ import model
 import train
 from common.run import checkpoints, claim, newest_checkpoint, save_checkpoint, start_log
 
-# train.py, but that something happens in step 2 on the last rank, while two processes read ahead.
-BREAK = """
-import os, runpy, signal, subprocess, sys
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-from common import log
-log_step = log.Log.step
-def step(log, number, *rest):
-    log_step(log, number, *rest)
-    if number == 2 and int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
-        {what}
-log.Log.step = step
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 RAISE = "raise RuntimeError('CUDA error: an illegal memory access')"
-KILL_A_WORKER = "os.kill(int(subprocess.check_output(['pgrep', '-P', str(os.getpid())]).split()[0]), signal.SIGKILL)"
+RAISE_ON_RANK_1 = f"if rank == 1: {RAISE}"
+KILL_A_WORKER = "psutil.Process().children()[0].kill()"
 INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)"
 
 
@@ -43,11 +30,12 @@ def finished(knobs, tmp_path_factory):
 @pytest.mark.parametrize("ranks, what, status, said", [
     ([], KILL_A_WORKER, 1, "killed by signal"), ([], INTERRUPT, 130, "train.py: interrupted"),
     ([], RAISE, 1, "CUDA error: an illegal memory access"),
-    pytest.param(TORCHRUN, RAISE, 1, "CUDA error: an illegal memory access", marks=pytest.mark.slow("a torchrun job"))],
+    pytest.param(TORCHRUN, RAISE_ON_RANK_1, 1, "CUDA error: an illegal memory access",
+                 marks=pytest.mark.slow("a torchrun job"))],
     ids=["killed worker", "Ctrl-C", "error", "error on one of two ranks"])
 def test_a_run_with_reading_workers_ends(knobs, tmp_path, ranks, what, status, said):
-    (tmp_path / "broken.py").write_text(BREAK.format(what=what))
-    r = run(*ranks, "broken.py", *command(knobs, workers=2, steps=60), cwd=tmp_path, timeout=120)
+    """Something happens in step 2, while two processes read ahead."""
+    r = run(*ranks, *command(knobs, BROKEN, workers=2, steps=60), cwd=tmp_path, AT="step 2", DO=what)
     assert r.returncode == status and said in r.stderr, r.stderr
     assert "Traceback" not in r.stderr or what is not INTERRUPT
 

@@ -1,11 +1,7 @@
 """Runs of train.py: how they go on after any kind of end, on one rank and on two, and what stops them."""
-from tests.shared import (PATIENCE, ROOT, TORCHRUN, children, command, go_back, kill_job, log_of, run, start_and_wait,
-                          weights_of)
+from tests.shared import BROKEN, ROOT, TORCHRUN, command, go_back, log_of, run, weights_of
 
-import os
 import shutil
-import signal
-import time
 from functools import partial
 
 import numpy as np
@@ -128,7 +124,6 @@ def test_ranks_share_the_micro_batches_of_one(monkeypatch, schedule):
 
 
 # ---- what stops a run ------------------------------------------------------------------------------------------------
-# A held run (hold.py) cannot be over before the signal comes, however late that is.
 
 @pytest.mark.parametrize("module, name, factor", [(train, "v_loss", "nan"), (torch.nn.utils, "clip_grad_norm_", "inf")])
 def test_a_number_that_is_not_finite_stops_the_run(knobs, monkeypatch, module, name, factor):
@@ -152,49 +147,40 @@ def test_full_disk_keeps_the_last_checkpoint(whole, knobs):
     assert same_run("out/full", whole)
 
 
-def test_sigterm_saves_and_the_run_goes_on(knobs, tmp_path):
+def test_sigterm_saves_and_the_run_goes_on(knobs):
+    """The process that reads data gets it too."""
     knobs = {**knobs, "steps": 12, "save_every": 100, "workers": 1}
-    process = start_and_wait(command(knobs, name="ended"), tmp_path / "out/ended", 4, tmp_path, hold="step 8")
-    os.killpg(process.pid, signal.SIGTERM)  # the worker gets it too
-    output = process.communicate(timeout=PATIENCE)[0]
-    assert process.returncode == 0 and "stopped by SIGTERM" in output, output
-    assert 4 <= int(newest_checkpoint("out/ended").name[5:]) < 12
+    r = run(*command(knobs, BROKEN, name="ended"), cwd=".", AT="step 8", DO="os.killpg(0, signal.SIGTERM)")
+    assert r.returncode == 0 and "stopped by SIGTERM" in r.stdout, r.stderr
+    assert 8 <= int(newest_checkpoint("out/ended").name[5:]) < 12
     go(knobs, name="ended")
     go(knobs, name="whole")
     assert same_run("out/ended", "out/whole", 12)
 
 
 @pytest.mark.slow("two torchrun jobs: a minute")
-def test_a_lost_rank_restarts_by_itself(knobs, tmp_path):
+def test_a_lost_rank_restarts_by_itself(knobs):
     """torchrun --max-restarts starts both ranks again when one is killed."""
-    words = [*TORCHRUN, "--max-restarts=1", *command(knobs, steps=40)]
-    assert run(*words, "--name=whole", cwd=".").returncode == 0
-    process = start_and_wait([*words, "--name=lost"], tmp_path / "out/lost", 10, tmp_path, hold="step 30")
-    os.kill(children(process)[-1], signal.SIGKILL)
-    output = process.communicate(timeout=PATIENCE)[0]
-    assert process.returncode == 0 and "going on from step" in output, output
+    words = [*TORCHRUN, "--max-restarts=1", *command(knobs, BROKEN, steps=40)]
+    for name, place in (("whole", "step 99"), ("lost", "step 20")):
+        r = run(*words, f"--name={name}", cwd=".", AT=place, DO="if rank == 1: psutil.Process().kill()")
+        assert r.returncode == 0 and ("going on from step" in r.stdout) == (name == "lost"), r.stderr
     assert same_run("out/lost", "out/whole", 40)
 
 
 @pytest.mark.slow("20 ends of a two-rank run, each with a start of its own: about 6 minutes")
-def test_twenty_ends(knobs, tmp_path):
+def test_twenty_ends(knobs):
     """A whole torchrun job gets a SIGKILL in a save or at a random moment, or a SIGTERM: the same final weights."""
-    words, random = [*TORCHRUN, *command(knobs, steps=240, save_every=2)], np.random.default_rng(0)
-    assert run(*words, "--name=whole", cwd=".").returncode == 0
-    ended = tmp_path / "out/ended"
+    words, random = [*TORCHRUN, *command(knobs, BROKEN, steps=240, save_every=2)], np.random.default_rng(0)
+    assert run(*words, "--name=whole", cwd=".", AT="never").returncode == 0
     for number in range(20):
-        done = max([0, *(int(folder.name[5:]) for folder in checkpoints(ended))])
-        hold = f"save {done + 2}" if number % 4 == 0 else f"step {done + 8}"  # 20 times 11 steps are not the end
-        process = start_and_wait([*words, "--name=ended"], ended, done + 1, tmp_path, hold)
-        while number % 4 == 0 and process.poll() is None and not list(ended.glob("step-*.tmp/training_state.pt")):
-            time.sleep(0.01)
-        time.sleep(random.uniform(0, 0.6))
-        assert process.poll() is None, process.communicate()[0]
-        if number % 4 == 1:
-            process.send_signal(signal.SIGTERM)  # torchrun hands it to both workers, which stop after the same step
-            assert "stopped by SIGTERM" in process.communicate(timeout=PATIENCE)[0]
-        else:
-            kill_job(process)  # torchrun and both workers
-            process.wait()
-    assert run(*words, "--name=ended", cwd=".").returncode == 0
-    assert same_run(ended, "out/whole", 240)
+        done = max([0, *(int(folder.name[5:]) for folder in checkpoints("out/ended"))])
+        place, end = f"save {done + 2 - done % 2}", "kill_job()"
+        if number % 4:  # 1: torchrun hands a SIGTERM to both ranks, which stop after the same step
+            what = "psutil.Process().parent().terminate" if number % 4 == 1 else "kill_job"
+            place = f"step {done + random.integers(1, 8)}"
+            end = f"threading.Timer({random.uniform(0, 0.1)}, {what}).start()"
+        r = run(*words, "--name=ended", cwd=".", AT=place, DO=f"rank or {end}")
+        assert "stopped by SIGTERM" in r.stdout if number % 4 == 1 else r.returncode == -9, r.stderr
+    assert run(*words, "--name=ended", cwd=".", AT="never").returncode == 0
+    assert same_run("out/ended", "out/whole", 240)
