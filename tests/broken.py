@@ -6,8 +6,8 @@
 Nothing happens to a job that torchrun has restarted."""
 import os
 import runpy
-import signal
-import threading
+import signal  # for the code in DO
+import threading  # for the code in DO
 from pathlib import Path
 
 import psutil

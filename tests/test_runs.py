@@ -1,16 +1,22 @@
-"""Runs of train.py: how they go on after any kind of end, on one rank and on two, and what stops them."""
+"""Runs of train.py: how they go on, on one rank and on two, and what stops them. Every way out of a run ends it, with
+its error and exit status, and leaves a folder that the next run understands."""
 from tests.shared import BROKEN, ROOT, TORCHRUN, command, go_back, log_of, run, weights_of
 
 import shutil
+import signal
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import model
 import sample
 import train
-from common.run import checkpoints, newest_checkpoint
+from common.run import checkpoints, claim, newest_checkpoint, save_checkpoint, start_log
 from common.setup import divide_batches
 from common.log import numbers_in
 
@@ -124,6 +130,82 @@ def test_ranks_share_the_micro_batches_of_one(monkeypatch, schedule):
 
 
 # ---- what stops a run ------------------------------------------------------------------------------------------------
+
+RAISE = "raise RuntimeError('CUDA error: an illegal memory access')"
+RAISE_ON_RANK_1 = f"if rank == 1: {RAISE}"
+KILL_A_WORKER = "psutil.Process().children()[0].kill()"
+INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)"
+
+
+@pytest.mark.parametrize("ranks, what, status, said", [
+    ([], KILL_A_WORKER, 1, "killed by signal"), ([], INTERRUPT, 130, "train.py: interrupted"),
+    ([], RAISE, 1, "CUDA error: an illegal memory access"),
+    pytest.param(TORCHRUN, RAISE_ON_RANK_1, 1, "CUDA error: an illegal memory access",
+                 marks=pytest.mark.slow("a torchrun job"))],
+    ids=["killed worker", "Ctrl-C", "error", "error on one of two ranks"])
+def test_a_run_with_reading_workers_ends(knobs, tmp_path, ranks, what, status, said):
+    """Something happens in step 2, while two processes read ahead."""
+    r = run(*ranks, *command(knobs, BROKEN, workers=2, steps=60), cwd=tmp_path, AT="step 2", DO=what)
+    assert r.returncode == status and said in r.stderr, r.stderr
+    assert "Traceback" not in r.stderr or what is not INTERRUPT
+
+
+def test_a_sigterm_ends_a_process_that_no_longer_trains(knobs):
+    """The handler that asks the loop to stop is gone with the loop."""
+    before = signal.getsignal(signal.SIGTERM)
+    train.main(train.Config(**{**knobs, "steps": 1}))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("file, kept, message", [
+    ("config.json", 1, "damaged/config.json is damaged")] + [
+    (file, kept, "damaged/step-000006 is damaged .*: delete it, and the same command goes on from step-000003")
+    for file in ("step-000006/training_state.pt", f"step-000006/{model.LORA_FILE}") for kept in (1000, None)])
+def test_what_is_damaged_is_named(whole, knobs, file, kept, message):
+    """The file is cut, or gone."""
+    go_back(whole, 6, "out/damaged")
+    damaged = Path("out/damaged", file)
+    content = damaged.read_bytes()
+    damaged.unlink()
+    if kept:
+        damaged.write_bytes(content[:kept])
+    with pytest.raises(ValueError, match=message) as error:
+        go(knobs, name="damaged")
+    assert "\n" not in str(error.value)
+
+
+def test_only_whole_step_folders_are_checkpoints_and_rank_0_alone_writes(tmp_path, monkeypatch):
+    """A copy that somebody made, a note, a half-written save and seven digits: the newest is the largest number."""
+    for name in ("step-000004", "step-best", "step-000002", "step-000006.tmp", "step-1000000"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-000009").write_text("")
+    there = sorted(tmp_path.iterdir())
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000002", "step-000004", "step-1000000"]
+    assert newest_checkpoint(tmp_path / "none") is None
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "1")
+        claim(tmp_path)
+        start_log(tmp_path, {}, 4)
+        save_checkpoint(tmp_path, 8, Path.mkdir, {})
+    assert sorted(tmp_path.iterdir()) == there
+    start_log(tmp_path, {}, 4)  # a run that goes on removes what was half saved
+    save_checkpoint(tmp_path, 1000008, Path.mkdir, {})
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000004", "step-1000000", "step-1000008"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_two_runs_on_one_name_are_kept_apart(knobs):
+    """The lock that a running process holds is taken here by another one."""
+    hold = "import fcntl, sys; f = open('.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
+    Path("out/toy").mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-uc", hold], cwd="out/toy", stdin=-1, stdout=-1) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="another process trains in .*toy: .* choose another --name"):
+            go(knobs, steps=1)
+        other.stdin.close()
+    go(knobs, steps=1)
+    assert len(log_of("out/toy")) == 1
+
 
 @pytest.mark.parametrize("module, name, factor", [(train, "v_loss", "nan"), (torch.nn.utils, "clip_grad_norm_", "inf")])
 def test_a_number_that_is_not_finite_stops_the_run(knobs, monkeypatch, module, name, factor):
