@@ -46,17 +46,24 @@ def test_without_reference_it_is_the_stock_model(tiny, inputs):
     assert torch.equal(ours(x, text, t, image_rotary_emb=rope(stock, T)).sample, expected)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_reference_is_frame_zero(tiny, inputs, shared):
-    """The stock transformer fed the reference as an extra first frame, its first output frame dropped."""
+@pytest.mark.parametrize("frames, first", [(T, 1), (1, 1), (1, 3)])
+@pytest.mark.parametrize("keep", [None, torch.arange(N), torch.arange(0)], ids=["all", "each", "none"])
+def test_reference_is_frame_zero(tiny, inputs, frames, first, keep):
+    """The stock transformer fed the reference as an extra first frame, with the RoPE rows of the frames 0 and `first`,
+    `first` + 1, ...: without the reference's tokens the video stays where it is."""
     ours, stock = tiny
-    x, text, t, ref = inputs
-    ref = ref[:1] if shared else ref
-    whole = torch.cat([ref.expand(2, -1, -1, -1, -1), x], 1)
-    expected = stock(whole, text, t, image_rotary_emb=rope(stock, T + 1)).sample[:, 1:]
-    for call in (dict(reference=ref), dict(reference=ref, keep=torch.arange(N)),
-                 dict(attention_kwargs={"reference": ref}, image_rotary_emb=rope(stock, T))):
-        assert (ours(x, text, t, **call).sample - expected).abs().max() < 1e-6
+    x, text, t, every = inputs
+    x, where = x[:, :frames], {} if first == 1 else {"first_frame": first}
+    for ref in (every, every[:1]):  # one for each video, one for both
+        fed = torch.cat([ref.expand(2, -1, -1, -1, -1), x], 1)
+        tables = [torch.cat([table[:N], table[first * N:]]) for table in rope(stock, first + frames)]
+        if keep is not None and len(keep) == 0:
+            fed, tables = x, [table[N:] for table in tables]
+        expected = stock(fed, text, t, image_rotary_emb=tables).sample[:, -frames:]
+        for call in (dict(reference=ref),
+                     dict(attention_kwargs={"reference": ref}, image_rotary_emb=rope(stock, frames))):  # the pipeline's
+            assert (ours(x, text, t, **call, **where, keep=keep).sample - expected).abs().max() < 1e-6
+        assert (ours(x, text, t).sample - expected).abs().max() > 1e-4  # frames 0, 1, ... are something else
 
 
 def test_removing_tokens_equals_masking_them(tiny, inputs, monkeypatch):
@@ -73,16 +80,6 @@ def test_removing_tokens_equals_masking_them(tiny, inputs, monkeypatch):
         return stock_attention(q, k, v, attn_mask=visible[None], **kw)
     monkeypatch.setattr(F, "scaled_dot_product_attention", masked)
     assert (ours(x, text, t, reference=ref).sample - removed).abs().max() < 1e-6
-
-
-def test_no_token_kept_is_text_to_video_at_frames_one_to_T(tiny, inputs):
-    ours, stock = tiny
-    x, text, t, ref = inputs
-    shifted = tuple(table[N:] for table in rope(stock, T + 1))
-    expected = stock(x, text, t, image_rotary_emb=shifted).sample
-    got = ours(x, text, t, reference=ref, keep=torch.empty(0, dtype=torch.long)).sample
-    assert (got - expected).abs().max() < 1e-6
-    assert (got - ours(x, text, t).sample).abs().max() > 1e-4  # frames 0..T-1 are something else
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
