@@ -1,5 +1,5 @@
 """What pytest is told, in every folder: .pytest.ini names this file. It comes before anything imports torch, which
-reads the variables that are set here; only then it brings the fixtures of conftest.py."""
+reads the variables that are set here; only then it brings the fixtures of shared.py."""
 import os
 import signal
 
@@ -12,20 +12,17 @@ def pytest_configure(config):
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what the tests have started ends with them
     signal.signal(signal.SIGINT, signal.default_int_handler)   # a job in the background ignores it, and hands that on
-    config.pluginmanager.import_plugin("tests.conftest")
+    config.pluginmanager.import_plugin("tests.shared")
 
 
-@pytest.hookimpl(wrapper=True)  # before xdist's own, which reads what is set here
-def pytest_cmdline_main(config):
+@pytest.hookimpl(tryfirst=True)  # before xdist's own
+def pytest_xdist_auto_num_workers(config):
     """The whole suite takes two processes, one for each core of a small machine. `pytest FILE` takes one, and so does
     a GPU, because its memory is not shared out."""
-    option, alone = config.option, hasattr(config, "workerinput") or not config.pluginmanager.hasplugin("xdist")
-    if not alone and not option.file_or_dir and option.markexpr != "gpu" and option.numprocesses is None:
-        option.numprocesses, option.dist, option.loadscopereorder = 2, "loadscope", False
-    return (yield)
+    return 0 if config.option.file_or_dir or config.option.markexpr == "gpu" else 2
 
 
 def pytest_collection_modifyitems(items):
     """The files that take longest come first: else one of them runs alone at the end."""
-    longest = ["test_bench", "test_runs", "test_levers", "test_method", "test_prepare", "test_ends"]
+    longest = ["test_bench", "test_runs", "test_levers", "test_method", "test_prepare"]
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))

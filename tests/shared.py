@@ -1,30 +1,71 @@
-"""What test files share: models and runs that take seconds, and how to start them and read what they wrote."""
+"""What test files share: fixtures (plugin.py brings them to the tests of every folder), models and runs that take
+seconds, and how to start a run and read what it wrote."""
 import atexit
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
-from toy import creatures
 import model
 import train
+from toy import creatures
 
 ROOT = Path(__file__).parents[1]
-BASE = str(ROOT / "toy/base")
-TRAIN = str(ROOT / "train.py")
-PATIENCE = 600  # seconds until a test gives up waiting: only something that hangs takes that long
+BASE, LORA, REF = (str(ROOT / "toy" / name) for name in ("base", "lora", "refs/creature-0.png"))
+TRAIN, BROKEN = str(ROOT / "train.py"), str(ROOT / "tests/broken.py")
 T, C, H, W, L, N = 3, 4, 8, 12, 5, 24  # a tiny model on frames that are not square; N tokens per latent frame
 # --standalone finds a free port: torchrun's own 29500 may be taken by another job.
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.fixture
+def tiny():
+    """A random tiny CogVideoX in our class and in the stock one, same weights."""
+    torch.manual_seed(0)
+    config = dict(num_attention_heads=2, attention_head_dim=16, in_channels=C, out_channels=C, time_embed_dim=8,
+                  text_embed_dim=12, num_layers=3, sample_width=W, sample_height=H, sample_frames=9,
+                  max_text_seq_length=L, use_rotary_positional_embeddings=True)
+    ours, stock = model.SubjectTransformer(**config).eval(), CogVideoXTransformer3DModel(**config).eval()
+    stock.load_state_dict(ours.state_dict())
+    return ours, stock
+
+
+@pytest.fixture
+def inputs():
+    """Latents, text, timesteps and a reference for it, two of each."""
+    g = torch.Generator().manual_seed(1)
+    latents, text = torch.randn(2, T, C, H, W, generator=g), torch.randn(2, L, 12, generator=g)
+    return latents, text, torch.tensor([300, 700]), torch.randn(2, 1, C, H, W, generator=g)
+
+
+@pytest.fixture(scope="module")
+def knobs(tmp_path_factory):
+    """The knobs of a run of seconds on a small toy world; every test that trains starts from these."""
+    return small_knobs(tmp_path_factory.getbasetemp() / "toy")
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory):
+    """The toy as a newcomer has it, in a folder where the tests then run. Without a GPU its data are few."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    (folder / "toy").mkdir()
+    for name in ("base", "lora", "refs"):
+        (folder / "toy" / name).symlink_to(ROOT / "toy" / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        if not torch.cuda.is_available():
+            for name, write in creatures.DATA.items():
+                patch.setitem(creatures.DATA, name, partial(write, n=4))
+        yield folder
 
 
 def large_vae():
@@ -35,9 +76,9 @@ def large_vae():
     return vae.eval().requires_grad_(False)
 
 
-def randomise_lora(transformer, seed=5):
+def randomise_lora(transformer):
     """LoRA starts at B = 0, where many mistakes cannot be seen."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(5)
     for name, p in transformer.named_parameters():
         if "lora_" in name:
             p.data = torch.randn(p.shape, generator=g) * 0.2
@@ -46,19 +87,18 @@ def randomise_lora(transformer, seed=5):
 def small_knobs(folder):
     """The knobs of a run of seconds, and its data in `folder`, written once: no test changes it."""
     if not folder.is_dir():
-        creatures.write_pairs(folder / "pairs", n=40)
-        creatures.write_clips(folder / "clips", n=6)
-        creatures.write_pairs(folder / "pairs_val", n=6, seed=1)
-        creatures.write_clips(folder / "clips_val", n=3, seed=1)
+        for end, pairs, clips, seed in (("", 40, 6, 0), ("_val", 6, 3, 1)):
+            creatures.write_pairs(folder / f"pairs{end}", n=pairs, seed=seed)
+            creatures.write_clips(folder / f"clips{end}", n=clips, seed=seed)
     return {**train.TOY, "base": BASE, "cache": "", "images": str(folder / "pairs"), "videos": str(folder / "clips"),
             "val_every": 0, "val_refs": "", "image_batch": 8, "image_micro": 4, "video_batch": 4,
             "video_micro": 2, "lora_dropout": 0.1, "view_drop": 0.3, "save_every": 3, "p": 0.5, "steps": 6,
             "lora_rank": 4, "lora_alpha": 2.0}
 
 
-def command(knobs, **more):
+def command(knobs, script=TRAIN, **more):
     """These knobs as a command line, for torchrun and for what needs a process of its own."""
-    return [TRAIN, "--toy", *(f"--{name}={value}" for name, value in {**knobs, **more}.items())]
+    return [script, "--toy", *(f"--{name}={value}" for name, value in {**knobs, **more}.items())]
 
 
 def start(words, cwd, stderr=subprocess.STDOUT, **environment):
@@ -69,40 +109,20 @@ def start(words, cwd, stderr=subprocess.STDOUT, **environment):
     return process
 
 
-def run(*words, cwd=ROOT, timeout=PATIENCE):
-    """Run python with these words and wait for its end; in the repository, unless cwd says otherwise."""
-    process = start(words, cwd, stderr=subprocess.PIPE)
-    out, err = process.communicate(timeout=timeout)
-    return subprocess.CompletedProcess(words, process.returncode, out, err)
-
-
-def start_and_wait(words, folder, steps, cwd, hold):
-    """Start a command of train.py and return once the log that it begins (or begins again) holds this many steps.
-
-    The run gets no further than `hold` says (see hold.py) before a signal comes: it cannot be over too early."""
-    log = folder / "log.jsonl"
-    before = log.stat().st_ino if log.is_file() else None  # a run that goes on replaces the log by another file
-    process = start([str(ROOT / "tests/hold.py") if word == TRAIN else word for word in words], cwd, HOLD=hold)
-    until = time.time() + PATIENCE
-    while time.time() < until and process.poll() is None:
-        if log.is_file() and log.stat().st_ino != before and len(log.read_text().splitlines()) >= steps:
-            return process
-        time.sleep(0.01)
-    kill_job(process)
-    raise AssertionError(process.communicate()[0])
-
-
-def children(process):
-    """The ids of the processes that this one started: the ranks of a torchrun."""
-    return [child.pid for child in psutil.Process(process.pid).children()]
-
-
 def kill_job(process):
-    """SIGKILL for a process that still runs and for its children, all at once."""
+    """SIGKILL for a process that still runs and for its children: the ranks of a torchrun."""
     if process.poll() is None:
-        for pid in (process.pid, *children(process)):
-            with suppress(ProcessLookupError):  # it is over
-                os.kill(pid, signal.SIGKILL)
+        job = psutil.Process(process.pid)
+        for one in (job, *job.children()):
+            with suppress(psutil.NoSuchProcess):  # it is over
+                one.kill()
+
+
+def run(*words, cwd=ROOT, timeout=600, **environment):
+    """Run python with these words and wait for its end; in the repository, unless cwd says otherwise."""
+    process = start(words, cwd, stderr=subprocess.PIPE, **environment)
+    out, err = process.communicate(timeout=timeout)  # only something that hangs takes that long
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 def log_of(folder, file="log.jsonl"):
@@ -119,7 +139,4 @@ def weights_of(folder, step=6):
 
 def go_back(folder, step, new):
     """A copy of a run as if it had been killed after the checkpoint of `step`: later lines are in the logs."""
-    shutil.copytree(folder, new)
-    for checkpoint in Path(new).glob("step-*"):
-        if int(checkpoint.name[5:]) > step:
-            shutil.rmtree(checkpoint)
+    shutil.copytree(folder, new, ignore=lambda _, names: [n for n in names if n > f"step-{step:06d}" and "step-" in n])

@@ -1,20 +1,33 @@
-"""The data sets: pictures, pairs and clips of every kind, and what is said about those that cannot be used."""
+"""The data sets: pictures, pairs and clips of every kind, damaged, with marks, profiles and types that nobody expects,
+and what is said about those that cannot be used."""
 import gc
+import io
 import json
+import os
+import resource
 from fractions import Fraction
 from functools import partial
 
 import av
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 import data
 from common import media
+from common.run import write
 
 pairs_of, clips_of = partial(data.ImagePairs, size=(16, 16)), partial(data.Clips, size=(16, 16), frames=9, fps=8)
 FILM = Fraction(24000, 1001)
+RED = Image.new("RGB", (64, 32), (255, 0, 0))
+# sRGB with its red and its green exchanged: what the numbers call red looks green.
+EXCHANGED = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+EXCHANGED = EXCHANGED.replace(b"rXYZ", b"....").replace(b"gXYZ", b"rXYZ").replace(b"....", b"gXYZ")
+PROFILE, TURNED = {"icc_profile": EXCHANGED}, Image.Exif()
+TURNED[0x0112] = 6  # by 90 degrees
 
 
 @pytest.mark.parametrize("padding, between, side", [(2, 2, 512), (16, 16, 512), (8, 16, 496)])  # 512: read off the size
@@ -155,3 +168,118 @@ def test_a_folder_that_holds_no_data_for_this_run_is_named(tmp_path, data_of, fi
         (tmp_path / name).write_text(json.dumps({"options": {"store": "training", "fps": 4.0}}))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         data_of(tmp_path)
+
+
+@pytest.mark.parametrize("picture, name, options, wanted", [
+    (RED, "a.jpg", PROFILE, [0, 255, 0]), (RED.convert("P"), "a.png", PROFILE, [0, 255, 0]),
+    (Image.new("RGBA", (64, 32), (255, 0, 0, 128)), "a.png", PROFILE, [127, 255, 127]),
+    (RED.convert("L"), "a.png", PROFILE, [76, 76, 76]), (RED, "a.png", {"icc_profile": b"no profile"}, [255, 0, 0]),
+    (RED, "a.png", {"icc_profile": EXCHANGED[:200]}, [255, 0, 0]), (RED.convert("CMYK"), "a.jpg", {}, [255, 0, 0]),
+    (Image.fromarray(np.full((32, 64), 0x8080, np.uint16)), "deep.png", {}, [128] * 3),  # convert("RGB") would give 255
+    (Image.fromarray(np.full((32, 64), -50, np.float32)), "below.tif", {}, [0] * 3),  # darker than black
+    (RED.convert("P"), "clear.png", {"transparency": RED.convert("P").getpixel((0, 0))}, [255] * 3),
+    (Image.new("RGB", (32, 64)), "turned.jpg", {"exif": TURNED}, [0] * 3)])
+def test_a_picture_is_rgb_on_white_and_upright_in_the_colours_of_its_profile(tmp_path, picture, name, options, wanted):
+    picture.save(tmp_path / name, **options)
+    assert np.abs(np.asarray(media.load_image(tmp_path / name), int) - np.full((32, 64, 3), wanted)).max() < 4
+
+
+# ---- what cannot be read, what cannot be written ---------------------------------------------------------------------
+
+def load_clip(path):
+    return media.load_clip(path, 9, 8)
+
+
+def save_video(path, n=1):
+    media.save_video(path, [RED] * n, 8)
+
+
+@pytest.mark.parametrize("act, name, message", [
+    (media.load_image, "empty", "Save it as PNG or JPEG"), (media.load_image, "a.mp4", "of a video save one frame"),
+    (media.load_image, "folder", "is a folder"), (media.load_image, "pipe", "a pipe"),
+    (media.load_image, "none", "no picture at"), (load_clip, "empty", "cannot read the clip"),
+    (load_clip, "a.mp4", "too short: 1 frames at 8 fps, 9 asked"), (load_clip, "folder", "is a folder"),
+    (media.load_image, "https://x.org/a.png", "download the picture first"), (load_clip, "none", "no clip at"),
+    (media.read_text, "latin-1", "is not a UTF-8 text file"), (data.read_pairs, "cut", "line 1 is not the JSON"),
+    (save_video, "none/a.mp4", "cannot write"), (save_video, "empty", "name it .mp4")])
+def test_a_file_that_cannot_be_used_is_named_in_one_line(tmp_path, act, name, message):
+    for file, content in {"empty": b"", "latin-1": b"\xe9", "cut": b'{"image_0": '}.items():
+        (tmp_path / file).write_bytes(content)
+    save_video(tmp_path / "a.mp4")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    path = name if "://" in name else tmp_path / name
+    with pytest.raises((ValueError, OSError)) as error:
+        act(path)
+    line = str(error.value)
+    assert message in line and str(path) in line and "\n" not in line and "0x" not in line
+
+
+@pytest.mark.parametrize("save", [save_video, lambda path, n: write(path, "{}" * n)], ids=["video", "json"])
+def test_a_full_disk_leaves_the_old_file(tmp_path, save):
+    save(tmp_path / "a.mp4", 1)
+    before, limits = (tmp_path / "a.mp4").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # a file cannot grow beyond 100 bytes
+    try:
+        with pytest.raises(OSError):
+            save(tmp_path / "a.mp4", 99)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "a.mp4").read_bytes() == before
+
+
+def test_a_rate_is_written_as_asked_or_refused(tmp_path):
+    for fps in (0.01, 23.976, 1000):
+        media.save_video(tmp_path / "a.mp4", [RED] * 3, fps)
+        with av.open(str(tmp_path / "a.mp4")) as container:
+            assert float(container.streams.video[0].average_rate) == pytest.approx(fps, rel=1e-4)
+    for fps in (0, 1e9, -8, float("nan")):
+        with pytest.raises(ValueError, match="fps must be from 0.01 to 1000"):
+            media.save_video(tmp_path / "a.mp4", [RED], fps)
+
+
+def test_the_cache_knows_a_file_by_its_size_and_by_any_large_part_of_it(tmp_path):
+    content = bytes(6 * 10**6)
+    changed = [content[:start] + b"x" * 400_000 + content[start + 400_000:] for start in (0, 10**6, 55 * 10**5)]
+    files = [tmp_path / str(i) for i in range(6)]
+    for file, new in zip(files, [content, *changed, content[1:], content]):
+        file.write_bytes(new)
+    *known, copy = map(media.fingerprint, files)
+    assert len(set(known)) == 5 and copy == known[0]
+
+
+# ---- rows of pairs ---------------------------------------------------------------------------------------------------
+
+GOOD = {"description_0": "left\u2028side", "description_1": "right", "item": "cat"}  # a line end that is not JSON's
+BAD = [{"description_0": None}, {"description_1": " \n"}, {"item": 3}]
+
+
+def skipped_of(folder):
+    """Where the pairs stand that 300 samples could not use, each once, however often it was met."""
+    pairs = data.ImagePairs(folder, (16, 16))
+    said = {why for step in range(300) for why in pairs[step, 0]["skipped"]}
+    assert not any("0x" in why or "\n" in why for why in said)
+    return sorted(why.split(":")[0] for why in said)
+
+
+def test_bad_rows_of_a_parquet_are_skipped_and_named(tmp_path):
+    png, strip = io.BytesIO(), io.BytesIO()
+    RED.save(png, "PNG")
+    RED.resize((1, 40)).save(strip, "PNG")
+    good = {"image": {"bytes": png.getvalue(), "path": "a.png"}, "description": GOOD}
+    contents = [None, b"", b"no picture", strip.getvalue()]
+    bad = [{"image": None}, *({"image": {"bytes": content, "path": "x.png"}} for content in contents),
+           {"description": None}, *({"description": GOOD | text} for text in BAD[:2])]
+    (tmp_path / "data").mkdir()  # where the hub's download puts it
+    file = tmp_path / "data/a.parquet"
+    pq.write_table(pa.Table.from_pylist([good | row for row in [{}, *bad, {}, {}, {}]]), file, row_group_size=4)
+    assert skipped_of(tmp_path) == [f"row {i} of {file}" for i in range(1, 9)]
+
+
+def test_bad_lines_of_pairs_are_skipped_and_named(tmp_path):
+    RED.save(tmp_path / "a.png")
+    bad = [*BAD, {"image_0": None}, {"image_1": 7}, {"image_0": "none.png"}, {"image_1": "."}, {"description_1": {}}]
+    pairs = [{"image_0": "a.png", "image_1": "a.png"} | GOOD | change for change in [*bad, {}, {}, {}, {}]]
+    lines = "\n\n".join(json.dumps(pair, ensure_ascii=False) for pair in pairs)  # with an empty line between each two
+    (tmp_path / "pairs.jsonl").write_text(lines, encoding="utf-8-sig")  # sig: with Windows' mark at the start
+    assert skipped_of(tmp_path) == sorted(f"line {i} of {tmp_path / 'pairs.jsonl'}" for i in range(1, 17, 2))

@@ -1,4 +1,5 @@
 """What a machine with a GPU does, emulated on a CPU: its dtype, and modules that lie on different devices."""
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -46,18 +47,21 @@ def test_each_dtype_has_its_own_cache_and_other_latents_none(newcomer, request):
     assert world.ensure_data(train.Config(toy=True, crop_jitter=0.1), train.TOY).cache == ""
 
 
-def test_with_cached_prompts_the_text_encoder_is_gone_when_samples_are_made(newcomer, knobs, monkeypatch):
+def test_cached_prompts_give_the_same_losses_without_the_text_encoder(newcomer, knobs, monkeypatch):
     """diffusers takes the pipeline's device from its first module by name, the text encoder: left in RAM it would
     draw the noise of the samples there."""
-    cfg = train.Config(**{**knobs, "cache": "cache", "steps": 1, "val_every": 1, "name": "cached"})
-    latents.prepare_cache(latents.Latents(out="cache", prompts=True, device="cpu", **{
-        name: getattr(cfg, name) for name in ("base", "images", "videos", "crop_jitter", "frames", "fps")}))
+    cfg = train.Config(**{**knobs, "cls": "item", "cls_video": False, "val_every": 1, "name": "plain"})
+    latents.prepare_cache(latents.Latents(out="cache", prompts=True, device="cpu", **{k: getattr(cfg, k) for k in (
+        "base", "images", "videos", "crop_jitter", "frames", "fps", "cls", "cls_video")}))
     pipes = []
     monkeypatch.setattr(train.Validation, "measure", lambda validation, step: pipes.append(validation.pipe))
-    train.train(cfg)
-    assert len(pipes) == 2 and pipes[0].text_encoder is None
-    pipes[0].transformer.to("meta")  # the meta device stands in for a GPU, and the VAE is elsewhere
-    assert pipes[0]._execution_device.type == "meta"
+    for change in ({}, dict(name="cached", cache="cache")):
+        train.train(replace(cfg, **change))
+    plain, cached = ([line["loss"] for line in log_of(f"out/{name}")] for name in ("plain", "cached"))
+    assert len(plain) == 6 and cached == pytest.approx(plain, rel=1e-4)
+    assert pipes[0].text_encoder is not None and pipes[-1].text_encoder is None
+    pipes[-1].transformer.to("meta")  # the meta device stands in for a GPU, and the VAE is elsewhere
+    assert pipes[-1]._execution_device.type == "meta"
 
 
 def test_each_rank_of_a_machine_has_its_own_gpu(monkeypatch):

@@ -1,5 +1,5 @@
 """Where the target of an image step stands in time (--image_frame), and guidance on the picture (--ref_guidance)."""
-from tests.shared import ROOT, H, N, W, randomise_lora
+from tests.shared import ROOT, randomise_lora
 
 import dataclasses
 from collections import Counter
@@ -13,22 +13,6 @@ import sample
 import train
 from common.setup import load_model, open_data
 from model import add_lora
-
-
-@pytest.mark.parametrize("frame", [1, 3])
-@pytest.mark.parametrize("keep", [None, torch.arange(0)])
-def test_a_picture_at_a_latent_frame(tiny, inputs, frame, keep):
-    """The stock transformer fed [reference | picture], with rows 0 and `frame` of the tables of frame + 1 frames."""
-    ours, stock = tiny
-    latents, text, t, ref = inputs
-    tables = tuple(torch.cat([table[:N], table[-N:]]) for table in ours.rotary_tables(frame + 1, H, W, "cpu"))
-    fed = torch.cat([ref, latents[:, :1]], 1)
-    if keep is not None:  # without its tokens the picture stays where it is
-        fed, tables = fed[:, 1:], tuple(table[N:] for table in tables)
-    expected = stock(fed, text, t, image_rotary_emb=tables).sample[:, -1:]
-    got = ours(latents[:, :1], text, t, reference=ref, keep=keep, first_frame=frame).sample
-    default = ours(latents[:, :1], text, t, reference=ref, keep=keep).sample
-    assert (got - expected).abs().max() < 1e-6 and torch.equal(got, default) == (frame == 1)
 
 
 def test_the_image_frame_is_drawn_evenly_for_each_micro_batch_of_pictures():

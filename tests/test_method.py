@@ -17,21 +17,10 @@ import sample
 import train
 from common import base, latents, media, setup
 from common.run import torch_rng
-from tests.shared import BASE, ROOT, TORCHRUN, N, T, command, go_back, large_vae, log_of, run, weights_of
+from tests.shared import BASE, LORA, REF, TORCHRUN, N, T, command, go_back, large_vae, log_of, run, weights_of
 
 
 # ---- what drops, and where <cls> stands ------------------------------------------------------------------------------
-
-def test_drop_reference_keeps_all_or_nothing():
-    """The share of empty `keep` is --token_drop; 1 is text-to-video in both readings, 0 keeps all in both."""
-    micros = [train.MicroBatch("video", step, index, []) for step in range(200) for index in range(2)]
-    keeps = [train.tokens_to_keep(train.Config(drop="reference"), micro, 1350) for micro in micros]
-    assert all(keep is None or len(keep) == 0 for keep in keeps)
-    assert np.mean([keep is None for keep in keeps]) == pytest.approx(0.5, abs=0.1)
-    for drop in ("tokens", "reference"):
-        assert len(train.tokens_to_keep(train.Config(drop=drop, token_drop=1.0), micros[0], 9)) == 0
-        assert train.tokens_to_keep(train.Config(drop=drop, token_drop=0.0), micros[0], 9) is None
-
 
 @pytest.mark.parametrize("task", ["image", "video"])
 def test_a_dropped_reference_is_not_encoded(knobs, task):
@@ -74,36 +63,31 @@ def test_the_text_encoder_sees_cls_where_the_flags_say(flags, task, words):
 
 def test_mixed_tosses_a_coin_for_each_micro_batch():
     cfg = setup.divide_batches(train.Config(task_schedule="mixed", image_micro=8), 8)
-    assert len(train.plan(cfg, 0)) == 256 // 8 == 32  # the authors' 32 ranks
     tasks = [[micro.task for micro in train.plan(cfg, step)] for step in range(200)]
-    assert abs(np.mean([task == "video" for step in tasks for task in step]) - 0.2) < 0.02
+    assert len(tasks[0]) == 256 // 8 == 32  # the authors' 32 ranks
+    assert np.mean(np.array(tasks) == "video") == pytest.approx(0.2, abs=0.02)
     assert len(set(map(tuple, tasks))) == 200  # no two steps, and no two micro-batches, share their coins
-    assert train.sample_task(cfg, 7) == "mixed"
 
 
-def test_a_mixed_step_is_the_weighted_mean_of_both_tasks(knobs, tmp_path, monkeypatch):
+def test_a_mixed_step_is_the_weighted_mean_of_both_tasks(knobs, tmp_path):
     """(1-p) g_img + p g_vid (B.3), by hand, for a step whose 8 micro-batches hold exactly 8p = 2 clips."""
     mixed = dict(task_schedule="mixed", image_micro=1, video_micro=1, p=0.25, view_drop=0.0, lora_dropout=0.0, steps=1)
-    cfg = train.Config(**{**knobs, **mixed, "init_lora": str(ROOT / "toy/lora"), "out": str(tmp_path)})
+    cfg = train.Config(**{**knobs, **mixed, "init_lora": LORA, "out": str(tmp_path)})
     while [micro.task for micro in train.plan(cfg, 0)].count("video") != 2:
         cfg.seed += 1
-    got, clip = [], torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: got.extend(
-        p.grad.clone() for p in parameters) or clip(parameters, norm))
     train.train(cfg)
 
     cfg, pipe, parameters = setup.load_model(cfg, torch.device("cpu"))
-    datasets, gradients = setup.open_data(cfg, pipe)[0], {"image": [], "video": []}
+    datasets, loss = setup.open_data(cfg, pipe)[0], {"image": 0, "video": 0}
     for micro in train.plan(cfg, 0):
         keep = train.tokens_to_keep(cfg, micro, 16) if micro.task == "video" else None
         noise_rng, batch = torch_rng(cfg.seed, "noise", 0, micro.index), next(data.batches(datasets, [micro.keys]))
         x, ref, text = train.encode(cfg, pipe, batch, micro.task, keep, noise_rng)
         t, noise = train.sample_noise(x, pipe.scheduler, noise_rng)
-        loss = model.v_loss(pipe.transformer, pipe.scheduler, x, text, t, noise, ref, keep)
-        gradients[micro.task].append(torch.autograd.grad(loss.mean(), parameters))
-    for i, g in enumerate(got):
-        expected = 0.75 * sum(g[i] for g in gradients["image"]) / 6 + 0.25 * sum(g[i] for g in gradients["video"]) / 2
-        assert torch.allclose(g, expected, atol=1e-6 + 1e-5 * expected.abs().max().item())
+        loss[micro.task] += model.v_loss(pipe.transformer, pipe.scheduler, x, text, t, noise, ref, keep).mean()
+    gradient = torch.autograd.grad(0.75 * loss["image"] / 6 + 0.25 * loss["video"] / 2, parameters)
+    (line,) = log_of(tmp_path / "toy")
+    assert line["grad_norm"] == pytest.approx(torch.cat([g.flatten() for g in gradient]).norm().item(), rel=1e-4)
 
 
 def test_the_authors_recipe_resumes_and_two_ranks_follow_it(knobs, tmp_path):
@@ -172,12 +156,12 @@ def test_at_most_eight_pictures_of_full_size_a_call(monkeypatch):
 def test_lora_scale():
     """0 is the base, 2 the adapters beside the base with B doubled."""
     def video(pipe):
-        reference = sample.encode_references(pipe, [media.load_image(ROOT / "toy/refs/creature-0.png")], 32, 32)
+        reference = sample.encode_references(pipe, [media.load_image(REF)], 32, 32)
         return np.array(sample.generate(pipe, reference, ["a creature stands"], [0], steps=2, guidance=2.0), int)
-    zero, two = (video(sample.load(str(ROOT / "toy/lora"), BASE, lora_scale=scale)[0]) for scale in (0, 2))
+    zero, two = (video(sample.load(LORA, BASE, lora_scale=scale)[0]) for scale in (0, 2))
     pipe = base.load_pipeline(BASE)
     assert np.abs(video(pipe) - zero).max() <= 1 < np.abs(zero - two).max()
-    model.load_lora(pipe.transformer.eval(), ROOT / "toy/lora")
+    model.load_lora(pipe.transformer.eval(), LORA)
     for name, parameter in pipe.transformer.named_parameters():
         parameter.data *= 2 if "lora_B" in name else 1
     assert np.abs(video(pipe) - two).max() <= 1
@@ -229,13 +213,3 @@ def test_dtypes_of_sampling(tmp_path):
     (tmp_path / "transformer/config.json").write_text(json.dumps({**config, "use_rotary_positional_embeddings": False}))
     assert base.sampling_dtype(BASE, cuda) == torch.bfloat16 and base.sampling_dtype(tmp_path, cuda) == torch.float16
     assert base.sampling_dtype(BASE, cpu) == base.sampling_dtype(tmp_path, cpu) == torch.float32
-
-
-def test_cogvideox_2b_at_its_size():
-    """30 layers, no RoPE, on the meta device: the LoRA's modules and parameters."""
-    with torch.device("meta"):
-        transformer = model.SubjectTransformer(
-            num_attention_heads=30, num_layers=30, time_embed_dim=512, text_embed_dim=4096, sample_width=90,
-            sample_height=60, use_rotary_positional_embeddings=False)
-        assert sum(p.numel() for p in transformer.parameters()) == pytest.approx(1.7e9, rel=0.03)
-        assert len(model.add_lora(transformer, 128, 64)) == 2 * (30 * 8 + 2)  # 5B: 2 * 338, 42 blocks

@@ -29,9 +29,9 @@ import model
 import sample
 import train
 from common import latents, log, media, run, setup
-from tests.shared import BASE, ROOT, log_of, small_knobs
+from tests.shared import BASE, LORA, REF, log_of, small_knobs
 
-CPU, LORA, REF = torch.device("cpu"), str(ROOT / "toy/lora"), str(ROOT / "toy/refs/creature-0.png")
+CPU = torch.device("cpu")
 GOLDEN = Path(__file__).with_name("golden.json")
 VERSIONS = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in (
     "torch", "diffusers", "transformers", "peft", "numpy", "pillow", "av")}}
@@ -119,14 +119,9 @@ PAPER = dict(  # 5.1, A.1, A.2, Algorithm 1 and 3.2 to 3.4
     cls="front", cls_video=True, steps=4000, image_batch=256, video_batch=32, lr=5e-5, warmup=200,
     save_every=50, pcgrad=0, recipe="paper", toy=False)
 SILENT = dict(  # ours, or the authors' code
-    crop_jitter=0.1, image_micro=1, video_micro=1, seed=0,
-    image_checkpointing="none", video_checkpointing="attention", compile=False, int8=False, guidance=6.0, workers=4,
-    gradcos_every=0, val_every=0, look=0, init_lora="", cache="", val_refs="", images="data/subjects200k",
-    videos="data/pexels", out="out", name="subject", device="", tensorboard=False)
-SAMPLING = dict(
-    steps=50, guidance=0.0, ref_guidance=1.0, lora_scale=1.0, seed=0, frames=0, fps=0.0, height=0, width=0, fit="cover",
-    batch=1, out="sample.mp4", lora="", base="", ref="", prompt="", prompts="", bench="", images=".", device="",
-    int8=False, offload="none")
+    crop_jitter=0.1, image_micro=1, video_micro=1, seed=0, image_checkpointing="none", video_checkpointing="attention",
+    compile=False, int8=False, guidance=6.0, init_lora="")
+SAMPLING = dict(steps=50, guidance=0.0, ref_guidance=1.0, lora_scale=1.0, seed=0, frames=0, fps=0.0, fit="cover")
 AUTHORS = dict(drop="reference", task_schedule="mixed", view_drop=0, crop_jitter=0, lora_dropout=0, cls="front",
                cls_video=False, image_micro=8, video_micro=1, image_checkpointing="attention")
 TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", cache="toy/data/cache", name="toy",
@@ -137,7 +132,8 @@ TOY = dict(base="toy/base", images="toy/data/pairs", videos="toy/data/clips", ca
 
 def test_every_default_and_preset_and_what_is_no_knob():
     """No knobs: checkpoints that stay, B.1's held-out batches, 8 full pictures in a VAE call, D.7's image steps."""
-    assert vars(train.Config()) == PAPER | SILENT and vars(sample.Config()) == SAMPLING
+    for Config, numbers in ((train.Config, PAPER | SILENT), (sample.Config, SAMPLING)):
+        assert {name: vars(Config())[name] for name in numbers} == numbers
     assert train.AUTHORS == AUTHORS and train.TOY == TOY and train.TOY_AUTHORS == dict(image_micro=2, video_micro=2)
     assert (run.KEPT, train.HELD_OUT, model.VAE_PIXELS) == (3, {"image": 64, "video": 32}, 8 * 480 * 720)
     assert setup.image_stage(train.Config()) == 3200
@@ -235,19 +231,6 @@ def test_latents_are_draws_from_the_posterior_times_the_scaling_factor(dtype):
     assert torch.equal(model.sample_latents(vae, moments), torch.full_like(z, 0.7 * 3))  # sampling takes the mean
 
 
-def test_drops_are_each_micro_batchs_own():
-    """TokenDrop keeps a sorted share, of one token at least where LoRA needs it. The view drop has a coin."""
-    micros = [train.MicroBatch("video", 7, index, []) for index in range(200)]
-    keeps = [train.tokens_to_keep(train.Config(), micro, 1350) for micro in micros]
-    assert all(torch.equal(keep, keep.sort().values) for keep in keeps)
-    assert len({tuple(keep.tolist()) for keep in keeps}) == 200
-    few = dict(token_drop=0.99, lora_scope="reference", view_drop=0.0)
-    for n, kept, flags in ((1350, 675, {}), (1350, 135, dict(token_drop=0.9)), (1350, 14, few), (16, 1, few)):
-        assert len(train.tokens_to_keep(train.Config(**flags), micros[0], n)) == kept
-    drops = [train.all_or_none(train.Config(), micro, 0.25) is not None for micro in micros]
-    assert np.mean(drops) == pytest.approx(0.25, abs=0.1)  # 0.03 is the standard deviation
-
-
 @pytest.mark.parametrize("turned", [False, True])
 def test_jitter_zooms_by_up_to_its_share_and_shifts_by_half_of_it_either_way(turned):
     """Uniform zoom in 1 to 1.2, uniform shift in -0.1 to 0.1 of the picture, along its longer side. The picture's
@@ -270,33 +253,13 @@ def test_each_picture_of_a_pair_has_its_own_jitter_and_each_cached_crop_is_drawn
     Image.fromarray(noise).save(tmp_path / "a.png")
     pair = {"image_0": "a.png", "image_1": "a.png", "description_0": "a", "description_1": "b"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
-    plain, item = (data.ImagePairs(tmp_path, (32, 32), crop_jitter=jitter)[0, 0] for jitter in (0.0, 0.1))
-    assert torch.equal(plain["target"], plain["reference"]) and not torch.equal(item["target"], item["reference"])
-    assert not any(torch.equal(item[k], plain[k]) for k in ("target", "reference"))
+    pairs = [data.ImagePairs(tmp_path, (32, 32), crop_jitter=jitter)[0, 0] for jitter in (0.0, 0.1)]
+    plain, same, target, reference = (pair[name].sum().item() for pair in pairs for name in ("target", "reference"))
+    assert plain == same and len({plain, target, reference}) == 3
     cfg = dataclasses.replace(loaded[0], images=str(tmp_path), p=0.0)
     cfg.cache = write_cache(cfg, tmp_path / "cache", images=cfg.images, crops=3)
     pairs = setup.open_data(cfg, loaded[1])[0]["image"]
-    seen = {pairs[step, 0]["target_moments"].sum().item() for step in range(60)}
-    assert len(seen) == 6  # three crops, two directions
-
-
-def test_a_cached_sample_is_the_uncached_one(loaded, tmp_path):
-    """The same target, reference, caption and embedding, in both directions of a pair."""
-    pipe = loaded[1]
-    cfg = dataclasses.replace(loaded[0], crop_jitter=0.0, cls="item", cls_video=False)
-    cache = write_cache(cfg, tmp_path, images=cfg.images, videos=cfg.videos, prompts=True)
-    plain, kept = (setup.open_data(dataclasses.replace(cfg, cache=folder), pipe)[0] for folder in ("", cache))
-    for task, step in [(task, step) for task in ("image", "video") for step in range(6)]:
-        a, b = plain[task][step, 0], kept[task][step, 0]
-        assert a["prompt"] == b["prompt"] and a["item"] == b["item"]
-        words = a["prompt"].replace("creature", "<cls> creature") if task == "image" else a["prompt"]
-        assert torch.allclose(b["text"], model.encode_prompt(pipe, [words])[0], atol=1e-5)
-        for name in ("target", "reference"):
-            if name in b:  # a clip's reference is decoded either way
-                assert task == "video" and torch.equal(a[name], b[name])
-            else:
-                moments = model.encode_moments(pipe.vae, media.normalise(a[name])[None])[0]
-                assert torch.allclose(moments, b[f"{name}_moments"], atol=1e-5)
+    assert len({pairs[step, 0]["target_moments"].sum().item() for step in range(60)}) == 6  # in two directions
 
 
 def test_a_cache_of_other_settings_shapes_or_weights_is_another(loaded):
@@ -392,41 +355,36 @@ def calls(monkeypatch):
     return asked
 
 
-def sampled(folder, **flags):
-    """Sample into a file of `folder`: its frames per second."""
-    sample.main(sample.Config(**{"lora": LORA, "prompt": "a creature", "out": f"{folder}/a.mp4", **flags}))
-    with media.av.open(f"{folder}/a.mp4") as container:
-        return container.streams.video[0].average_rate
-
-
 def is_given(words, prompt, picture):
     """Were these the prompt, the negative one and the reference?"""
     pipe = sample.load_pipeline(BASE)
     given = words["prompt_embeds"], words["negative_prompt_embeds"], words["reference"]
     wanted = [model.encode_prompt(pipe, [text]) for text in (prompt, "")]
-    wanted.append(sample.encode_references(pipe, [picture], 32, 32))
+    wanted.append(sample.encode_references(pipe, [picture], *words["asked"][4:6]))
     return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(given, wanted))
 
 
-def test_sampling_takes_guidance_rate_and_cls_from_the_lora_and_flags_win(tmp_path, calls):
-    """The toy's LoRA says 2, 4 fps and front; 50 steps, the base's size and 9 frames, seed 0."""
-    assert sampled(tmp_path, ref=REF) == 4 and calls[0]["asked"] == [2.0, 1.0, 50, 9, 32, 32, [0]]
-    assert is_given(calls[0], "<cls> a creature", media.load_image(REF))
-    flags = dict(guidance=3.5, ref_guidance=2.0, fps=16.0, seed=7, steps=9, frames=16, height=40, width=48)
-    assert sampled(tmp_path, ref=REF, **flags) == 16
-    assert calls[1]["asked"] == [3.5, 2.0, 9, 13, 40, 48, [7]]  # 4k + 1 frames here
-    assert calls[1]["reference"].shape[-2:] == (20, 24)
+@pytest.mark.parametrize("flags, asked, rate", [
+    (dict(lora=LORA), [2.0, 1.0, 50, 9, 32, 32, [0]], 4),  # what the toy's LoRA and base say
+    (dict(lora=LORA, guidance=3.5, ref_guidance=2.0, fps=16.0, seed=7, steps=9, frames=16, height=40, width=48),
+     [3.5, 2.0, 9, 13, 40, 48, [7]], 16),  # 4k + 1 frames here
+    (dict(lora=".", base=BASE), [6.0, 1.0, 50, 9, 32, 32, [0]], 8)])  # a file without a header: as the authors do
+def test_sampling_asks_for_what_lora_and_base_say_and_flags_win(tmp_path, monkeypatch, calls, flags, asked, rate):
+    monkeypatch.chdir(tmp_path)
+    model.save_file(model.load_file(model.lora_path(LORA)), model.LORA_FILE)
+    sample.main(sample.Config(ref=REF, prompt="a creature", out="a.mp4", **flags))
+    assert calls[0]["asked"] == asked and is_given(calls[0], "<cls> a creature", media.load_image(REF))
+    with media.av.open("a.mp4") as container:
+        assert container.streams.video[0].average_rate == rate
 
 
-def test_where_nothing_is_said_it_is_sampled_as_the_authors_do(tmp_path, calls):
-    """Guidance 6, 8 fps, <cls> in front. In our older files cls was True or False."""
-    model.save_file(model.load_file(model.lora_path(LORA)), tmp_path / model.LORA_FILE)  # without a header
-    assert sampled(tmp_path, ref=REF, lora=str(tmp_path), base=BASE) == 8
+def test_where_nothing_is_said_it_is_sampled_as_the_authors_do(calls):
+    """Guidance 6, 50 steps, <cls> in front. In our older files cls was True or False."""
     sample.generate(sample.load_pipeline(BASE), None, ["x", "y"], [3, 4])
-    assert [words["asked"] for words in calls] == [[6.0, 1.0, 50, 9, 32, 32, seeds] for seeds in ([0], [3, 4])]
-    assert calls[1]["prompt"] == ["<cls> x", "<cls> y"] and calls[1]["max_sequence_length"] == 16
+    assert calls[0]["asked"] == [6.0, 1.0, 50, 9, 32, 32, [3, 4]] and calls[0]["max_sequence_length"] == 16
+    assert calls[0]["prompt"] == ["<cls> x", "<cls> y"] and sample.cls_of({}) == "front"
     said = {"True": "front", "False": "off", "front": "front", "item": "item", "off": "off"}
-    assert sample.cls_of({}) == "front" and {cls: sample.cls_of({"cls": cls}) for cls in said} == said
+    assert {cls: sample.cls_of({"cls": cls}) for cls in said} == said
 
 
 def test_every_line_of_prompts_has_the_seed_of_the_flag(tmp_path, calls):

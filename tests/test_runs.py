@@ -1,20 +1,22 @@
-"""Runs of train.py: how they go on after any kind of end, on one rank and on two, and what stops them."""
-from tests.shared import (PATIENCE, ROOT, TORCHRUN, children, command, go_back, kill_job, log_of, run, start_and_wait,
-                          weights_of)
+"""Runs of train.py: how they go on, on one rank and on two, and what stops them. Every way out of a run ends it, with
+its error and exit status, and leaves a folder that the next run understands."""
+from tests.shared import BROKEN, ROOT, TORCHRUN, command, go_back, log_of, run, weights_of
 
-import os
 import shutil
 import signal
-import time
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import model
 import sample
 import train
-from common.run import checkpoints, newest_checkpoint
+from common.run import checkpoints, claim, newest_checkpoint, save_checkpoint, start_log
 from common.setup import divide_batches
 from common.log import numbers_in
 
@@ -128,7 +130,82 @@ def test_ranks_share_the_micro_batches_of_one(monkeypatch, schedule):
 
 
 # ---- what stops a run ------------------------------------------------------------------------------------------------
-# A held run (hold.py) cannot be over before the signal comes, however late that is.
+
+RAISE = "raise RuntimeError('CUDA error: an illegal memory access')"
+RAISE_ON_RANK_1 = f"if rank == 1: {RAISE}"
+KILL_A_WORKER = "psutil.Process().children()[0].kill()"
+INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)"
+
+
+@pytest.mark.parametrize("ranks, what, status, said", [
+    ([], KILL_A_WORKER, 1, "killed by signal"), ([], INTERRUPT, 130, "train.py: interrupted"),
+    ([], RAISE, 1, "CUDA error: an illegal memory access"),
+    pytest.param(TORCHRUN, RAISE_ON_RANK_1, 1, "CUDA error: an illegal memory access",
+                 marks=pytest.mark.slow("a torchrun job"))],
+    ids=["killed worker", "Ctrl-C", "error", "error on one of two ranks"])
+def test_a_run_with_reading_workers_ends(knobs, tmp_path, ranks, what, status, said):
+    """Something happens in step 2, while two processes read ahead."""
+    r = run(*ranks, *command(knobs, BROKEN, workers=2, steps=60), cwd=tmp_path, AT="step 2", DO=what)
+    assert r.returncode == status and said in r.stderr, r.stderr
+    assert "Traceback" not in r.stderr or what is not INTERRUPT
+
+
+def test_a_sigterm_ends_a_process_that_no_longer_trains(knobs):
+    """The handler that asks the loop to stop is gone with the loop."""
+    before = signal.getsignal(signal.SIGTERM)
+    train.main(train.Config(**{**knobs, "steps": 1}))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("file, kept, message", [
+    ("config.json", 1, "damaged/config.json is damaged")] + [
+    (file, kept, "damaged/step-000006 is damaged .*: delete it, and the same command goes on from step-000003")
+    for file in ("step-000006/training_state.pt", f"step-000006/{model.LORA_FILE}") for kept in (1000, None)])
+def test_what_is_damaged_is_named(whole, knobs, file, kept, message):
+    """The file is cut, or gone."""
+    go_back(whole, 6, "out/damaged")
+    damaged = Path("out/damaged", file)
+    content = damaged.read_bytes()
+    damaged.unlink()
+    if kept:
+        damaged.write_bytes(content[:kept])
+    with pytest.raises(ValueError, match=message) as error:
+        go(knobs, name="damaged")
+    assert "\n" not in str(error.value)
+
+
+def test_only_whole_step_folders_are_checkpoints_and_rank_0_alone_writes(tmp_path, monkeypatch):
+    """A copy that somebody made, a note, a half-written save and seven digits: the newest is the largest number."""
+    for name in ("step-000004", "step-best", "step-000002", "step-000006.tmp", "step-1000000"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-000009").write_text("")
+    there = sorted(tmp_path.iterdir())
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000002", "step-000004", "step-1000000"]
+    assert newest_checkpoint(tmp_path / "none") is None
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "1")
+        claim(tmp_path)
+        start_log(tmp_path, {}, 4)
+        save_checkpoint(tmp_path, 8, Path.mkdir, {})
+    assert sorted(tmp_path.iterdir()) == there
+    start_log(tmp_path, {}, 4)  # a run that goes on removes what was half saved
+    save_checkpoint(tmp_path, 1000008, Path.mkdir, {})
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000004", "step-1000000", "step-1000008"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_two_runs_on_one_name_are_kept_apart(knobs):
+    """The lock that a running process holds is taken here by another one."""
+    hold = "import fcntl, sys; f = open('.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
+    Path("out/toy").mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-uc", hold], cwd="out/toy", stdin=-1, stdout=-1) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="another process trains in .*toy: .* choose another --name"):
+            go(knobs, steps=1)
+        other.stdin.close()
+    go(knobs, steps=1)
+    assert len(log_of("out/toy")) == 1
+
 
 @pytest.mark.parametrize("module, name, factor", [(train, "v_loss", "nan"), (torch.nn.utils, "clip_grad_norm_", "inf")])
 def test_a_number_that_is_not_finite_stops_the_run(knobs, monkeypatch, module, name, factor):
@@ -152,49 +229,40 @@ def test_full_disk_keeps_the_last_checkpoint(whole, knobs):
     assert same_run("out/full", whole)
 
 
-def test_sigterm_saves_and_the_run_goes_on(knobs, tmp_path):
+def test_sigterm_saves_and_the_run_goes_on(knobs):
+    """The process that reads data gets it too."""
     knobs = {**knobs, "steps": 12, "save_every": 100, "workers": 1}
-    process = start_and_wait(command(knobs, name="ended"), tmp_path / "out/ended", 4, tmp_path, hold="step 8")
-    os.killpg(process.pid, signal.SIGTERM)  # the worker gets it too
-    output = process.communicate(timeout=PATIENCE)[0]
-    assert process.returncode == 0 and "stopped by SIGTERM" in output, output
-    assert 4 <= int(newest_checkpoint("out/ended").name[5:]) < 12
+    r = run(*command(knobs, BROKEN, name="ended"), cwd=".", AT="step 8", DO="os.killpg(0, signal.SIGTERM)")
+    assert r.returncode == 0 and "stopped by SIGTERM" in r.stdout, r.stderr
+    assert 8 <= int(newest_checkpoint("out/ended").name[5:]) < 12
     go(knobs, name="ended")
     go(knobs, name="whole")
     assert same_run("out/ended", "out/whole", 12)
 
 
 @pytest.mark.slow("two torchrun jobs: a minute")
-def test_a_lost_rank_restarts_by_itself(knobs, tmp_path):
+def test_a_lost_rank_restarts_by_itself(knobs):
     """torchrun --max-restarts starts both ranks again when one is killed."""
-    words = [*TORCHRUN, "--max-restarts=1", *command(knobs, steps=40)]
-    assert run(*words, "--name=whole", cwd=".").returncode == 0
-    process = start_and_wait([*words, "--name=lost"], tmp_path / "out/lost", 10, tmp_path, hold="step 30")
-    os.kill(children(process)[-1], signal.SIGKILL)
-    output = process.communicate(timeout=PATIENCE)[0]
-    assert process.returncode == 0 and "going on from step" in output, output
+    words = [*TORCHRUN, "--max-restarts=1", *command(knobs, BROKEN, steps=40)]
+    for name, place in (("whole", "step 99"), ("lost", "step 20")):
+        r = run(*words, f"--name={name}", cwd=".", AT=place, DO="if rank == 1: psutil.Process().kill()")
+        assert r.returncode == 0 and ("going on from step" in r.stdout) == (name == "lost"), r.stderr
     assert same_run("out/lost", "out/whole", 40)
 
 
 @pytest.mark.slow("20 ends of a two-rank run, each with a start of its own: about 6 minutes")
-def test_twenty_ends(knobs, tmp_path):
+def test_twenty_ends(knobs):
     """A whole torchrun job gets a SIGKILL in a save or at a random moment, or a SIGTERM: the same final weights."""
-    words, random = [*TORCHRUN, *command(knobs, steps=240, save_every=2)], np.random.default_rng(0)
-    assert run(*words, "--name=whole", cwd=".").returncode == 0
-    ended = tmp_path / "out/ended"
+    words, random = [*TORCHRUN, *command(knobs, BROKEN, steps=240, save_every=2)], np.random.default_rng(0)
+    assert run(*words, "--name=whole", cwd=".", AT="never").returncode == 0
     for number in range(20):
-        done = max([0, *(int(folder.name[5:]) for folder in checkpoints(ended))])
-        hold = f"save {done + 2}" if number % 4 == 0 else f"step {done + 8}"  # 20 times 11 steps are not the end
-        process = start_and_wait([*words, "--name=ended"], ended, done + 1, tmp_path, hold)
-        while number % 4 == 0 and process.poll() is None and not list(ended.glob("step-*.tmp/training_state.pt")):
-            time.sleep(0.01)
-        time.sleep(random.uniform(0, 0.6))
-        assert process.poll() is None, process.communicate()[0]
-        if number % 4 == 1:
-            process.send_signal(signal.SIGTERM)  # torchrun hands it to both workers, which stop after the same step
-            assert "stopped by SIGTERM" in process.communicate(timeout=PATIENCE)[0]
-        else:
-            kill_job(process)  # torchrun and both workers
-            process.wait()
-    assert run(*words, "--name=ended", cwd=".").returncode == 0
-    assert same_run(ended, "out/whole", 240)
+        done = max([0, *(int(folder.name[5:]) for folder in checkpoints("out/ended"))])
+        place, end = f"save {done + 2 - done % 2}", "kill_job()"
+        if number % 4:  # 1: torchrun hands a SIGTERM to both ranks, which stop after the same step
+            what = "psutil.Process().parent().terminate" if number % 4 == 1 else "kill_job"
+            place = f"step {done + random.integers(1, 8)}"
+            end = f"threading.Timer({random.uniform(0, 0.1)}, {what}).start()"
+        r = run(*words, "--name=ended", cwd=".", AT=place, DO=f"rank or {end}")
+        assert "stopped by SIGTERM" in r.stdout if number % 4 == 1 else r.returncode == -9, r.stderr
+    assert run(*words, "--name=ended", cwd=".", AT="never").returncode == 0
+    assert same_run("out/ended", "out/whole", 240)
