@@ -118,6 +118,7 @@ def test_attention_order_is_for_hopper(monkeypatch):
 SPIES = """
 import os, torch, train
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 no_sync, alone = DDP.no_sync, []  # micro-batches of this step without a sum over ranks
 def spy_on_no_sync(self):
     alone.append(1)
@@ -128,7 +129,7 @@ def spy_on_step(optimizer, *_):
     print('SPY', os.environ['RANK'], len(alone), norm, {g.untyped_storage().data_ptr() for g in gradients}, flush=True)
     alone.clear()
 DDP.no_sync = spy_on_no_sync
-torch.optim.optimizer.register_optimizer_step_pre_hook(spy_on_step)
+register_optimizer_step_pre_hook(spy_on_step)
 train.command_line(train.main, train.Config, '', presets=train.presets)
 """
 
