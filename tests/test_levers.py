@@ -141,7 +141,7 @@ def test_ranks_sum_gradients_once_a_step_in_ddps_own_memory(knobs, tmp_path):
     r = run(*TORCHRUN, *words, cwd=tmp_path)
     assert r.returncode == 0 and r.stdout.count("--image_micro 8 is now 4") == 1, r.stderr
     tasks = [line["task"] for line in records(tmp_path / "out/x/log.jsonl")]
-    spied = [re.findall(rf"SPY {rank} (.) (\S+) (.*)", r.stdout) for rank in (0, 1)]
+    spied = [re.findall(rf"SPY {rank} (.) (\S+) (\{{[^}}]*\}})", r.stdout) for rank in (0, 1)]
     for steps in spied:
         assert [int(alone) for alone, _, _ in steps] == [{"image": 0, "video": 1}[task] for task in tasks]
         assert len({storages for _, _, storages in steps[2:]}) == 1  # the gradients' are the buckets'
