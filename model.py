@@ -77,6 +77,9 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
             show a single picture at another distance from the reference (train.py's --image_frame).
         image_rotary_emb: the stock T-frame tables, used only without a reference; made from the config when None.
         """
+        if self.config.patch_size_t is not None:
+            raise ValueError("CogVideoX 1.5 (patch_size_t) folds two frames into one token, so a reference cannot be "
+                             f"frame 0; use a 1.0 base such as {PAPER_BASE}")
         attention_kwargs = dict(attention_kwargs or {})
         reference = attention_kwargs.pop("reference", None) if reference is None else reference
         ref_guidance = attention_kwargs.pop("ref_guidance", 1.0)
@@ -245,7 +248,8 @@ def weight_fingerprint(weight):
 def save_lora(transformer, path, **extra):
     """Write the adapters to path/pytorch_lora_weights.safetensors in the diffusers format, alpha included.
 
-    `extra` (strings) goes into the file's header beside the base's name and fingerprint: read it with `lora_header`."""
+    `extra` (strings) goes into the file's header beside the base's name and fingerprint: read it with `lora_header`.
+    The write is atomic: a kill leaves the old file or the new one."""
     config = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v
               for k, v in transformer.peft_config["default"].to_dict().items()}
     base = weight_fingerprint(transformer.proj_out.weight)  # LoRA never touches proj_out
@@ -253,8 +257,10 @@ def save_lora(transformer, path, **extra):
               "lora_scope": transformer.lora_scope, "base_fingerprint": base, **extra}
     weights = {f"transformer.{k}": v.detach().cpu().contiguous()
                for k, v in get_peft_model_state_dict(transformer).items()}
-    Path(path).mkdir(parents=True, exist_ok=True)
-    save_file(weights, Path(path, LORA_FILE), metadata=header)
+    file = Path(path, LORA_FILE)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, f"{file}.tmp", metadata=header)
+    os.replace(f"{file}.tmp", file)
 
 
 def lora_path(path):

@@ -1,5 +1,5 @@
 """What pytest is told, in every folder: .pytest.ini names this file. It comes before anything imports torch, which
-reads the variables that are set here; only then it brings the fixtures of shared.py."""
+reads the variables that are set here; only then it brings the fixtures of conftest.py."""
 import os
 import signal
 
@@ -12,7 +12,7 @@ def pytest_configure(config):
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what the tests have started ends with them
     signal.signal(signal.SIGINT, signal.default_int_handler)   # a job in the background ignores it, and hands that on
-    config.pluginmanager.import_plugin("tests.shared")
+    config.pluginmanager.import_plugin("tests.conftest")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist's own

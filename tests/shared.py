@@ -1,5 +1,4 @@
-"""What test files share: fixtures (plugin.py brings them to the tests of every folder), models and runs that take
-seconds, and how to start a run and read what it wrote."""
+"""What test files share: models and runs that take seconds, and how to start a run and read what it wrote."""
 import atexit
 import json
 import os
@@ -7,13 +6,11 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import psutil
-import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX
 
 import model
 import train
@@ -25,47 +22,6 @@ TRAIN, BROKEN = str(ROOT / "train.py"), str(ROOT / "tests/broken.py")
 T, C, H, W, L, N = 3, 4, 8, 12, 5, 24  # a tiny model on frames that are not square; N tokens per latent frame
 # --standalone finds a free port: torchrun's own 29500 may be taken by another job.
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-@pytest.fixture
-def tiny():
-    """A random tiny CogVideoX in our class and in the stock one, same weights."""
-    torch.manual_seed(0)
-    config = dict(num_attention_heads=2, attention_head_dim=16, in_channels=C, out_channels=C, time_embed_dim=8,
-                  text_embed_dim=12, num_layers=3, sample_width=W, sample_height=H, sample_frames=9,
-                  max_text_seq_length=L, use_rotary_positional_embeddings=True)
-    ours, stock = model.SubjectTransformer(**config).eval(), CogVideoXTransformer3DModel(**config).eval()
-    stock.load_state_dict(ours.state_dict())
-    return ours, stock
-
-
-@pytest.fixture
-def inputs():
-    """Latents, text, timesteps and a reference for it, two of each."""
-    g = torch.Generator().manual_seed(1)
-    latents, text = torch.randn(2, T, C, H, W, generator=g), torch.randn(2, L, 12, generator=g)
-    return latents, text, torch.tensor([300, 700]), torch.randn(2, 1, C, H, W, generator=g)
-
-
-@pytest.fixture(scope="module")
-def knobs(tmp_path_factory):
-    """The knobs of a run of seconds on a small toy world; every test that trains starts from these."""
-    return small_knobs(tmp_path_factory.getbasetemp() / "toy")
-
-
-@pytest.fixture(scope="module")
-def newcomer(tmp_path_factory):
-    """The toy as a newcomer has it, in a folder where the tests then run. Without a GPU its data are few."""
-    folder = tmp_path_factory.mktemp("newcomer")
-    (folder / "toy").mkdir()
-    for name in ("base", "lora", "refs"):
-        (folder / "toy" / name).symlink_to(ROOT / "toy" / name)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        if not torch.cuda.is_available():
-            for name, write in creatures.DATA.items():
-                patch.setitem(creatures.DATA, name, partial(write, n=4))
-        yield folder
 
 
 def large_vae():

@@ -225,3 +225,17 @@ def test_exported_graphs_equal_the_torch_modules():
     words = with_reference_token(caption(2, 1), "front")
     ours = pipe.encode_prompt(words, do_classifier_free_guidance=False, max_sequence_length=16)[0]
     assert np.abs(table[1 + 4 * 2 + 1] - ours[0].detach().numpy()).max() < 1e-4
+
+
+def test_the_export_refuses_what_one_graph_cannot_hold_and_deletes_nothing(tmp_path):
+    pytest.importorskip("onnx")
+    from toy import export
+    for file in MODELS.glob("lora-0*"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    first = str(tmp_path / "lora-0.safetensors")
+    for loras, message in (([first], "would be written over .*lora-0.safetensors, which is read"),
+                           ([first, first], "each needs its own p, and all the same base, lora_rank")):
+        with pytest.raises(ValueError, match=message):
+            export.main(export.Config(lora=loras, out=str(tmp_path)))
+    assert len(list(tmp_path.iterdir())) == 6

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
-from common.args import command_line, knob
+from common.args import command_line, knob, refuse_overwriting
 from common.find import find_lora
 from model import encode_prompt, encode_video, lora_header, with_reference_token
 from sample import guidance_of, load
@@ -53,26 +53,15 @@ class Merged(torch.nn.Module):
                                {"reference": reference, "return_dict": False})[0]
 
 
-class Encoder(torch.nn.Module):
-    """A picture (1,1,3,H,W) in -1..1 -> its scaled latents (1,1,C,h,w)."""
+class Part(torch.nn.Module):
+    """A function that uses the VAE, as the module that torch.onnx.export asks for."""
 
-    def __init__(self, vae):
+    def __init__(self, vae, function):
         super().__init__()
-        self.vae = vae
+        self.vae, self.function = vae, function
 
-    def forward(self, picture):
-        return encode_video(self.vae, picture)
-
-
-class Decoder(torch.nn.Module):
-    """Scaled latents (1,T,C,h,w) -> frames (1,3,F,H,W) in -1..1."""
-
-    def __init__(self, vae):
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latents):
-        return self.vae.decode(latents.permute(0, 2, 1, 3, 4) / self.vae.config.scaling_factor).sample
+    def forward(self, x):
+        return self.function(x)
 
 
 def lora_weights(path):
@@ -116,23 +105,27 @@ def write_graph(module, inputs, names, out, files):
     onnx.save(model, out)
 
 
+SHARED = ("base", "lora_rank", "lora_alpha", "lora_scope")  # what all LoRAs of one graph have in common
+
+
 def main(cfg):
-    out = Path(cfg.out)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    pipe, header = load(cfg.lora[0], use_lora=False)
+    out, sources = Path(cfg.out), [find_lora(lora) for lora in cfg.lora]
+    runs = [json.loads(lora_header(file)["trained_by"]) for file in sources]
+    doses = {f"{run['p']:g}": f"lora-{run['p']:g}.safetensors" for run in runs}
+    if len(doses) < len(runs) or len({tuple(run[name] for name in SHARED) for run in runs}) > 1:
+        raise ValueError(f"--lora: each needs its own p, and all the same {', '.join(SHARED)}: they share one graph")
+    if runs[0]["lora_scope"] != "all":
+        raise ValueError("--lora: LoRA on reference tokens only cannot be merged into the weights")
+    refuse_overwriting(sources, [out / file for file in doses.values()])
+    out.mkdir(parents=True, exist_ok=True)
+    pipe, header = load(str(sources[0]), use_lora=False)
     base = Path(header["base"])
     transformer, vae = out / "transformer.safetensors", out / "vae.safetensors"
     shutil.copy(base / "transformer/diffusion_pytorch_model.safetensors", transformer)
     shutil.copy(base / "vae/diffusion_pytorch_model.safetensors", vae)
-
-    doses = {}
-    for lora in map(find_lora, cfg.lora):
-        weights = {k: v.half().contiguous() for k, v in load_file(lora).items()}  # in float16, like the base
-        trained = json.loads(lora_header(lora)["trained_by"])
-        p = f"{trained['p']:g}"
-        doses[p] = f"lora-{p}.safetensors"
-        save_file(weights, out / doses[p], lora_header(lora))
+    for file, name in zip(sources, doses.values()):
+        weights = {k: v.half().contiguous() for k, v in load_file(file).items()}  # in float16, like the base
+        save_file(weights, out / name, lora_header(file))
     first = out / doses[min(doses)]
     lora, scale = lora_weights(first)
 
@@ -146,17 +139,20 @@ def main(cfg):
     write_graph(merged, inputs, ["noisy", "text", "timestep", "reference"], out / "transformer.onnx", files)
     with safe_open(vae, "pt") as f:
         files = {f"vae.{key}": (vae, key) for key in f.keys()}
-    write_graph(Encoder(pipe.vae), (torch.randn(1, 1, 3, SIZE, SIZE),), ["picture"], out / "encoder.onnx", files)
-    write_graph(Decoder(pipe.vae), (noisy[:1],), ["latents"], out / "decoder.onnx", files)
+    # A picture (1,1,3,H,W) in -1..1 -> its scaled latents (1,1,C,h,w); such of a video (1,T,C,h,w) -> (1,3,F,H,W).
+    encoder = Part(pipe.vae, lambda picture: encode_video(pipe.vae, picture))
+    write_graph(encoder, (torch.randn(1, 1, 3, SIZE, SIZE),), ["picture"], out / "encoder.onnx", files)
+    write_graph(Part(pipe.vae, pipe.decode_latents), (noisy[:1],), ["latents"], out / "decoder.onnx", files)
 
     prompts = ["", *(with_reference_token(caption(f, d), "front") for f in range(len(FIELDS))
                      for d in range(len(DIRECTIONS)))]
     encode_prompt(pipe, prompts, "cpu").float().numpy().tofile(out / "prompts.f32")  # (1 + 8 * 4, L, D)
     pipe.scheduler.set_timesteps(cfg.steps)
     timesteps = pipe.scheduler.timesteps
-    recipe = "train.py --toy --p P " + " ".join(f"--{k} {trained[k]}" for k in ("image_frame", "steps", "seed"))
+    flags = [f"--{k} {runs[0][k]}" for k in ("image_frame", "steps", "seed") if k in runs[0]]
     (out / "models.json").write_text(json.dumps({
-        "doses": doses, "lora": first.name, "guidance": guidance_of(header), "recipe": recipe, "frames": FRAMES,
+        "doses": doses, "lora": first.name, "guidance": guidance_of(header), "frames": FRAMES,
+        "recipe": " ".join(["train.py --toy --p P", *flags]),
         "text": list(text.shape[1:]), "latents": list(noisy.shape[1:]), "fields": FIELDS, "colours": COLOURS,
         "directions": DIRECTIONS, "solid": SOLID.tolist(), "timesteps": timesteps.tolist(),
         "alpha_bar": [*pipe.scheduler.alphas_cumprod[timesteps].tolist(), 1.0]}))

@@ -12,7 +12,8 @@ import pytest
 
 import data
 from common import media
-from toy import creatures
+from common.base import load_pipeline
+from toy import creatures, train_base, world
 
 TEST = creatures.draw_test_set(32)
 TRUE = creatures.true_clips(TEST)
@@ -98,3 +99,11 @@ def test_what_is_drawn_belongs_to_its_version(tmp_path):
         drawn.update(json.dumps(row["description"], sort_keys=True).encode())
     drawn.update("".join(map(creatures.caption, fields, directions)).encode())
     assert (creatures.DATA_VERSION, drawn.hexdigest()[:12]) == (3, "a1e7d197edb8")
+
+
+def test_the_base_is_trained_and_sampled(tmp_path):
+    """Two steps of each part leave a base that the pipeline loads, with a VAE that has learned its scale."""
+    train_base.main(train_base.Config(out=str(tmp_path / "base"), vae_steps=2, vae_batch=1, steps=2, batch=2, pool=4))
+    pipe = load_pipeline(tmp_path / "base")
+    videos = world.sample_test_set(pipe, creatures.draw_test_set(1), steps=2)
+    assert videos.shape == (1, 9, 32, 32, 3) and pipe.vae.config.scaling_factor != 1
