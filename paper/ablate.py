@@ -333,7 +333,7 @@ def print_real(whats):
         commands.append(f"# {what}")
         for row in [row for row, _, _ in TABLES[what]] if what in TABLES else FIGURES[what]:
             kind = row.removesuffix("-any-frame").removesuffix("-image-only")
-            if kind in TOY_ONLY or row in PICTURE_BY or row in ("thaw", "low-lr-image-only") or row.endswith("-900"):
+            if kind in TOY_ONLY or row in PICTURE_BY or row in ("thaw", "low-lr-image-only", "pairs-8") or row.endswith("-900"):
                 commands.append(f"# {row}: the toy only")
                 continue
             small = what in PAIRS_4K or (what, row) == ("table3", "image-only")  # that row is Table 9's
