@@ -128,7 +128,7 @@ class PCGrad:
 @dataclass
 class Config:
     runs: list[str] = knob([], "runs (out/NAME) trained with --gradcos_every")
-    out: str = knob("gradcos.png", "picture to write; beside it -groups, the cosine in each group of layers")
+    out: str = knob("gradcos.png", "picture to write")
 
 
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f"]  # for colour-blind eyes too
@@ -181,35 +181,15 @@ def draw_figure_5(plt, groups):
     return figure
 
 
-def draw_groups(plt, groups):
-    """The cosine per layer group (B.1): kinds of layer left, depth right, mean over seeds; a row per label."""
-    figure, axes = plt.subplots(len(groups), 2, figsize=(10, 3.2 * len(groups)), layout="constrained", squeeze=False)
-    for (label, seeds), (left, right) in zip(groups.items(), axes):
-        names = list(seeds[0][0]["groups"])
-        left.axhline(0, color="black", linewidth=0.6)
-        for name, colour in zip([n for n in names if not n.startswith("block ")], COLOURS):
-            band(left, seeds, lambda r: r["groups"][name][0], color=colour, label=name)
-        left.set(title=label, xlabel="step", ylabel="cosine", ylim=(-1, 1))
-        left.legend(fontsize=8, frameon=False)
-        blocks = [n for n in names if n.startswith("block ")]
-        steps = [r["step"] for r in min(seeds, key=len)]
-        table = torch.tensor([[[r["groups"][b][0] for r in records[:len(steps)]] for b in blocks] for records in seeds])
-        image = right.pcolormesh(steps, range(len(blocks)), table.mean(0).numpy(), cmap="RdBu", vmin=-1, vmax=1)
-        right.set(title="by depth", xlabel="step", ylabel="block")
-        figure.colorbar(image, ax=right, label="cosine")
-    return figure
-
-
 def main(cfg):
     if not cfg.runs:
         raise ValueError("no runs: pass out/RUN [out/RUN ...]")
     import matplotlib.pyplot as plt  # only here: training does not need it
     plt.switch_backend("agg")  # no window
-    groups, out = read_runs(cfg.runs), Path(cfg.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for path, draw in ((out, draw_figure_5), (out.with_stem(f"{out.stem}-groups"), draw_groups)):
-        draw(plt, groups).savefig(path, dpi=130)
-        print(f"wrote {path}")
+    groups = read_runs(cfg.runs)
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    draw_figure_5(plt, groups).savefig(cfg.out, dpi=130)
+    print(f"wrote {cfg.out}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ on the frame axis, so that text, reference and video meet in the transformer's f
 
     B  batch            T  latent frames of the video      L  text tokens          C, H, W  latent channels and size
     D  model width      N  tokens of one latent frame      K  reference tokens kept (N, or fewer when some are dropped)
+    CogVideoX-5B, 49 frames of 480x720:  T = 13, L = 226, C = 16, H x W = 60 x 90, D = 3072, N = 30 x 45 = 1,350
 
 Contents: SubjectTransformer (the forward) - LoRA (attach, save, load) - the v loss - text and VAE encoding.
 """

@@ -106,9 +106,8 @@ def load(lora="", base="", device="cpu", use_lora=True, int8=False, lora_scale=1
 
 def cls_of(header):
     """Where this LoRA's training put <cls> (train.py's --cls). A LoRA from elsewhere, like the authors', has it in
-    front; older files of ours say True or False."""
-    cls = header.get("cls", "front")
-    return {"True": "front", "False": "off"}.get(cls, cls)
+    front."""
+    return header.get("cls", "front")
 
 
 def guidance_of(header):

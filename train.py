@@ -5,7 +5,7 @@
     python train.py --toy                     # the same code on the toy world, minutes on two CPU cores
 
 Each step flips one coin. With probability p it takes plain clips and learns motion: image-to-video from a random frame
-of the clip, with half of its tokens dropped. Otherwise it takes pairs of pictures and learns identity: one from the
+of the clip, with half of that frame's tokens dropped. Otherwise it takes pairs of pictures and learns identity: one from the
 other. The same LoRA learns both.
 
 A run writes out/NAME/: config.json, log.jsonl (one line per step), step-000400/ (LoRA weights and training state); with
@@ -33,9 +33,9 @@ from common.log import Log, add_losses, describe, no_losses, sum_over_ranks
 from common.media import latent_frames, normalise
 from common.run import (SIGTERM, claim, join_ranks, newest_checkpoint, print0, rank_and_world_size, resume, rng,
                         save_checkpoint, settings_of, sigterm_asks, start_log, torch_rng)
-from common.setup import divide_batches, image_stage, load_model, make_optimizer, open_data
+from common.setup import divide_batches, image_stage, load_model, make_datasets, make_optimizer, open_data
 from common.watch import Validation, already_measured
-from data import Clips, ImagePairs, batches
+from data import batches
 from model import (encode_moments, encode_prompt, read_lora, sample_latents, save_lora, to_device, v_loss,
                    with_reference_token)
 
@@ -106,7 +106,7 @@ class Config:
     val_refs: str = knob("", "folder of pictures to sample from, each with its prompt in a .txt file of its name",
                          trains=False)
     guidance: float = knob(6.0, "guidance scale when sampling, here and in sample.py (the authors' code)", trains=False)
-    tensorboard: bool = knob(False, "write all of it to out/NAME/tensorboard as well", trains=False)
+    tensorboard: bool = knob(False, "write all numbers to out/NAME/tensorboard as well", trains=False)
 
     def __init__(self, **given):
         """A knob that is not given has the default of --toy or --recipe, where those set one, else the one above."""
@@ -262,10 +262,8 @@ def plan(cfg, step):
     """This rank's micro-batches of a step. The loader reads them ahead and the loop trains on them: the same list."""
     rank, world_size = rank_and_world_size()
     task = sample_task(cfg, step)
-    if task == "video":
-        count = cfg.video_batch // cfg.video_micro  # of all ranks together
-    else:
-        count = cfg.image_batch // cfg.image_micro
+    sized = "image" if task == "mixed" else task  # a mixed step has as many micro-batches as an image step
+    count = getattr(cfg, f"{sized}_batch") // getattr(cfg, f"{sized}_micro")  # of all ranks together
     micros = []
     for index in range(rank, count, world_size):  # micro-batches go to the ranks in turn
         own_task = sample_task(cfg, step, index) if task == "mixed" else task
@@ -343,8 +341,7 @@ def held_out_batches(cfg, pipe, size, frames, n_ref):
     They do not depend on --seed, but on all flags of data and drops: compare losses of runs that share them."""
     cfg = replace(cfg, seed=2**31 - 1)
     rank, world_size = rank_and_world_size()
-    datasets = {"image": ImagePairs(f"{cfg.images}_val", size, cfg.crop_jitter, cfg.seed, in_order=True),
-                "video": Clips(f"{cfg.videos}_val", size, frames, cfg.fps, cfg.random_frame, cfg.seed, in_order=True)}
+    datasets = make_datasets(cfg, size, frames, held_out=True)
     held_out, T = [], latent_frames(frames, pipe.vae_scale_factor_temporal)
     for task, dataset in datasets.items():
         count, step_size = min(HELD_OUT[task], len(dataset)), getattr(cfg, f"{task}_micro")  # each sample once

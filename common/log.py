@@ -6,10 +6,8 @@ from collections import Counter, deque
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from tqdm import tqdm
 
 from common.run import print0, rank_and_world_size
@@ -130,16 +128,6 @@ class Log:
         if self.board:
             for name, value in numbers_in(record, Path(file).stem):
                 self.board.add_scalar(name, value, record["step"])
-
-    def pictures(self, folder, step):
-        """Show the sample sheets of this step, of all ranks, in TensorBoard."""
-        if dist.is_initialized():
-            dist.barrier()
-        if not self.board:
-            return
-        for file in sorted(Path(folder).glob(f"*-{step:06d}.png")):
-            picture = np.asarray(Image.open(file).convert("RGB"))
-            self.board.add_image(file.stem.removesuffix(f"-{step:06d}"), picture, step, dataformats="HWC")
 
     def doing(self, words=""):
         """Say on the bar what the run does between two steps, so that a pause does not look like a hang."""

@@ -17,8 +17,8 @@ def divide_batches(cfg, world_size):
     """cfg with batches and micro-batches that divide by the ranks: others are made smaller, with a message. ValueError
     for a batch of fewer samples than ranks."""
     for task in TASKS:
-        if cfg.task_schedule == "mixed" and task == "video":
-            continue  # there are as many micro-batches of clips as the coins say
+        if cfg.task_schedule == "mixed" and task != "image":
+            continue  # of the others there are as many micro-batches as the coins say
         batch, micro = getattr(cfg, f"{task}_batch"), getattr(cfg, f"{task}_micro")
         if batch < world_size:
             raise ValueError(f"--{task}_batch {batch} is too small for {world_size} ranks")
@@ -69,13 +69,9 @@ def open_data(cfg, pipe):
     if cfg.image_frame == "random" and not pipe.transformer.config.use_rotary_positional_embeddings:
         raise ValueError("--image_frame random chooses rows of the RoPE tables, and this base has no RoPE")
     tile_large_clips(pipe.vae, height, width, frames)
-    datasets, caches = {}, open_caches(cfg, pipe, size, frames)
-    if cfg.p < 1:
-        datasets["image"] = ImagePairs(cfg.images, size, cfg.crop_jitter, cfg.seed, caches["image"])
-    if cfg.p > 0:
-        if frames == 1:
-            raise ValueError(f"--frames {cfg.frames}: video steps need clips of more frames, or --p 0")
-        datasets["video"] = Clips(cfg.videos, size, frames, cfg.fps, cfg.random_frame, cfg.seed, caches["video"])
+    if frames == 1 and cfg.p > 0:
+        raise ValueError(f"--frames {cfg.frames}: video steps need clips of more frames, or --p 0")
+    datasets = make_datasets(cfg, size, frames, open_caches(cfg, pipe, size, frames))
     for task, dataset in datasets.items():
         dataset[0, 0]  # read one sample now: bad data fails here, not in a worker
         if dataset.cache and dataset.cache.cached < len(dataset):
@@ -83,6 +79,18 @@ def open_data(cfg, pipe):
                    "they are new: run python -m paper.prepare cache again)")
     pixels = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size  # a token's side
     return datasets, size, frames, (height // pixels) * (width // pixels)
+
+
+def make_datasets(cfg, size, frames, caches=None, held_out=False):
+    """{task: its data set}: those that p asks for, or with held_out all of them, of the folders with _val, in order."""
+    caches, suffix, datasets = caches or {}, "_val" if held_out else "", {}
+    if cfg.p < 1 or held_out:
+        datasets["image"] = ImagePairs(cfg.images + suffix, size, cfg.crop_jitter, cfg.seed, caches.get("image"),
+                                       held_out)
+    if cfg.p > 0 or held_out:
+        datasets["video"] = Clips(cfg.videos + suffix, size, frames, cfg.fps, cfg.random_frame, cfg.seed,
+                                  caches.get("video"), held_out)
+    return datasets
 
 
 def image_stage(cfg):

@@ -55,8 +55,6 @@ class Validation:
                 saturation = write_sample_sheets(self.pipe, self.texts, self.run / "samples", step, self.size,
                                                  self.frames, cfg.guidance)
             self.log.write("samples.jsonl", {"step": step, "saturation": saturation})
-            if cfg.tensorboard:
-                self.log.pictures(self.run / "samples", step)
         self.log.doing()
         transformer.train()
 

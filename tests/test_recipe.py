@@ -383,12 +383,11 @@ def test_sampling_asks_for_what_lora_and_base_say_and_flags_win(tmp_path, monkey
 
 
 def test_where_nothing_is_said_it_is_sampled_as_the_authors_do(calls):
-    """Guidance 6, 50 steps, <cls> in front. In our older files cls was True or False."""
+    """Guidance 6, 50 steps, <cls> in front."""
     sample.generate(sample.load_pipeline(BASE), None, ["x", "y"], [3, 4])
     assert calls[0]["asked"] == [6.0, 1.0, 50, 9, 32, 32, [3, 4]] and calls[0]["max_sequence_length"] == 16
     assert calls[0]["prompt"] == ["<cls> x", "<cls> y"] and sample.cls_of({}) == "front"
-    said = {"True": "front", "False": "off", "front": "front", "item": "item", "off": "off"}
-    assert {cls: sample.cls_of({"cls": cls}) for cls in said} == said
+    assert sample.cls_of({"cls": "item"}) == "item"
 
 
 def test_every_line_of_prompts_has_the_seed_of_the_flag(tmp_path, calls):

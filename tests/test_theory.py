@@ -106,7 +106,7 @@ def test_figures_show_means_over_seeds_at_the_steps_that_all_have(tmp_path, monk
     gradcos.main(gradcos.Config(runs=["a", "b", "c"], out="figures/all.png"))
     theory.main(theory.Config(out="figures/theory.png"))
     drawn = {file.stem for file in Path("figures").iterdir()}
-    assert drawn == {"all", "all-groups", "theory"}
+    assert drawn == {"all", "theory"}
     left, right = gradcos.draw_figure_5(plt, gradcos.read_runs(["a", "b", "c"])).axes
     assert [(line.get_label(), *line.get_xydata().flatten()) for line in left.get_lines()[1:]] == [
         ("p = 0.5 (2 seeds)", 0, pytest.approx(0.2), 1, pytest.approx(1.2)), ("p = 0.2", 0, pytest.approx(-0.2))]
