@@ -6,8 +6,8 @@
     videos   a folder of clips, each with its caption in a .txt file of the same name
 
 Every sample is a function of (seed, step, index): no state to save, any rank can make any sample, and a resumed run
-sees the data that an uninterrupted one would have seen. Nothing is dropped here: the reference tokens that a step
-leaves out are chosen in train.py, where the loop can see and log it.
+sees the data that an uninterrupted one would have seen. Nothing is dropped here: train.py chooses which reference
+tokens a step leaves out.
 """
 import atexit
 import io
@@ -52,7 +52,7 @@ def split_views(image):
 
 
 def read_pairs(path):
-    """The records of a pairs.jsonl, each with the number of its line. ValueError names the first line that is none."""
+    """The records of a pairs.jsonl, each with its line's number. ValueError names the first line that is no pair."""
     pairs = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
@@ -68,7 +68,7 @@ def read_pairs(path):
 
 
 def open_parquet(path, columns, dataset, **options):
-    """A pyarrow ParquetFile with these columns: {name: the fields that it has, or none for a column of texts}.
+    """Open a parquet file that must have certain columns: {name: the fields of that struct, None for texts}.
 
     ValueError names a file that is cut, no parquet, or not like `dataset`."""
     check_file(path, "parquet file")
@@ -108,7 +108,8 @@ def picture_of(image):
 
 
 class ImagePairs(Dataset):
-    """D_img: (I_ref, I_out, P). Each pair serves in both directions: view d with its own caption, the other as I_ref.
+    """D_img: pairs of pictures I_ref and I_out of one subject, with the caption P of I_out. Each pair serves in both
+    directions: view d is I_out with its own caption, and the other view is I_ref.
 
     folder, size (height, width), crop_jitter, seed. Item (step, index) -> {"reference" and "target" (1,3,H,W) uint8,
     "prompt", "item": the subject's name or "", "skipped": one line for each unreadable pair met on the way}. A `cache`
@@ -136,7 +137,7 @@ class ImagePairs(Dataset):
 
     @contextmanager
     def named(self, row):
-        """What is wrong with a pair is a ValueError of one line that says where it stands, rows counted from 0."""
+        """Turn what is wrong with a pair into a ValueError of one line that says where it stands (rows from 0)."""
         try:
             yield self.rows[row]
         except (ValueError, OSError, pa.ArrowException) as e:
@@ -209,7 +210,7 @@ def _parquet(file, process):
 # ---- clips -----------------------------------------------------------------------------------------------------------
 
 class Clips(Dataset):
-    """D_vid: (T, V), with a reference frame out of the clip itself (Sec. 3.4).
+    """D_vid: clips V with their captions T. The reference picture is a frame of the clip itself (Sec. 3.4).
 
     folder, size (height, width), frames (8k+1), fps, random_frame (False: always the first frame), seed.
     Item (step, index) -> {"reference" (1,3,H,W) uint8, "target" (F,3,H,W) uint8, "prompt", "item", "skipped"}. A cache

@@ -5,8 +5,8 @@
     python train.py --toy                     # the same code on the toy world, minutes on two CPU cores
 
 Each step flips one coin. With probability p it takes plain clips and learns motion: image-to-video from a random frame
-of the clip, with half of that frame's tokens dropped. Otherwise it takes pairs of pictures and learns identity: one from the
-other. The same LoRA learns both.
+of the clip, with half of that frame's tokens dropped. Otherwise it takes pairs of pictures and learns identity: one
+picture from the other. The same LoRA learns both.
 
 A run writes out/NAME/: config.json, log.jsonl (one line per step), step-000400/ (LoRA weights and training state); with
 --val_every also val.jsonl and samples/, with --gradcos_every gradcos.jsonl. The same command continues from the newest
@@ -71,7 +71,7 @@ class Config:
     token_drop: float = knob(0.5, "share of reference tokens dropped in video steps; 1 is text-to-video (Table 7)")
     drop: str = knob("tokens", "what --token_drop drops: tokens (3.4), or whole references", "tokens", "reference")
     view_drop: float = knob(0.5, "probability that an image micro-batch trains without its reference (A.2)")
-    image_frame: str = knob("first", "latent frame at which an image step's target stands: 1 (3.3), or any of a clip's",
+    image_frame: str = knob("first", "latent frame of an image step's target: 1 (3.3), or any that a clip has",
                             "first", "random")
     cls: str = knob("front", "where <cls>, the reference's mark, stands (3.3, Table 6)", "front", "item", "off")
     cls_video: bool = knob(True, "video prompts get <cls> too")
@@ -159,7 +159,7 @@ def train(cfg):
     cfg, pipe, parameters = load_model(cfg, device)
     transformer, scheduler = pipe.transformer, pipe.scheduler
     datasets, size, frames, n_ref = open_data(cfg, pipe)            # n_ref: tokens of a whole reference
-    T = latent_frames(frames, pipe.vae_scale_factor_temporal)       # of a clip: 13
+    T = latent_frames(frames, pipe.vae_scale_factor_temporal)       # latent frames of a clip: 13
     optimizer, lr_schedule = make_optimizer(cfg, parameters)
     state = {"optimizer": optimizer, "lr_schedule": lr_schedule}
     if cfg.pcgrad:
@@ -218,7 +218,7 @@ def train(cfg):
             add_losses(losses, micro.task, loss, t, scheduler.config.num_train_timesteps)
             log.skipped(batch["skipped"])                            # unreadable files
         if cfg.pcgrad:
-            state["pcgrad"](parameters, task)                        # 4.3: project out the other task's gradient
+            state["pcgrad"](parameters, task)                        # 4.3: take out what conflicts with the other task
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)  # A.2
         optimizer.step()                                             # theta <- theta - eta g
         lr = lr_schedule.get_last_lr()[0]
