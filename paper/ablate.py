@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import common.run
@@ -30,6 +31,7 @@ import gradcos
 import train
 from common.args import command_line, knob
 from common.run import changed, newest_checkpoint, read_json, records, write
+from toy import world
 
 PAPER = read_json(Path(__file__).with_name("tables.json"))  # all that is run, and what the paper says of it
 ROWS = PAPER["rows"]          # name: flags of train.py. Data sets are shares of the toy's 2,000 pairs and 400 clips
@@ -119,7 +121,6 @@ def train_and_score(cfg):
 
 def train_row(cfg, name, seed):
     """Train the row into out/NAME. Returns the config."""
-    from toy import world
     flags = flags_of(cfg.row, cfg.steps, seed, cfg.out)
     curve = {"save_every": cfg.steps}
     if cfg.row in CURVES:
@@ -135,7 +136,6 @@ def train_row(cfg, name, seed):
 
 def score_row(cfg, run, config):
     """{"scores", perhaps "pictures" and "curve"}: the run on unseen creatures, its single pictures, its checkpoints."""
-    from toy import world
     seen = config.p < 1 or config.token_drop < 1 or config.init_lora  # did this row ever see a reference?
     options = {"with_reference": bool(seen), "steps": cfg.sample_steps}
     if cfg.row in PICTURE_BY:
@@ -155,11 +155,8 @@ def score_row(cfg, run, config):
 
 def commit():
     """The commit of this code, with -dirty when files differ from it."""
-    try:
-        said = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-        return said.stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
+    said = subprocess.run("git describe --always --dirty", shell=True, capture_output=True, text=True)
+    return said.stdout.strip() or "unknown"  # no git, or no repository
 
 
 def settings(cfg):
@@ -219,41 +216,41 @@ def mean_and_std(values):
 COLUMNS = ("moves", "frozen", "broken", "still", "smoothness", "cells", "identity_16", "direction", "field")
 
 
-def table_lines(table, results):
-    """A table of the paper in Markdown: our scores beside its numbers."""
-    columns = COLUMNS + (GRADIENT_COLUMNS if table == "world" else ())
-    yield f"| {table} | seeds | {' | '.join(columns)} | paper: {' / '.join(PAPER_COLUMNS)} |"
-    yield "|---" * (len(columns) + 3) + "|"
+def markdown(head, rows):
+    """A table: its column names, and a list of cells for each row."""
+    line = lambda cells: f"| {' | '.join(map(str, cells))} |"
+    return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)])
+
+
+def paper_table(table, results):
+    """A table of the paper: our scores beside its numbers."""
+    gradients = GRADIENT_COLUMNS if table == "world" else ()
+    rows = []
     for row, name, paper in TABLES[table]:
         scores = [record["scores"] for record in results.get(row, {}).values()]
         cells = [mean_and_std([s[c] for s in scores if c in s]) for c in COLUMNS]
-        if table == "world":
-            watched = [s for s in scores if "cosine" in s]
-            cells += [f"{np.mean([s[c] for s in watched]):.3f}" if watched else "-" for c in GRADIENT_COLUMNS]
-        shown = " / ".join(map(str, paper)) if paper else "-"
-        yield f"| {name} | {len(scores)} | {' | '.join(cells)} | {shown} |"
+        for column in gradients:
+            watched = [s[column] for s in scores if column in s]
+            cells.append(f"{np.mean(watched):.3f}" if watched else "-")
+        rows.append([name, len(scores), *cells, " / ".join(map(str, paper)) if paper else "-"])
+    return markdown([table, "seeds", *COLUMNS, *gradients, f"paper: {' / '.join(PAPER_COLUMNS)}"], rows)
 
 
-def single_picture_lines(results):
+def single_picture_table(results):
     """What some rows make of single pictures (--frames 1)."""
-    yield "| single pictures | seeds | whole | cells | identity_16 | field |\n|---|---|---|---|---|---|"
+    rows = []
     for row in PICTURES:
         scores = [record["pictures"] for record in results.get(row, {}).values()]
         cells = [mean_and_std([s[c] for s in scores]) for c in ("cells", "identity_16", "field")]
-        whole = mean_and_std([100 - s["broken"] for s in scores])
-        yield f"| {row} | {len(scores)} | {whole} | {' | '.join(cells)} |"
+        rows.append([row, len(scores), mean_and_std([100 - s["broken"] for s in scores]), *cells])
+    return markdown(["single pictures", "seeds", "whole", "cells", "identity_16", "field"], rows)
 
 
-def control_lines(cfg, file, first):
+def control_table(cfg, name):
     """The rows of results/controls.json or guidance.json."""
-    if not (Path(cfg.results) / file).is_file():
-        yield "Not run yet."
-        return
-    rows = read_json(Path(cfg.results) / file)["rows"]
-    yield f"| {first} | {' | '.join(COLUMNS)} |"
-    yield "|---" * (len(COLUMNS) + 1) + "|"
-    for name, scores in rows.items():
-        yield f"| {name} | {' | '.join(mean_and_std([scores[c]]) for c in COLUMNS)} |"
+    rows = read_json(Path(cfg.results) / f"{name}.json")["rows"]
+    return markdown([name, *COLUMNS], [[row, *(mean_and_std([scores[c]]) for c in COLUMNS)]
+                                       for row, scores in rows.items()])
 
 
 def verdict(differences, margin=None, smallest=0.0):
@@ -274,28 +271,26 @@ def verdict(differences, margin=None, smallest=0.0):
     return "reproduced" if low > 0 else "not reproduced"
 
 
-def finding_lines(rows, results, cfg):
-    """Each finding with its difference per seed and its verdict."""
-    yield "| where | the paper says | column | difference per seed | verdict |"
-    yield "|---" * 5 + "|"
+def finding_table(wanted, results, cfg):
+    """Each finding on the rows that are wanted, with its difference per seed and its verdict."""
+    rows = []
     for where, claim, column, high, low, *margin in FINDINGS:
-        if not {name for name in (high, low) if isinstance(name, str)} <= rows:
+        if not {name for name in (high, low) if isinstance(name, str)} <= wanted:
             continue
         # A number stands for every seed there can be: their files have one digit.
         a, b = ({seed: record["scores"][column] for seed, record in results.get(name, {}).items()}
                 if isinstance(name, str) else dict.fromkeys(range(10), name) for name in (high, low))
-        seeds = sorted(seed for seed in a.keys() & b.keys() if not np.isnan(a[seed] - b[seed]))
-        run = bool(a and b)
-        a, b = [a[seed] for seed in seeds], [b[seed] for seed in seeds]
+        pairs = [(a[seed], b[seed]) for seed in sorted(a.keys() & b.keys()) if not np.isnan(a[seed] - b[seed])]
+        differences = [x - y for x, y in pairs]
         gradient = column in GRADIENT_COLUMNS
-        smallest = 0.0 if gradient else 200 / cfg.n  # per cent: two videos of n
-        ruling = verdict(np.subtract(a, b), *margin, smallest=smallest)
-        if seeds and not gradient and not margin and min(np.mean(a), np.mean(b)) >= 98:
+        ruling = verdict(differences, *margin, smallest=0.0 if gradient else 200 / cfg.n)  # two videos of n
+        if pairs and not gradient and not margin and np.mean(pairs, axis=0).min() >= 98:
             ruling = "not decidable: both at the ceiling"
-        if not run:
+        if not (a and b):
             ruling = "not run yet"
-        shown = ", ".join(f"{x - y:+.{3 if gradient else 1}f}" for x, y in zip(a, b)) or "-"
-        yield f"| {where} | {claim} | {column} | {shown} | {ruling} |"
+        shown = ", ".join(f"{d:+.{3 if gradient else 1}f}" for d in differences) or "-"
+        rows.append([where, claim, column, shown, ruling])
+    return markdown(["where", "the paper says", "column", "difference per seed", "verdict"], rows)
 
 
 def write_results(cfg):
@@ -307,13 +302,12 @@ def write_results(cfg):
              f"Per cent over {cfg.n} unseen creatures, mean ± standard deviation over the seeds; {cfg.sample_steps} "
              "denoising\nsteps, the LoRA's own guidance. `toy/world.py` defines the scores. The paper's numbers are in "
              "its own units.\nA row of 0 seeds has not been run yet.", RULE]
-    parts += ["## Findings", "\n".join(finding_lines(set(ROWS), results, cfg)), CANNOT_SHOW.strip(),
-              "## What the scores can be fooled by, and what bounds them",
-              "\n".join(control_lines(cfg, "controls.json", "controls")),
+    parts += ["## Findings", finding_table(set(ROWS), results, cfg), CANNOT_SHOW,
+              "## What the scores can be fooled by, and what bounds them", control_table(cfg, "controls"),
               "## The guidance scale", "`ours`, seed 0, at other scales: why the toy's default is "
-              f"{train.TOY['guidance']:g}.", "\n".join(control_lines(cfg, "guidance.json", "guidance")), "## Tables"]
-    parts += ["\n".join(table_lines(table, results)) for table in TABLES]
-    parts += ["\n".join(single_picture_lines(results)), "## Figures"]
+              f"{train.TOY['guidance']:g}.", control_table(cfg, "guidance"),
+              "## Tables", *(paper_table(table, results) for table in TABLES), single_picture_table(results),
+              "## Figures"]
     parts += [f"![{figure}](../{cfg.assets}/{figure}.png)\n\n`python -m paper.ablate {figure}`" for figure in FIGURES
               if Path(cfg.assets, f"{figure}.png").is_file()]
     write(Path("paper/RESULTS.md"), "\n\n".join(parts) + "\n")
@@ -323,7 +317,8 @@ def write_results(cfg):
 PAIRS_4K = ("table6", "table7", "table8", "table9", "figure12", "figure13")  # Section D's runs: 4,000 pairs
 FULL = {"pairs": "subjects200k", "pairs-20": "subjects200k-2000", "pairs-40": "subjects200k-4000", "clips": "pexels",
         "clips-100": "pexels-1000", "clips-200": "pexels-2000", "clips-300": "pexels-3000"}
-TOY_ONLY = {"elsewhere", "walking", "base-walks"}  # rows of the toy's own world
+TOY_ONLY = {"elsewhere", "walking", "base-walks", "thaw", "low-lr", "pairs-8",  # and with -image-only, -any-frame
+            *PICTURE_BY}
 
 
 def print_real(whats):
@@ -333,7 +328,7 @@ def print_real(whats):
         commands.append(f"# {what}")
         for row in [row for row, _, _ in TABLES[what]] if what in TABLES else FIGURES[what]:
             kind = row.removesuffix("-any-frame").removesuffix("-image-only")
-            if kind in TOY_ONLY or row in PICTURE_BY or row in ("thaw", "low-lr-image-only", "pairs-8") or row.endswith("-900"):
+            if kind in TOY_ONLY or row.endswith("-900"):
                 commands.append(f"# {row}: the toy only")
                 continue
             small = what in PAIRS_4K or (what, row) == ("table3", "image-only")  # that row is Table 9's
@@ -363,15 +358,9 @@ def print_real(whats):
 
 def draw_figure(cfg, figure):
     """assets/FIGURE.png: from the results, from gradcos.jsonl of the runs, or contact sheets of the first seed."""
-    from toy import world
     rows, out = FIGURES[figure], f"{cfg.assets}/{figure}.png"
-    if figure in ("headline", "dose"):
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        draw = draw_headline if figure == "headline" else draw_dose
-        draw(plt, load_results(cfg), read_json(Path(cfg.results) / "controls.json")["rows"]).savefig(
-            out, dpi=130)
+    if figure in FROM_RESULTS:
+        FROM_RESULTS[figure](cfg, load_results(cfg)).savefig(out, dpi=130)
         print(f"wrote {out}")
     elif set(rows) <= WATCHED:
         runs = [f"{cfg.out}/{row}-{seed}" for row in rows for seed in range(cfg.seeds)]
@@ -381,30 +370,28 @@ def draw_figure(cfg, figure):
         world.picture(world.Picture(lora=runs, titles=list(rows), n=5, out=out), scale=3)
 
 
-def lines_of_controls(axis, controls, column):
-    for name, style in (("the base without a reference", ":"), ("the reference as a still", "-."),
-                        ("the true clips, through the VAE", "--")):
-        axis.axhline(controls[name][column], color="grey", linewidth=0.9, linestyle=style, label=name)
-
-
-def draw_headline(plt, results, controls):
+def draw_headline(cfg, results):
     """Motion and identity against the training step: p = 0.2, p = 0, and an image-only LoRA that goes on with clips."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes, controls = figure.subplots(1, 2), read_json(Path(cfg.results) / "controls.json")["rows"]
     for axis, column, title in zip(axes, ("moves", "cells"), ("videos that move", "cells that are right")):
         for row, label, colour in zip(CURVES, ("dual-task, p = 0.2", "image-only, p = 0", "image-only, then clips"),
                                       gradcos.COLOURS):
             curves = [[{**r, "step": r["step"] + (record["steps"] if row == "thaw" else 0)} for r in record["curve"]]
                       for record in results[row].values()]
             gradcos.band(axis, curves, lambda r: r[column], color=colour, label=f"{label} ({len(curves)} seeds)")
-        lines_of_controls(axis, controls, column)
+        for name, style in (("the base without a reference", ":"), ("the reference as a still", "-."),
+                            ("the true clips, through the VAE", "--")):
+            axis.axhline(controls[name][column], color="grey", linewidth=0.9, linestyle=style, label=name)
         axis.set(title=title, xlabel="training step", ylabel="per cent", ylim=(-2, 102))
     axes[1].legend(fontsize=8, frameon=False)
     return figure
 
 
-def draw_dose(plt, results, controls):
+def draw_dose(cfg, results):
     """Motion and identity against p: with a picture's target at latent frame 1, as in the paper, and at any frame."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained", sharey=True)
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
     panels = {"moves": "videos that move", "still": "videos still to the pixel", "cells": "cells that are right"}
     for axis, (column, title) in zip(axes, panels.items()):
         for suffix, label, colour in (("", "at latent frame 1 (the paper)", gradcos.COLOURS[0]),
@@ -420,9 +407,11 @@ def draw_dose(plt, results, controls):
     return figure
 
 
+FROM_RESULTS = {"headline": draw_headline, "dose": draw_dose}  # the other figures need the runs
+
+
 def make_controls(cfg):
     """results/controls.json and guidance.json, where they are missing. They need the run of `ours`, seed 0."""
-    from toy import world
     files = [Path(cfg.results) / name for name in ("controls.json", "guidance.json")]
     if all(file.is_file() for file in files):
         return
@@ -453,12 +442,11 @@ def main(cfg):
         failed = run_missing(cfg, rows, cfg.seeds)
         results = load_results(cfg)
         for table in tables:
-            print(f"\n### {table}\n", *table_lines(table, results), sep="\n")
-        print("\n### Findings\n", *finding_lines(set(rows), results, cfg), sep="\n")
+            print(f"\n### {table}\n\n{paper_table(table, results)}")
+        print(f"\n### Findings\n\n{finding_table(set(rows), results, cfg)}")
     for figure in figures:
-        from_results = figure in ("headline", "dose")
-        seeds = cfg.seeds if from_results or set(FIGURES[figure]) <= WATCHED else 1
-        failed += run_missing(cfg, FIGURES[figure], seeds, runs=not from_results)
+        seeds = cfg.seeds if figure in FROM_RESULTS or set(FIGURES[figure]) <= WATCHED else 1
+        failed += run_missing(cfg, FIGURES[figure], seeds, runs=figure not in FROM_RESULTS)
         draw_figure(cfg, figure)
     if failed:
         sys.exit(f"{failed} rows failed; the same command tries them again")
