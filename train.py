@@ -341,7 +341,7 @@ def held_out_batches(cfg, pipe, size, frames, n_ref):
     They do not depend on --seed, but on all flags of data and drops: compare losses of runs that share them."""
     cfg = replace(cfg, seed=2**31 - 1)
     rank, world_size = rank_and_world_size()
-    datasets = make_datasets(cfg, size, frames, held_out=True)
+    datasets = make_datasets(cfg, size, frames, {}, held_out=True)
     held_out, T = [], latent_frames(frames, pipe.vae_scale_factor_temporal)
     for task, dataset in datasets.items():
         count, step_size = min(HELD_OUT[task], len(dataset)), getattr(cfg, f"{task}_micro")  # each sample once

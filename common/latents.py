@@ -19,7 +19,7 @@ from common.args import check, knob
 from common.base import compute_dtype, find_device, frame_size, load_pipeline, tile_large_clips
 from common.media import clip_frames, load_clip, normalise, resize_center_crop, to_pixels
 from common.run import changed, read_json, rng, write
-from data import Clips, ImagePairs, caption_of
+from data import TASKS, Clips, ImagePairs, caption_of
 from model import PAPER_BASE, VAE_PIXELS, encode_moments, encode_prompt, weight_fingerprint, with_reference_token
 
 
@@ -48,12 +48,12 @@ def cache_key(cfg, pipe, task, size, frames, prompts=True):
 
 
 def open_caches(cfg, pipe, size, frames):
-    """{"image": Cache or None, "video": Cache or None}: what lies in --cache."""
-    caches = {"image": None, "video": None}
-    for task in caches:
+    """{task: its Cache}: what lies in --cache."""
+    caches = {}
+    for task in TASKS:
         if cfg.cache and (Path(cfg.cache) / task).is_dir():
             caches[task] = Cache(Path(cfg.cache) / task, cache_key(cfg, pipe, task, size, frames))
-    if cfg.cache and not any(caches.values()):
+    if cfg.cache and not caches:
         raise FileNotFoundError(f"no cache at {cfg.cache}: run python -m paper.prepare cache")
     return caches
 

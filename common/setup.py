@@ -81,9 +81,9 @@ def open_data(cfg, pipe):
     return datasets, size, frames, (height // pixels) * (width // pixels)
 
 
-def make_datasets(cfg, size, frames, caches=None, held_out=False):
+def make_datasets(cfg, size, frames, caches, held_out=False):
     """{task: its data set}: those that p asks for, or with held_out all of them, of the folders with _val, in order."""
-    caches, suffix, datasets = caches or {}, "_val" if held_out else "", {}
+    suffix, datasets = "_val" if held_out else "", {}
     if cfg.p < 1 or held_out:
         datasets["image"] = ImagePairs(cfg.images + suffix, size, cfg.crop_jitter, cfg.seed, caches.get("image"),
                                        held_out)
