@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from common.args import check, command_line, knob, refuse_overwriting
 from common.latents import Latents, prepare_cache
-from common.media import CLIP_SUFFIXES, load_clip, read_text, save_video
+from common.media import CLIP_SUFFIXES, load_clip
 from common.run import changed, join_ranks, rank_and_world_size, read_json, write
 from data import SUBJECTS200K, open_parquet, picture_of, split_views
 
@@ -166,8 +166,6 @@ class Pexels:
     frames: int = knob(49, "frames that a clip must have ...")
     fps: float = knob(8.0, "... at this rate")
     seed: int = knob(0, "which clips, out of all")
-    store: str = knob("original", "'training' keeps only --frames at --fps and 480 rows, the original can serve others",
-                      "original", "training")
 
 
 THREADS = 16  # downloads at a time
@@ -229,21 +227,18 @@ def download(session, url, path):
 
 
 def check_clip(path, cfg):
-    """Decode what training will read of a clip, with --store training keep only that. Returns as download does."""
+    """Decode what training will read of a clip. Returns as download does."""
     width, height = load_clip(path, 1, 1.0)[0].size
     if height > width:  # 720x480 would show three eighths of a 9:16 picture
         return "portrait", f"portrait, {width}x{height}"
-    scale = min(1.0, max(480 / height, 720 / width)) if cfg.store == "training" else 64 / height
-    pictures = load_clip(path, cfg.frames, cfg.fps, [2 * round(side * scale / 2) for side in (height, width)])
-    if cfg.store == "training":
-        save_video(path, pictures, cfg.fps, format="mp4")
+    load_clip(path, cfg.frames, cfg.fps, (64, 96))
 
 
 def fetch_clip(session, folder, name, row, cfg):
     """Download and check one clip. Returns (status, why): "kept", or why it is not."""
     url, part = row["video"], folder / f"{name}.part"
     suffix = Path(url.split("?")[0]).suffix.lower()
-    final = folder / f"{name}{suffix if suffix in CLIP_SUFFIXES and cfg.store == 'original' else '.mp4'}"
+    final = folder / f"{name}{suffix if suffix in CLIP_SUFFIXES else '.mp4'}"
     try:
         if not final.is_file():  # it is there after a kill before the manifest, or when its caption was lost
             if refusal := download(session, url, part) or check_clip(part, cfg):
@@ -291,7 +286,7 @@ def candidates(cfg, manifest):
 def prepare_pexels(cfg):
     """Download clips until there are n for training and val held out, drawn at random from the whole list."""
     check(cfg)
-    manifest, save = open_manifest(cfg.out, {k: getattr(cfg, k) for k in ("frames", "fps", "seed", "val", "store")})
+    manifest, save = open_manifest(cfg.out, {k: getattr(cfg, k) for k in ("frames", "fps", "seed", "val")})
     rows, done = candidates(cfg, manifest), manifest["done"]
     for side, wanted, folder in (("val", cfg.val, beside(cfg.out, "_val")), ("train", cfg.n, Path(cfg.out))):
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ import train
 from data import Clips, ImagePairs
 from common.args import command_line
 from common.latents import Cache, Latents, prepare_cache
-from common.media import load_clip, save_video
+from common.media import save_video
 from common.run import records
 from paper import prepare
 from paper.prepare import Pexels, Subjects200K, prepare_pexels, prepare_subjects
@@ -90,14 +90,12 @@ def test_help_is_printed_and_a_mistake_is_one_line(tmp_path, monkeypatch, prepar
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """(address, requests): what lies at /KIND-NUMBER.mp4 disappoints as its kind says; requests are (second, path)."""
-    def clip(*size):
-        save_video(tmp_path / "clip.mp4", [Image.new("RGB", size, (9 * i, 80, 0)) for i in range(30)], 12)
-        return (tmp_path / "clip.mp4").read_bytes()
-    wide, requests = clip(128, 72), []
-    answers = {"tall": (200, {}, clip(72, 128)), "large": (200, {}, clip(1200, 600)), "corrupt": (200, {}, wide[:300]),
+    for name, size in (("wide", (128, 72)), ("tall", (72, 128))):
+        save_video(tmp_path / f"{name}.mp4", [Image.new("RGB", size)] * 9, 4)
+    (wide, tall), requests = [(tmp_path / name).read_bytes() for name in ("wide.mp4", "tall.mp4")], []
+    answers = {"tall": (200, {}, tall), "corrupt": (200, {}, wide[:300]), "missing": (404, {}, b""),
                "cut": (200, {"Content-Length": len(wide)}, wide[:300]), "broken": (503, {}, b""),
-               "page": (200, {"Content-Type": "text/html"}, b"<html>Come back later"), "missing": (404, {}, b""),
-               "moved": (302, {"Location": "/target"}, b""), "forbidden": (403, {}, b"")}
+               "page": (200, {"Content-Type": "text/html"}, b"<html>Come back later"), "forbidden": (403, {}, b"")}
     first_answers = {"busy": (429, {"Retry-After": 1}, b""), "flaky": (500, {}, b"")}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -113,16 +111,18 @@ def server(tmp_path, monkeypatch):
             for name, value in {"Content-Length": len(body), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
-            pieces = [body[i:i + 1] for i in range(len(body))] if kind == "slow" else [body]
-            for piece in pieces:
-                self.wfile.write(piece)
-                time.sleep(0.05 * (kind == "slow"))
+            for byte in body if kind == "slow" else ():
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.05)
+            self.wfile.write(body)
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.daemon_threads, httpd.handle_error = True, lambda *_: None  # the other side may have had enough
     threading.Thread(target=httpd.serve_forever, args=(0.05,), daemon=True).start()
+    share, port = prepare.share, f":{httpd.server_port}"  # a clip's place in the queue must not depend on the port
+    monkeypatch.setattr(prepare, "share", lambda text: share(text.replace(port, "")))
     for constant, value in (("TRIES", 2), ("THREADS", 4), ("MAX_SECONDS", 2.0)):
         monkeypatch.setattr(prepare, constant, value)
-    yield f"http://127.0.0.1:{httpd.server_port}", requests
+    yield f"http://127.0.0.1{port}", requests
     httpd.shutdown()
 
 
@@ -135,15 +135,14 @@ def listing(tmp_path, url, kinds, others=(), **more):
 
 
 def test_a_hostile_server_costs_only_the_clips_that_it_spoils(server, tmp_path, capsys):
-    fates = {"good": "kept", "moved": "kept", "flaky": "kept", "busy": "kept", "large": "kept", "tall": "portrait",
-             "missing": "dead HTTP 404", "forbidden": "refused HTTP 403", "broken": "failed HTTPError: 503",
-             "page": "failed a web page", "cut": "failed ProtocolError", "slow": "failed not done after",
-             "corrupt": "filtered cannot read the clip"}
+    fates = {"good": "kept", "flaky": "kept", "busy": "kept", "tall": "portrait", "missing": "dead HTTP 404",
+             "forbidden": "refused HTTP 403", "broken": "failed HTTPError: 503", "page": "failed a web page",
+             "cut": "failed ProtocolError", "slow": "failed not done after", "corrupt": "filtered cannot read the clip"}
     url, requests = server
     links = [f"{kind}-6" for kind in fates] + [f"good-{i}" for i in range(7, 67)]  # busy-6 is among the first
-    prepare_pexels(listing(tmp_path, url, links, store="training"))
+    prepare_pexels(listing(tmp_path, url, links))
     said = capsys.readouterr()
-    assert "65 of 99 clips kept; 1 filtered, 1 portrait, 1 dead, 4 failed, 1 refused" in said.out
+    assert "63 of 99 clips kept; 1 filtered, 1 portrait, 1 dead, 4 failed, 1 refused" in said.out
     for status, why, link in json.loads((tmp_path / "p/prepare.json").read_text())["done"]["train"].values():
         assert f"{status} {why}".startswith(fates[link.split("/")[-1].split("-")[0]]), link
     asked = Counter(path for _, path in requests)
@@ -151,10 +150,8 @@ def test_a_hostile_server_costs_only_the_clips_that_it_spoils(server, tmp_path, 
     refused, again = (second for second, path in requests if path == "/busy-6.mp4")
     assert again >= refused + 1 and said.err.count("HTTP 429: all downloads wait 1 s") == 1
     assert not [path for second, path in requests if refused + 0.25 < second < refused + 1]
-    # --store training: 9 frames at 4 fps, every third of 30 at 12, and 480 rows or fewer
-    clips = {clip.with_suffix(".txt").read_text(): load_clip(clip, 9, 4.0) for clip in tmp_path.glob("p/*.mp4")}
-    assert clips["a thing large-6\n"][0].size == (960, 480) and clips["a thing good-6\n"][0].size == (128, 72)
-    assert all([round(f.getpixel((9, 9))[0] / 27) for f in clip] == list(range(9)) for clip in clips.values())
+    captions = {clip.with_suffix(".txt").read_text() for clip in tmp_path.glob("p/*.mp4")}
+    assert len(captions) == 63 and captions < {f"a thing {link}\n" for link in links}
 
 
 def test_a_dead_network_ends_the_run_and_old_failures_do_not(server, tmp_path, capsys):
