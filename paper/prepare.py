@@ -226,14 +226,6 @@ def download(session, url, path):
                     return "failed", f"not done after {MAX_SECONDS:g} s"
 
 
-def check_clip(path, cfg):
-    """Decode what training will read of a clip. Returns as download does."""
-    width, height = load_clip(path, 1, 1.0)[0].size
-    if height > width:  # 720x480 would show three eighths of a 9:16 picture
-        return "portrait", f"portrait, {width}x{height}"
-    load_clip(path, cfg.frames, cfg.fps, (64, 96))
-
-
 def fetch_clip(session, folder, name, row, cfg):
     """Download and check one clip. Returns (status, why): "kept", or why it is not."""
     url, part = row["video"], folder / f"{name}.part"
@@ -241,8 +233,12 @@ def fetch_clip(session, folder, name, row, cfg):
     final = folder / f"{name}{suffix if suffix in CLIP_SUFFIXES else '.mp4'}"
     try:
         if not final.is_file():  # it is there after a kill before the manifest, or when its caption was lost
-            if refusal := download(session, url, part) or check_clip(part, cfg):
+            if refusal := download(session, url, part):
                 return refusal
+            width, height = load_clip(part, 1, 1.0)[0].size
+            if height > width:  # 720x480 would show three eighths of a 9:16 picture
+                return "portrait", f"portrait, {width}x{height}"
+            load_clip(part, cfg.frames, cfg.fps, (64, 96))  # what training will read
         write(final.with_suffix(".txt"), row["title"] + "\n")  # before the clip: no clip without its caption
         if part.is_file():
             os.replace(part, final)
