@@ -60,6 +60,7 @@ def test_subjects_are_filtered_split_by_subject_and_never_made_twice(subjects, t
     assert "65 pairs read: " in said.out and set(said.out.strip().split(": ")[-1].split(", ")) == {
         f"{kept.total()} train", f"{held_out.total()} val", "1 score", "2 description", "1 unreadable", "1 layout"}
     assert f"skipped: row 3 of {subjects}/rest.parquet" in said.err
+    assert pq.ParquetFile(tmp_path / "pairs/pairs.parquet").metadata.row_group(0).num_rows == 16
     before = (tmp_path / "pairs/rest.parquet").stat().st_ino
     (tmp_path / "pairs/pairs.parquet").unlink()
     prepare_subjects(cfg)
@@ -155,10 +156,11 @@ def test_a_hostile_server_costs_only_the_clips_that_it_spoils(server, tmp_path, 
 
 
 def test_a_dead_network_ends_the_run_and_old_failures_do_not(server, tmp_path, capsys):
+    cfg = listing(tmp_path, server[0], [f"broken-{i}" for i in range(60)])
     with pytest.raises(ValueError, match="50 downloads in a row failed, the last: HTTPError: 503 .*Is the network up"):
-        prepare_pexels(listing(tmp_path, server[0], [f"broken-{i}" for i in range(60)]))
-    prepare_pexels(listing(tmp_path, server[0], [f"broken-{i}" for i in range(60)] + ["good-1"]))
-    assert "1 of 99 clips kept; 0 filtered, 0 portrait, 0 dead, 60 failed" in capsys.readouterr().out
+        prepare_pexels(cfg)
+    prepare_pexels(cfg)  # of the 60 failures now 10 are new
+    assert "0 of 99 clips kept; 0 filtered, 0 portrait, 0 dead, 60 failed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
