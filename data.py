@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.media import (CLIP_SUFFIXES, check_file, fingerprint, load_clip, load_image, read_text, resize_center_crop,
                           save_video, to_pixels)
-from common.run import read_json, rng
+from common.run import rng
 
 TASKS = ("image", "video")  # the two data sets, and the two branches of Algorithm 1
 SUBJECTS200K = {"image": {"bytes"}, "description": {"description_0", "description_1"}}  # columns, the fields we read
@@ -229,11 +229,6 @@ class Clips(Dataset):
         for file in self.files:
             if not file.with_suffix(".txt").is_file():
                 raise FileNotFoundError(f"the clip {file} has no caption: expected {file.with_suffix('.txt')}")
-        if (self.folder / "prepare.json").is_file():
-            stored = read_json(self.folder / "prepare.json").get("options", {})
-            if stored.get("store") == "training" and fps > 1.05 * stored["fps"]:
-                raise ValueError(f"{folder} holds clips of {stored['fps']:g} fps (prepare pexels --store training): "
-                                 f"for --fps {fps:g} prepare them again, into another folder")
 
     def __len__(self):
         return len(self.files)

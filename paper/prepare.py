@@ -8,11 +8,6 @@ Each can be stopped at any moment; the same command goes on where it was and fet
 there is OUT_val, the held-out part that training never sees. Counts of what was kept and why the rest was not are
 printed at the end and kept in OUT/prepare.json.
 """
-import sys
-
-if __name__ == "__main__" and not __package__:
-    sys.exit("run it from the repository's root as a module: python -m paper.prepare")
-
 import argparse
 import errno
 import hashlib
@@ -20,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections import Counter
@@ -39,7 +35,7 @@ from tqdm import tqdm
 
 from common.args import check, command_line, knob, refuse_overwriting
 from common.latents import Latents, prepare_cache
-from common.media import CLIP_SUFFIXES, load_clip, read_text, save_video
+from common.media import CLIP_SUFFIXES, load_clip
 from common.run import changed, join_ranks, rank_and_world_size, read_json, write
 from data import SUBJECTS200K, open_parquet, picture_of, split_views
 
@@ -131,11 +127,7 @@ def prepare_subjects(cfg):
             if not Path(cfg.source).exists():  # it was downloaded
                 shutil.rmtree(downloads, ignore_errors=True)
     total = sum(map(Counter, done.values()), Counter())
-    good = total.total() - total["score"] - total["description"]
-    print(f"{cfg.source}: {total.total()} pairs read, {good} of them with captions and all three scores at "
-          f"{cfg.min_score} or more (the paper does not say whether it filtered)")
-    print(f"{cfg.out}: {total.pop('train', 0)} pairs for training, {total.pop('val', 0)} held out; left out: "
-          + (", ".join(f"{n} for their {why}" for why, n in total.items()) or "none"))
+    print(f"{cfg.out}: {total.total()} pairs read:", ", ".join(f"{n} {what}" for what, n in total.items()))
 
 
 def filter_file(source, paths, cfg, room):
@@ -174,17 +166,11 @@ class Pexels:
     frames: int = knob(49, "frames that a clip must have ...")
     fps: float = knob(8.0, "... at this rate")
     seed: int = knob(0, "which clips, out of all")
-    ids: str = knob("", "text file of video ids (the end of the URL, a line each): train on these alone")
-    strip: list[str] = knob([], "ends of titles that are no caption, beside those in BOILERPLATE")
-    portrait: bool = knob(False, "keep clips that are higher than wide: 720x480 shows three eighths of a 9:16 picture")
-    store: str = knob("original", "'training' keeps only --frames at --fps and 480 rows, the original can serve others",
-                      "original", "training")
 
 
 THREADS = 16  # downloads at a time
 TRIES, BACKOFF = 5, 2.0  # of a request that may yet be answered: again at once, then after 4, 8 and 16 s
 TIMEOUT, MAX_SECONDS = 30.0, 600.0  # without an answer, and of a whole download: a link that trickles is given up too
-LONGEST_WAIT = 3600.0  # a server that asks for more seconds than that is asked again after these
 STOP = threading.Event()  # Ctrl-C: downloads that are under way end too
 
 # Titles are said to end like this. Left in, it tells the two tasks apart in the text alone.
@@ -205,7 +191,6 @@ class PoliteRetry(urllib3.Retry):
     def sleep(self, response=None):
         asked, now = self.get_retry_after(response) if response else None, time.monotonic()
         if asked:
-            asked = min(asked, LONGEST_WAIT)
             if now >= PoliteRetry.until:  # else it is another thread's refusal of the same moment
                 tqdm.write(f"the server says HTTP {response.status}: all downloads wait {asked:.0f} s", file=sys.stderr)
             PoliteRetry.until = max(PoliteRetry.until, now + asked)
@@ -241,26 +226,19 @@ def download(session, url, path):
                     return "failed", f"not done after {MAX_SECONDS:g} s"
 
 
-def check_clip(path, cfg):
-    """Decode what training will read of a clip, with --store training keep only that. Returns as download does."""
-    width, height = load_clip(path, 1, 1.0)[0].size
-    if height > width and not cfg.portrait:
-        return "portrait", f"portrait, {width}x{height}"
-    scale = min(1.0, max(480 / height, 720 / width)) if cfg.store == "training" else 64 / height
-    pictures = load_clip(path, cfg.frames, cfg.fps, [2 * round(side * scale / 2) for side in (height, width)])
-    if cfg.store == "training":
-        save_video(path, pictures, cfg.fps, format="mp4")
-
-
 def fetch_clip(session, folder, name, row, cfg):
     """Download and check one clip. Returns (status, why): "kept", or why it is not."""
     url, part = row["video"], folder / f"{name}.part"
     suffix = Path(url.split("?")[0]).suffix.lower()
-    final = folder / f"{name}{suffix if suffix in CLIP_SUFFIXES and cfg.store == 'original' else '.mp4'}"
+    final = folder / f"{name}{suffix if suffix in CLIP_SUFFIXES else '.mp4'}"
     try:
         if not final.is_file():  # it is there after a kill before the manifest, or when its caption was lost
-            if refusal := download(session, url, part) or check_clip(part, cfg):
+            if refusal := download(session, url, part):
                 return refusal
+            width, height = load_clip(part, 1, 1.0)[0].size
+            if height > width:  # 720x480 would show three eighths of a 9:16 picture
+                return "portrait", f"portrait, {width}x{height}"
+            load_clip(part, cfg.frames, cfg.fps, (64, 96))  # what training will read
         write(final.with_suffix(".txt"), row["title"] + "\n")  # before the clip: no clip without its caption
         if part.is_file():
             os.replace(part, final)
@@ -277,54 +255,38 @@ def fetch_clip(session, folder, name, row, cfg):
 
 def candidates(cfg, manifest):
     """Which rows of the list may be downloaded: {"val": [...], "train": [...]}. It prints why the others may not."""
-    rows, ids = [], set(read_text(cfg.ids).split()) if cfg.ids else set()
+    rows = []
     for fetch in parquet_files(cfg.source, beside(cfg.out, "_download")).values():
         rows += open_parquet(fetch(), {"video": None, "title": None}, "Pexels-400k").read().to_pylist()
     # Held-out clips come from a fixed hundredth of the list (more of a short one), however large n is. The share stays
     # with the folder: were it drawn again for a longer list, held-out clips could end up in training.
-    part = manifest.setdefault("part", min(0.5, max(0.01, 4 * cfg.val / max(len(rows), 1))))
-    endings = "|".join(map(re.escape, [*cfg.strip, *BOILERPLATE]))
-    ending = re.compile(rf"([ ·|\u2013-]*({endings}))+$", re.IGNORECASE)
-    chosen, unfit, stripped, found = {"val": [], "train": []}, Counter(), Counter(), set()
+    part = manifest.setdefault("part", cfg.val and min(0.5, max(0.01, 4 * cfg.val / max(len(rows), 1))))
+    ending = re.compile(rf"([ ·|\u2013-]*({'|'.join(map(re.escape, BOILERPLATE))}))+$", re.IGNORECASE)
+    chosen, unfit, stripped = {"val": [], "train": []}, Counter(), 0
     for row in rows:
-        row["title"] = (row["title"] or "").strip()
-        if match := ending.search(row["title"]):
-            stripped[match[0].strip().lower()] += 1
-            row["title"] = row["title"][:match.start()]
-        stem = Path((row["video"] or "").split("?")[0]).stem
-        mine = ids & {stem, re.match(r"\d*", stem)[0]}  # a file's name, or the number that it begins with
-        found |= mine
+        row["title"], endings = ending.subn("", (row["title"] or "").strip())
+        stripped += endings
         length = re.fullmatch(r"PT(\d+)M(\d+)S", str(row.get("duration")))  # in another form: the clip will tell
         reasons = {"not safe for work": row.get("sfw") is False, "no title": not row["title"],
                    "no link": not str(row["video"]).startswith(("http://", "https://")),
                    "too short": length and 60 * int(length[1]) + int(length[2]) < (cfg.frames - 1) / cfg.fps}
         if why := [why for why, holds in reasons.items() if holds]:
             unfit[why[0]] += 1
-        elif not mine and share("val" + row["video"]) < part:
-            chosen["val"].append(row)
-        elif mine or not ids:
-            chosen["train"].append(row)
-    manifest["stripped"] = dict(stripped)
+        else:
+            chosen["val" if share("val" + row["video"]) < part else "train"].append(row)
     print(f"{len(rows)} clips listed; left out: {', '.join(f'{n} {why}' for why, n in unfit.items()) or 'none'}; "
-          f"stripped from titles: {', '.join(f'{n} {ending!r}' for ending, n in stripped.items()) or 'nothing'}")
-    if ids:
-        print(f"--ids: {len(found)} of {len(ids)} are in the list")
+          f"{stripped} titles lost an ending that is no caption")
     return chosen
 
 
 def prepare_pexels(cfg):
     """Download clips until there are n for training and val held out, drawn at random from the whole list."""
     check(cfg)
-    options = {k: getattr(cfg, k) for k in ("frames", "fps", "seed", "val", "strip", "portrait", "store")}
-    manifest, save = open_manifest(cfg.out, options)
+    manifest, save = open_manifest(cfg.out, {k: getattr(cfg, k) for k in ("frames", "fps", "seed", "val")})
     rows, done = candidates(cfg, manifest), manifest["done"]
-    for side, other, wanted, folder in (("val", "train", cfg.val, beside(cfg.out, "_val")),
-                                        ("train", "val", cfg.n, Path(cfg.out))):
+    for side, wanted, folder in (("val", cfg.val, beside(cfg.out, "_val")), ("train", cfg.n, Path(cfg.out))):
         folder.mkdir(parents=True, exist_ok=True)
-        # With other --ids a clip can change sides: it stays where an earlier run put it.
-        taken = {url for status, _, url in done.get(other, {}).values() if status == "kept"}
-        queue = sorted((row for row in rows[side] if row["video"] not in taken),
-                       key=lambda row: share(f"{cfg.seed} {row['video']}"))
+        queue = sorted(rows[side], key=lambda row: share(f"{cfg.seed} {row['video']}"))
         counts = fetch_all(queue, wanted, folder, done.setdefault(side, {}), save, cfg)
         others = ", ".join(f"{counts[why]} {why}" for why in ("filtered", "portrait", "dead", "failed", "refused"))
         print(f"{folder}: {counts['kept']} of {wanted} clips kept; {others} (run again to retry the last two)")

@@ -105,6 +105,6 @@ def test_offloaded_weights_give_the_same_video(tmp_path, flags):
 def test_the_bench_at_two_layers(tmp_path):
     """Of the real width and frame size; on a CPU a small one. Its file is there after each part."""
     small = dict(heads=4, height=32, width=48, frames=9, rank=4) if ON_CPU else {}
-    bench.main(bench.Config(layers=2, warmup=1, repeats=4, pictures=2, steps=2, **small, device=DEVICE.type,
+    bench.main(bench.Config(layers=2, warmup=1, repeats=4, steps=2, **small, device=DEVICE.type,
                             json=str(tmp_path / "bench.json")))
     assert (tmp_path / "bench.json").is_file()
