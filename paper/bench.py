@@ -7,7 +7,7 @@ diffusers and peft: nothing is downloaded.
 
 The arms of an experiment take turns, one micro-batch each (forward, recomputation, backward): stock (LoRA in float32
 under autocast, everything recomputed), stock once more (what differs there is noise), ours with all levers off, with
-each alone, and with all. Then the optimiser step, the VAE and a sample; --json is written after each part. Hours leave
+each alone, and with all. Then the rest of a step, the VAE and a sample; --json is written after each part. Hours leave
 out the loader, T5 and the VAE, as with --cache. MFU counts the FLOPs without recomputation, HFU those really done,
 both as a share of a matrix product's speed in the same run.
 """
@@ -15,7 +15,9 @@ import json
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import cycle
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import diffusers
@@ -32,13 +34,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
+import gradcos
 import model
 from common.args import command_line, knob
 from common.base import attention_order, autocast, compute_dtype, follow_autocast, tile_vae, use_device
 from common.log import Moment
 from common.media import clip_frames, latent_frames
-from common.run import records, write
-from model import SubjectTransformer, add_lora, encode_moments, v_loss
+from common.run import records, save_checkpoint, write
+from model import SubjectTransformer, add_lora, encode_moments, save_lora, v_loss
 
 
 @dataclass(frozen=True)
@@ -337,18 +340,30 @@ def measure_steps(cfg, device, ours, stock, ceiling):
     return results
 
 
-def measure_optimizer(device, parameters):
-    """Clipping and AdamW, as in train.py."""
-    optimizer = torch.optim.AdamW(parameters, fused=True)
+def measure_rest_of_a_step(cfg, device, ours, parameters):
+    """Clipping and AdamW, as in train.py; a call of PCGrad, a checkpoint, a measurement of gradcos."""
+    optimizer, pcgrad, tasks = torch.optim.AdamW(parameters, fused=True), gradcos.PCGrad(4), cycle(("image", "video"))
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
+    use(ARMS["all but compile"], "video", ours, None)
+    named = [(name, parameter) for name, parameter in ours.named_parameters() if parameter.requires_grad]
 
     def step():
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-    result = summary([timed(step, device) for _ in range(5)][1:])
+
+    def checkpoint():
+        with TemporaryDirectory() as folder:
+            save_checkpoint(Path(folder), 1, lambda part: save_lora(ours, part), {"optimizer": optimizer})
+
+    def losses_of(task):
+        with autocast(device):
+            yield v_loss(ours, scheduler_5b(), **random_inputs(cfg, task, device, compute_dtype(device))).sum()
+    works = {"optimiser step, fused": step, "PCGrad, a call": lambda: pcgrad(parameters, next(tasks)),
+             "a checkpoint": checkpoint, "gradcos, a pair and a clip": lambda: gradcos.measure(losses_of, named)}
+    results = {name: summary([timed(work, device) for _ in range(3)][1:]) for name, work in works.items()}
     optimizer.zero_grad()
-    return result
+    return results
 
 
 @torch.no_grad()
@@ -406,7 +421,7 @@ def measure(cfg):
     steps = results["steps"] = measure_steps(cfg, device, ours, stock, ceiling)
     table([{"task": task, "arm": name, **row} for task, arms in steps.items() for name, row in arms.items()])
     save(cfg, results)
-    rest["optimiser step, fused"] = measure_optimizer(device, parameters)
+    rest |= measure_rest_of_a_step(cfg, device, ours, parameters)
     results["hours"] = {name: 4000 / 3600 * (rest["optimiser step, fused"]["seconds"]
                                              + 0.8 * 256 * steps["image"][name]["seconds"] / cfg.image_micro
                                              + 0.2 * 32 * steps["video"][name]["seconds"] / cfg.video_micro)

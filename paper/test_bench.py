@@ -26,7 +26,8 @@ def test_bench_runs(tmp_path, monkeypatch):
         assert done == pytest.approx(arms["stock"]["tflop"])
         # Stock also projects the reference frame out, 2e-4 of these tiny frames' products.
         assert arms["checkpointing"]["tflop"] < arms["no lever"]["tflop"] == pytest.approx(arms["stock"]["tflop"], 1e-3)
-    assert set(rest) == {"optimiser step, fused", "VAE: 16 pictures, whole", "VAE: a clip, tiled",
+    assert set(rest) == {"optimiser step, fused", "PCGrad, a call", "a checkpoint", "gradcos, a pair and a clip",
+                         "VAE: 16 pictures, whole", "VAE: a clip, tiled",
                          "VAE: decoding a clip, whole", "a sample of 2 steps"}
     # 4,000 steps, of which 80 % take 256 pairs (two at a time here) and 20 % take 32 clips
     seconds = 4000 * rest["optimiser step, fused"]["seconds"]
