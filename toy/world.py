@@ -3,7 +3,6 @@
     python -m toy.world data              toy/data: pairs as a parquet, clips as mp4 + txt, as the real data sets
     python -m toy.world bench             toy/data/bench: 96 unseen creatures for sample.py --bench and paper/metrics.py
     python -m toy.world score --lora DIR  sample these and score the videos exactly; toy/refs are the first six
-    python -m toy.world noise             assets/noise.png: how noise becomes a video, model by model
     python -m toy.world picture           assets/toy.webp: references and their videos, side by side
 
 toy/creatures.py says what a creature is, how it moves and how a video of it is scored. The base has seen more than the
@@ -81,8 +80,9 @@ def score_lora(lora, n, with_reference=True, guidance=0.0, frames=0, picture_by=
     return score_videos(videos, test), videos
 
 
-def decode(pipe, latents):
-    """Scaled latents (n,T,C,h,w) -> videos uint8 (n,F,H,W,3)."""
+def through_vae(pipe, clips):
+    """What is left of true clips after the VAE: the ceiling of every score."""
+    latents = encode_video(pipe.vae, torch.from_numpy(clips).permute(0, 1, 4, 2, 3).float() / 127.5 - 1)
     with torch.no_grad():
         frames = pipe.decode_latents(latents)  # (n,3,F,H,W)
     return ((frames / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 4, 1).numpy()
@@ -95,8 +95,7 @@ def score_controls(lora, n, **options):
     true = true_clips(test)
     empty = np.broadcast_to(FIELD_RGB[test.fields][:, None, None, None], true.shape).astype(np.uint8)
     another = replace(test, creatures=test.creatures[np.roll(np.arange(n), 1)])
-    latents = encode_video(pipe.vae, torch.from_numpy(true).permute(0, 1, 4, 2, 3).float() / 127.5 - 1)
-    videos = {"the true clips, through the VAE": decode(pipe, latents),
+    videos = {"the true clips, through the VAE": through_vae(pipe, true),
               "the reference as a still": np.repeat(test.references[:, None], FRAMES, 1), "an empty field": empty,
               "the base without a reference": sample_test_set(pipe, test, guidance=guidance_of(header), **options)}
     rows = {name: score_videos(v, test) for name, v in videos.items()}
@@ -191,52 +190,9 @@ def picture(cfg, scale=4):
     print(f"wrote {cfg.out}")
 
 
-@dataclass
-class Noise:
-    lora: list[str] = knob(["toy/lora"], "LoRAs, a row for each; the base without one comes first")
-    titles: list[str] = knob(["dual-task"], "a title for each")
-    creature: int = knob(2, "which of the test set")
-    steps: int = knob(20, "denoising steps")
-    out: str = knob("assets/noise.png", "file to write")
-
-
-def noise(cfg, scale=3):
-    """How noise becomes a video: what each model takes the finished video for, at five moments of its denoising."""
-    test, rows = draw_test_set(cfg.creature + 1), []
-    left = [cfg.steps - cfg.steps * quarter // 4 for quarter in range(5)]  # 20, 15, 10, 5 and 0 steps
-    for lora in ("", *cfg.lora):
-        pipe, header = load(lora=lora or cfg.lora[0], use_lora=bool(lora))
-        predicted, step = [], pipe.scheduler.step
-
-        def note(*args, **kwargs):
-            out = step(*args, **kwargs)
-            predicted.append(out[1])  # x0, as this step predicts it
-            return out
-        pipe.scheduler.step = note
-        references = encode_references(pipe, [Image.fromarray(test.references[-1])], SIZE, SIZE) if lora else None
-        generate(pipe, references, test.prompts[-1:], [0], steps=cfg.steps, guidance=guidance_of(header))
-        videos = [decode(pipe, predicted[min(cfg.steps - n, cfg.steps - 1)])[0] for n in left]
-        rows.append([np.concatenate(video[[0, 4, 8]], axis=1) for video in videos])  # first, middle, last: (H, 3 W, 3)
-    side, gap, words = SIZE * scale, 12, 20
-    paper = Image.new("RGB", (side + 5 * (3 * side + gap), words + len(rows) * (words + side)), "white")
-    write = ImageDraw.Draw(paper)
-    write.text((side + gap, 3), f"{test.prompts[-1]}: first, middle and last frame", "black", font_size=13)
-    for i, (title, row) in enumerate(zip(("the base, no picture", *cfg.titles), rows)):
-        y = words + i * (words + side)
-        write.text((side + gap, y + 3), title, "black", font_size=12)
-        if i:
-            paper.paste(enlarged(test.references[-1], scale), (0, y + words))
-        for j, three in enumerate(row):
-            x = side + gap + j * (3 * side + gap)
-            write.text((x + 2 * side, y + 3), f"{left[j]} steps left", "black", font_size=11)
-            paper.paste(enlarged(three, scale), (x, y + words))
-    paper.save(cfg.out)
-    print(f"wrote {cfg.out}")
-
-
 if __name__ == "__main__":
     command, *words = sys.argv[1:] or [""]
-    actions = {"score": (Score, score), "picture": (Picture, picture), "noise": (Noise, noise)}
+    actions = {"score": (Score, score), "picture": (Picture, picture)}
     writers = {"data": lambda: write_missing(*(f"toy/data/{name}" for name in DATA)),
                "bench": lambda: write_bench("toy/data/bench")}
     if command in actions:
