@@ -70,7 +70,8 @@ def draw_theory():
         plot_cosine(axes[0, 1], H, start, q, eta, steps, color=colour, label=f"p = {q}")
         plot_cosine(axes[0, 1], flat, np.ones(2), q, eta, steps, color=colour, linestyle="--",
                     label=f"p = {q}, video loss flat in a mode")
-    axes[0, 1].set_title("... but the cosine goes to +1, with p or without,\nwhere both losses are curved; else anywhere")
+    axes[0, 1].set_title("... but the cosine goes to +1, with p or without,\n"
+                         "where both losses are curved; else anywhere")
 
     curved = np.diag([0.2, 0.5, 1.0]), np.diag([1.0, 0.5, 0.0])  # the video loss is flat along the fastest mode
     limit = 2 / (0.2 + 1.0)
@@ -85,7 +86,8 @@ def draw_theory():
     for seed in range(3):
         plot_cosine(axes[1, 1], turned, start, p, eta, 2000, (0, 0), np.random.default_rng(seed), linewidth=0.6,
                     label="the coin" if seed == 0 else None, color="tab:orange")
-    axes[1, 1].set_title("Hessians that do not commute: outside the\nproof; conflict can occur, and the coin stays rough")
+    axes[1, 1].set_title("Hessians that do not commute: outside the\n"
+                         "proof; conflict can occur, and the coin stays rough")
 
     optima = rng.standard_normal((2, n))
     plot_cosine(axes[1, 2], turned, start, p, eta, 2000, optima, label="mean update", zorder=3)
