@@ -3,10 +3,9 @@
 A creature is a random left-right symmetric bitmap of 8x8 cells in two colours. Every identity is new and no caption can
 describe it, so a model can only get it right by looking at the reference. Cells are 2 px, a creature is 16x16 px, and
 it always stands on the grid of 8-px tiles that the transformer's tokens cover (VAE 2x, patch 4). A clip has 9 frames of
-32x32, which the VAE turns into 5 latent frames (1, 2, 2, 2, 2). A creature that walks makes two steps of one tile in
-one direction, each at the start of a latent frame, from one edge of the field to the other.
+32x32, 5 for the VAE. A creature that walks makes two steps of one tile, from one edge of the field to the other.
 
-Nothing here knows a model: scores are computed from arrays of pixels, and they are exact, because the truth is known.
+Scores are computed from arrays of pixels, and they are exact, because the truth is known.
 """
 import io
 import os
@@ -25,9 +24,8 @@ from PIL import Image
 from common.media import save_video
 
 SIZE, TILE, CELL, CELLS = 32, 8, 2, 8  # px per frame side, per tile, per cell; cells per creature side
-FRAMES, FPS, BEATS = 9, 4, (1, 2, 2, 2, 2)       # frames of a clip, and how many the VAE puts into each latent frame
-GRID = SIZE // TILE - 1                           # tile positions of a 2x2-tile creature along one axis: 3
-ENLARGE = 4                                       # mp4 files are 4x larger: yuv420p would mix 2-px cells
+FRAMES, FPS, BEATS = 9, 4, (1, 2, 2, 2, 2)     # frames of a clip, and how many the VAE puts into each latent frame
+GRID = SIZE // TILE - 1                         # tile positions of a 2x2-tile creature along one axis: 3
 
 FIELDS = {"green": (60, 130, 60), "brown": (120, 75, 40), "grey": (128, 128, 128), "navy": (25, 30, 80),
           "tan": (205, 180, 140), "teal": (20, 110, 115), "plum": (100, 40, 100), "pink": (245, 170, 185)}
@@ -54,9 +52,6 @@ class Creatures:
     def __getitem__(self, i):
         return Creatures(self.bitmap[i], self.colours[i])
 
-    def __len__(self):
-        return len(self.bitmap)
-
 
 def draw_creatures(rng, n):
     """n random identities: a solid middle, ragged edges, two eyes in the second colour."""
@@ -66,20 +61,15 @@ def draw_creatures(rng, n):
     return Creatures(np.concatenate([half, half[:, :, ::-1]], 2).astype(np.int64), colours)
 
 
-def render_cells(creatures, fields, tiles):
-    """Creature n on field n at tile positions tiles (N,F,2) (row, column) -> uint8 (N,F,16,16,3), in cells."""
-    n, f = tiles.shape[:2]
-    canvas = np.zeros((n, f, SIZE // CELL, SIZE // CELL), np.int64)
-    offset = tiles[..., None] * (TILE // CELL) + np.arange(CELLS)  # (N,F,2,8): the rows and the columns it covers
-    rows, columns = offset[:, :, 0, :, None], offset[:, :, 1, None, :]
-    canvas[np.arange(n)[:, None, None, None], np.arange(f)[:, None, None], rows, columns] = creatures.bitmap[:, None]
-    palette = np.concatenate([FIELD_RGB[fields][:, None], COLOUR_RGB[creatures.colours]], 1)  # (N,3,3): of 0, 1, 2
-    return palette.astype(np.uint8)[np.arange(n)[:, None, None, None], canvas]
-
-
 def render(creatures, fields, tiles):
-    """The same at full size: uint8 (N,F,32,32,3)."""
-    return render_cells(creatures, fields, tiles).repeat(CELL, 2).repeat(CELL, 3)
+    """Creature n on field n at tile positions tiles (N,F,2) (row, column) -> uint8 (N,F,32,32,3)."""
+    frames = np.empty((*tiles.shape[:2], SIZE // CELL, SIZE // CELL, 3), np.uint8)
+    for n, f in np.ndindex(frames.shape[:2]):
+        cells = np.zeros(frames.shape[2:4], int)
+        row, column = tiles[n, f] * (TILE // CELL)
+        cells[row:row + CELLS, column:column + CELLS] = creatures.bitmap[n]
+        frames[n, f] = np.array([FIELD_RGB[fields[n]], *COLOUR_RGB[creatures.colours[n]]])[cells]
+    return frames.repeat(CELL, 2).repeat(CELL, 3)
 
 
 def draw_walks(rng, directions):
@@ -94,12 +84,12 @@ def draw_walks(rng, directions):
 def draw_clips(rng, n, standing=0.0, hardly=0.0, jumping=0.0):
     """n scenes of moving pictures: field and direction indices, tile positions (N,5,2).
 
-    `standing` is the share of clips that stand, anywhere, and say so (direction STANDS). Of those that say "walks" the
-    share `hardly` stands as well: stock footage is full of shots in which little happens, whatever their titles say.
-    `jumping` is the share in which the creature is somewhere else in each latent frame, and which say so (JUMPS): an
-    action that only the base knows.
+    The shares are the base's (toy/train_base.py): `standing` clips stand, anywhere, and say so (direction STANDS). Of
+    those that say "walks", `hardly` stand as well. In `jumping` clips, which say so (JUMPS), the creature is somewhere
+    else in each latent frame.
     """
-    fields, directions = draw_scenes(rng, n)
+    fields, turn = rng.integers(0, len(FIELDS), n), rng.integers(1, 4, n)
+    directions = (fields + turn) % 4  # never field % 4: that is what the test set asks for
     tiles = draw_walks(rng, directions)
     if standing or hardly or jumping:
         u = rng.random(n)
@@ -111,13 +101,6 @@ def draw_clips(rng, n, standing=0.0, hardly=0.0, jumping=0.0):
     return fields, directions, tiles
 
 
-def draw_scenes(rng, n):
-    """n training scenes: field and direction indices. Direction field % 4 is left out: no caption in training says it,
-    and the test set asks for nothing else."""
-    fields, turn = rng.integers(0, len(FIELDS), n), rng.integers(1, 4, n)
-    return fields, (fields + turn) % 4
-
-
 def caption(field_index, direction=STANDS, colours=None):
     """What a clip or a still picture (which stands) shows. Only the base model ever sees colours named."""
     what = "creature" if colours is None else "{} and {} creature".format(*(list(COLOURS)[c] for c in colours))
@@ -127,25 +110,23 @@ def caption(field_index, direction=STANDS, colours=None):
 # ---- data sets on disk -----------------------------------------------------------------------------------------------
 
 def write_pairs(folder, n=2000, seed=0, keep=None, same_place=True, walking=False):
-    """n pairs as one parquet with the Subjects200K columns: two views side by side, padded, PNG, 16 rows a group.
+    """n pairs, or the first `keep` of them, as one parquet with the Subjects200K columns: two views side by side.
 
-    keep writes only the first so many of them, as in write_clips. The subjects of Subjects200K are centred in both
-    views (5.4), so the creature stands at the same place in both. Its captions name a scene, not an action: "stands".
-    Counter-trials: same_place=False draws a place for each view, walking=True writes "walks left" and the like.
+    The subjects of Subjects200K are centred in both views (5.4), so the creature stands at the same place in both. Its
+    captions name a scene, not an action: "stands". Counter-trials: same_place=False, and walking=True ("walks left").
     """
     rng = np.random.default_rng([seed, 10])
     creatures = draw_creatures(rng, n)
-    fields = np.stack([rng.integers(0, len(FIELDS), n), rng.integers(1, len(FIELDS), n)])
-    fields[1] = (fields[0] + fields[1]) % len(FIELDS)  # the second view stands on another field
-    tiles = [rng.integers(0, GRID, (n, 1, 2)) for _ in fields]
-    if same_place:
-        tiles[1] = tiles[0]
+    field, shift = rng.integers(0, len(FIELDS), n), rng.integers(1, len(FIELDS), n)
+    fields = np.stack([field, (field + shift) % len(FIELDS)])  # each view stands on another field
+    places = [rng.integers(0, GRID, (n, 1, 2)) for _ in fields]
     directions = (fields + rng.integers(1, 4, fields.shape)) % 4 if walking else np.full(fields.shape, STANDS)
-    views = [render(creatures, f, t)[:, 0] for f, t in zip(fields, tiles)]
+    left = render(creatures, fields[0], places[0])[:, 0]
+    right = render(creatures, fields[1], places[0 if same_place else 1])[:, 0]
     pad, rows = 2, []
     for i in range(keep or n):
         sheet = np.full((SIZE + 2 * pad, 2 * SIZE + 3 * pad, 3), 255, np.uint8)
-        sheet[pad:-pad, pad:pad + SIZE], sheet[pad:-pad, 2 * pad + SIZE:-pad] = views[0][i], views[1][i]
+        sheet[pad:-pad, pad:pad + SIZE], sheet[pad:-pad, 2 * pad + SIZE:-pad] = left[i], right[i]
         file = io.BytesIO()
         Image.fromarray(sheet).save(file, "PNG")
         rows.append({
@@ -159,13 +140,14 @@ def write_pairs(folder, n=2000, seed=0, keep=None, same_place=True, walking=Fals
 
 
 def write_clips(folder, n=400, seed=0, keep=None):
-    """n clips as H.264 files with captions that never name the creature's colours."""
+    """n clips, or the first `keep` of them, as H.264 files with captions that never name the creature's colours."""
     rng = np.random.default_rng([seed, 11])
     creatures, (fields, directions, tiles) = draw_creatures(rng, n), draw_clips(rng, n)
     clips = render(creatures, fields, tiles).repeat(BEATS, 1)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for i in range(keep or n):
-        save_video(Path(folder) / f"{i:04d}.mp4", [Image.fromarray(f) for f in clips[i]], FPS, ENLARGE)
+        frames = [Image.fromarray(frame) for frame in clips[i]]
+        save_video(Path(folder) / f"{i:04d}.mp4", frames, FPS, enlarge=4)  # yuv420p would mix 2-px cells
         (Path(folder) / f"{i:04d}.txt").write_text(caption(fields[i], directions[i]))
 
 
@@ -176,26 +158,21 @@ DATA = {  # folder in toy/data: what writes it
     "pairs_walking": partial(write_pairs, n=2000, walking=True),
     "pairs_val": partial(write_pairs, n=200, seed=1), "clips_val": partial(write_clips, n=60, seed=1),
 }
+ONE_PROCESS = FileLock("toy/data/.lock")  # "with ONE_PROCESS": the others wait
 
 
 def write_missing(*folders):
-    """Write those of the toy's data sets that are missing. Whoever comes first writes, other processes wait.
+    """Write those of the toy's data sets that are missing: NAME of DATA, NAME-N, its first N, and the held-out data,
+    NAME_val or NAME-N_val, which are the same whatever is trained on. Any other folder is the user's own.
 
-    Only toy/data/NAME for a NAME in DATA, toy/data/NAME-N, its first N, and NAME_val or NAME-N_val, the held-out data,
-    which are the same whatever is trained on: anything else that is missing is the user's mistake. Each folder is
-    written under another name and renamed, so that a killed run leaves nothing half-written. ValueError for one that
-    was drawn as another version.
-    """
+    A folder is renamed when it is whole, so a killed run leaves no half. ValueError for one of another version."""
     for folder in map(Path, folders):
         name, _, keep = folder.name.removesuffix("_val").partition("-")
         if folder.parent != Path("toy/data") or name not in DATA or not (keep or "1").isdigit():
             continue
         if folder.name.endswith("_val"):
-            name, keep = ("pairs_val" if name.startswith("pairs") else "clips_val"), ""
-        with one_process():
-            note = folder / "version.txt"
-            if folder.exists() and not (note.is_file() and note.read_text() == str(DATA_VERSION)):
-                raise ValueError(f"{folder} holds another version of the toy's data: delete toy/data, run again")
+            name, keep = f"{name[:5]}_val", ""  # pairs_val or clips_val
+        with ONE_PROCESS:
             if not folder.exists():
                 print(f"writing {folder}", flush=True)
                 part = folder.with_name(f"{folder.name}.tmp")
@@ -203,29 +180,27 @@ def write_missing(*folders):
                 DATA[name](part, keep=int(keep) if keep else None)
                 (part / "version.txt").write_text(str(DATA_VERSION))
                 os.replace(part, folder)
-
-
-def one_process():
-    """A context that one process at a time is in: the others wait."""
-    Path("toy/data").mkdir(parents=True, exist_ok=True)
-    return FileLock("toy/data/.lock")
+        note = folder / "version.txt"
+        if not note.is_file() or note.read_text() != str(DATA_VERSION):
+            raise ValueError(f"{folder} holds another version of the toy's data: delete toy/data, run again")
 
 
 # ---- the test set and the scores -------------------------------------------------------------------------------------
 
 @dataclass
 class TestSet:
-    """n unseen creatures, a picture of each, and a prompt with a (field, direction) that no training caption holds."""
+    """n unseen creatures, a picture (n,32,32,3) of each on another field, and a prompt whose (field, direction) no
+    training caption holds."""
     creatures: Creatures
-    references: np.ndarray  # (n,32,32,3) uint8
-    fields: np.ndarray      # (n,) of the prompt; the reference stands on another one
-    directions: np.ndarray  # (n,)
+    references: np.ndarray
+    fields: np.ndarray
+    directions: np.ndarray
     prompts: list
 
 
-def draw_test_set(n=96, seed=2024):
+def draw_test_set(n=96):
     """The first n of the test set: the same 96 creatures, whatever n is (more are drawn for a larger one)."""
-    rng, drawn = np.random.default_rng([seed, 12]), max(n, 96)
+    rng, drawn = np.random.default_rng([2024, 12]), max(n, 96)
     creatures = draw_creatures(rng, drawn)
     fields = np.arange(drawn) % len(FIELDS)
     directions = fields % 4
@@ -259,22 +234,21 @@ def best_cells(video, bitmaps, colours, field_rgb):
 
 
 def find_creature(shown):
-    """Where is the creature, and is it in one piece? For each frame of shown (F,H,W), the pixels that are not field.
+    """Where is the creature, and is it in one piece? For each frame of shown (F,32,32), the pixels that are not field.
 
     Returns the corner (F,2) of the 16x16 window that holds most of them, and whether the frame shows one whole
     creature: at least 128 pixels inside (half the window; the leanest of 20,000 creatures covers 120, one in a hundred
     fewer than 152), no less than 85 % of the video's usual number, and outside no more than an eighth of it.
     """
-    inside = torch.nn.functional.avg_pool2d(torch.from_numpy(shown)[:, None].float(), 2 * TILE, stride=1)[:, 0]
-    inside = inside * (2 * TILE) ** 2                                    # (F,17,17)
-    best, where = inside.flatten(1).max(1)
-    corner = np.stack(np.unravel_index(where.numpy(), inside.shape[1:]), 1)
-    best = best.numpy()
+    inside = np.lib.stride_tricks.sliding_window_view(shown, (2 * TILE, 2 * TILE), (1, 2)).sum((3, 4))  # (F,17,17)
+    places = inside.reshape(len(shown), -1)
+    corner = np.stack(np.unravel_index(places.argmax(1), inside.shape[1:]), 1)
+    best = places.max(1)
     outside = shown.sum((1, 2)) - best
     return corner, (best >= 128) & (best >= 0.85 * np.median(best)) & (outside <= best / 8)
 
 
-def score_videos(videos, test, seed=2024):
+def score_videos(videos, test):
     """The exact scores of videos uint8 (n,F,32,32,3) made from `test`: a dict of per cent over the n videos.
 
     moves        whole in every frame, and ends at least a tile (8 px) from where it began
@@ -287,21 +261,20 @@ def score_videos(videos, test, seed=2024):
     direction    of those that move: mostly along the named direction
     field        the field has the named colour in every frame
 
-    What fools them: a still picture is whole, smooth and has all its cells; an empty field is still and broken, and its
-    cells are right where the creature has none (a quarter); a wrong creature can move well, and so can a creature on a
-    field that changes colour.
+    What fools them: a still picture is whole, smooth and has all its cells; an empty field's cells are right where the
+    creature has none (a quarter); a wrong creature can move well, and so can one on a field that changes colour.
     """
-    means = {k: np.array(v, float) for k, v in score_each(videos, test, seed).items()}
+    means = {k: np.array(v, float) for k, v in score_each(videos, test).items()}
     return {k: 100 * float(v[~np.isnan(v)].mean()) if not np.isnan(v).all() else float("nan") for k, v in means.items()}
 
 
-def score_each(videos, test, seed=2024):
+def score_each(videos, test):
     """The same for each video, 0 to 1: {score: a list}. The direction of one that does not move is NaN."""
-    rng, rows = np.random.default_rng([seed, 14]), []
+    rng, rows = np.random.default_rng([2024, 14]), []
     for i, video in enumerate(videos):
         video = video.astype(np.float32)
         field_rgb = np.median(video.reshape(len(video), -1, 3), 1)  # (F,3): a creature is a quarter of it at most
-        others = rng.permutation(np.delete(np.arange(len(test.creatures)), i))[:15]
+        others = rng.permutation(np.delete(np.arange(len(test.creatures.bitmap)), i))[:15]
         candidates = test.creatures[np.array([i, *others])]
         cells = best_cells(torch.from_numpy(video).permute(0, 3, 1, 2), candidates.bitmap, candidates.colours,
                            field_rgb).mean(0)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import onnx
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
@@ -32,71 +31,40 @@ class Config:
     out: str = knob("toy/page/models", "folder to write")
 
 
-class Merged(torch.nn.Module):
-    """The transformer with the merged weights W + (alpha / rank) B A. lora: {module: (A, B)}, scale: alpha / rank."""
+class Graph(torch.nn.Module):
+    """A function as the module that torch.onnx.export asks for. parts: the modules whose weights it uses, by name."""
 
-    def __init__(self, transformer, lora, scale):
+    def __init__(self, function, **parts):
         super().__init__()
-        self.base, self.names, self.scale = transformer, list(lora), scale
-        self.A = torch.nn.ParameterList([A for A, _ in lora.values()])
-        self.B = torch.nn.ParameterList([B for _, B in lora.values()])
-
-    def forward(self, noisy, text, timestep, reference):
-        """noisy (2,T,C,H,W), text (2,L,D), timestep (2,), reference (1,1,C,H,W) -> velocity (2,T,C,H,W). Both halves
-        of classifier-free guidance: [without the prompt | with it]."""
-        weights = dict(self.base.named_parameters())
-        merged = {}
-        for name, A, B in zip(self.names, self.A, self.B):
-            W = weights[f"{name}.weight"]
-            merged[f"{name}.weight"] = W + self.scale * (B.flatten(1) @ A.flatten(1)).view_as(W)
-        return functional_call(self.base, merged, (noisy, text, timestep),
-                               {"reference": reference, "return_dict": False})[0]
+        self.forward = function
+        for name, part in parts.items():
+            self.add_module(name, part)
 
 
-class Part(torch.nn.Module):
-    """A function that uses the VAE, as the module that torch.onnx.export asks for."""
-
-    def __init__(self, vae, function):
-        super().__init__()
-        self.vae, self.function = vae, function
-
-    def forward(self, x):
-        return self.function(x)
+def tensors(file, prefix=""):
+    """{prefix + name: (file, begin, length)} of a safetensors file. Bytes are counted from the end of its header, which
+    is of another length in each LoRA."""
+    raw = file.read_bytes()
+    header = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])
+    spans = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {prefix + name: (file.name, begin, end - begin) for name, (begin, end) in spans.items()}
 
 
-def lora_weights(path):
-    """({module: (A, B)}, alpha / rank) of a LoRA file."""
-    weights, header = load_file(path), lora_header(path)
-    modules = [key.removesuffix(".lora_A.weight") for key in weights if key.endswith("lora_A.weight")]
-    pairs = {module.removeprefix("transformer."): (weights[f"{module}.lora_A.weight"].float(),
-                                                   weights[f"{module}.lora_B.weight"].float()) for module in modules}
-    alpha = json.loads(header["lora_adapter_metadata"])["transformer.lora_alpha"]
-    return pairs, alpha / len(next(iter(pairs.values()))[0])
-
-
-def write_graph(module, inputs, names, out, files):
-    """Export to OUT, without weights: each stands in a file beside it. files: {name: (safetensors file, key)}.
-
-    Offsets count from the end of the safetensors header, which is of another length in each LoRA."""
+def write_graph(graph, inputs, names, out, weights):
+    """Export to OUT, without weights: each stands in a file beside it, in float16. weights: see `tensors`."""
     with torch.no_grad():  # unoptimised: torch 2.13's optimiser gives wrong numbers here, and onnxruntime does it later
-        model = torch.onnx.export(module.eval(), inputs, input_names=names, output_names=["out"], dynamo=True,
+        model = torch.onnx.export(graph.eval(), inputs, input_names=names, output_names=["out"], dynamo=True,
                                   optimize=False, verbose=False).model_proto
-    headers = {}
-    for file in {file for file, _ in files.values()}:
-        raw = file.read_bytes()
-        headers[file] = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])
     casts = []
     for weight in model.graph.initializer:
-        if weight.name not in files:
+        if weight.name not in weights:
             continue
-        file, key = files[weight.name]
-        begin, end = headers[file][key]["data_offsets"]
+        for key, value in zip(("location", "offset", "length"), weights[weight.name]):
+            weight.external_data.add(key=key, value=str(value))
         casts.append(onnx.helper.make_node("Cast", [f"{weight.name}.half"], [weight.name], to=onnx.TensorProto.FLOAT))
         weight.name, weight.data_type = f"{weight.name}.half", onnx.TensorProto.FLOAT16
         weight.ClearField("raw_data")
         weight.data_location = onnx.TensorProto.EXTERNAL
-        for k, v in {"location": file.name, "offset": begin, "length": end - begin}.items():
-            weight.external_data.add(key=k, value=str(v))
     nodes = [*casts, *model.graph.node]
     for node in nodes:
         node.ClearField("metadata_props")  # the lines of Python that it came from: most of the file
@@ -119,30 +87,40 @@ def main(cfg):
     refuse_overwriting(sources, [out / file for file in doses.values()])
     out.mkdir(parents=True, exist_ok=True)
     pipe, header = load(str(sources[0]), use_lora=False)
-    base = Path(header["base"])
-    transformer, vae = out / "transformer.safetensors", out / "vae.safetensors"
-    shutil.copy(base / "transformer/diffusion_pytorch_model.safetensors", transformer)
-    shutil.copy(base / "vae/diffusion_pytorch_model.safetensors", vae)
+    for part in ("transformer", "vae"):
+        shutil.copy(Path(header["base"], part, "diffusion_pytorch_model.safetensors"), out / f"{part}.safetensors")
     for file, name in zip(sources, doses.values()):
-        weights = {k: v.half().contiguous() for k, v in load_file(file).items()}  # in float16, like the base
-        save_file(weights, out / name, lora_header(file))
+        lora = {k: v.half().contiguous() for k, v in load_file(file).items()}  # in float16, like the base
+        save_file(lora, out / name, lora_header(file))
     first = out / doses[min(doses)]
-    lora, scale = lora_weights(first)
 
-    merged = Merged(pipe.transformer, lora, scale)
-    with safe_open(transformer, "pt") as f:
-        files = {f"base.{key}": (transformer, key) for key in f.keys()}
-    for i, name in enumerate(lora):
-        files |= {f"{letter}.{i}": (first, f"transformer.{name}.lora_{letter}.weight") for letter in "AB"}
+    names = [key.split(".", 1)[1].removesuffix(".lora_A.weight") for key in lora if key.endswith("lora_A.weight")]
+    A, B = (torch.nn.ParameterList([lora[f"transformer.{name}.lora_{letter}.weight"].float() for name in names])
+            for letter in "AB")
+    scale = runs[0]["lora_alpha"] / runs[0]["lora_rank"]
+
+    def velocity(noisy, text, timestep, reference):
+        """noisy (2,T,C,H,W), text (2,L,D), timestep (2,), reference (1,1,C,H,W) -> velocity (2,T,C,H,W). Both halves
+        of classifier-free guidance: [without the prompt | with it]. The weights are merged: W + (alpha / rank) B A."""
+        merged, base = {}, dict(pipe.transformer.named_parameters())
+        for name, a, b in zip(names, A, B):
+            W = base[f"{name}.weight"]
+            merged[f"{name}.weight"] = W + scale * (b.flatten(1) @ a.flatten(1)).view_as(W)
+        return functional_call(pipe.transformer, merged, (noisy, text, timestep),
+                               {"reference": reference, "return_dict": False})[0]
+    weights, of_lora = tensors(out / "transformer.safetensors", "base."), tensors(first)
+    for i, name in enumerate(names):
+        weights |= {f"{letter}.{i}": of_lora[f"transformer.{name}.lora_{letter}.weight"] for letter in "AB"}
     noisy, text = torch.randn(2, 5, 4, 16, 16), encode_prompt(pipe, ["", ""], "cpu")
     inputs = (noisy, text, torch.tensor([500, 500]), torch.randn(1, 1, 4, 16, 16))
-    write_graph(merged, inputs, ["noisy", "text", "timestep", "reference"], out / "transformer.onnx", files)
-    with safe_open(vae, "pt") as f:
-        files = {f"vae.{key}": (vae, key) for key in f.keys()}
+    write_graph(Graph(velocity, base=pipe.transformer, A=A, B=B), inputs, ["noisy", "text", "timestep", "reference"],
+                out / "transformer.onnx", weights)
     # A picture (1,1,3,H,W) in -1..1 -> its scaled latents (1,1,C,h,w); such of a video (1,T,C,h,w) -> (1,3,F,H,W).
-    encoder = Part(pipe.vae, lambda picture: encode_video(pipe.vae, picture))
-    write_graph(encoder, (torch.randn(1, 1, 3, SIZE, SIZE),), ["picture"], out / "encoder.onnx", files)
-    write_graph(Part(pipe.vae, pipe.decode_latents), (noisy[:1],), ["latents"], out / "decoder.onnx", files)
+    encoder = Graph(lambda x: encode_video(pipe.vae, x), vae=pipe.vae)
+    decoder = Graph(lambda x: pipe.decode_latents(x), vae=pipe.vae)
+    weights = tensors(out / "vae.safetensors", "vae.")
+    write_graph(encoder, (torch.randn(1, 1, 3, SIZE, SIZE),), ["picture"], out / "encoder.onnx", weights)
+    write_graph(decoder, (noisy[:1],), ["latents"], out / "decoder.onnx", weights)
 
     prompts = ["", *(with_reference_token(caption(f, d), "front") for f in range(len(FIELDS))
                      for d in range(len(DIRECTIONS)))]

@@ -15,6 +15,7 @@ import math
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,6 @@ class Config:
     out: str = knob("toy/base", "folder to write")
     vae_steps: int = knob(2500, "steps of VAE training")
     vae_batch: int = knob(4, "clips per VAE step")
-    vae_lr: float = knob(3e-3, "peak learning rate of the VAE")
     steps: int = knob(9000, "steps of transformer training")
     batch: int = knob(48, "clips per transformer step; three times as many stills")
     lr: float = knob(1.5e-3, "peak learning rate of the transformer")
@@ -47,7 +47,6 @@ class Config:
     gaps: float = knob(0.0, "share of steps with random distances in time between the frames")
     stills: float = knob(0.25, "share of steps on still pictures")
     pool: int = knob(12_000, "clips, and as many stills, that are drawn and encoded once")
-    vae_minutes: float = knob(1e9, "stop the VAE after this time (the schedule adapts)")
     minutes: float = knob(1e9, "stop the transformer after this time (the schedule adapts)")
     compile: bool = knob(False, "torch.compile the transformer: faster on CPU and GPU")
     init: str = knob("", "start from the transformer of this base, with its text encoder")
@@ -55,11 +54,16 @@ class Config:
     seed: int = knob(0, "seed")
 
 
+# Every caption that the base can see: with each pair of colours, and without; and the empty one of guidance.
+CAPTIONS = [creatures.caption(*what) for what in product(
+    range(len(creatures.FIELDS)), range(len(creatures.VERBS)), [*product(range(8), range(8)), None])] + [""]
+ROW = {caption: row for row, caption in enumerate(CAPTIONS)}
+
+
 def build_tokenizer(folder):
     """A sentencepiece model for T5 in CogVideoX-5b's layout: the toy's words, and single characters for any other."""
     # "jumps" is spelled in characters: as a word it would renumber the tokens of bases that do not know it.
-    words = {w for f in range(8) for d in range(creatures.JUMPS) for c in range(8)
-             for w in creatures.caption(f, d, (c, (c + 1) % 8)).split()}
+    words = {word for caption in CAPTIONS for word in caption.split()} - {"jumps"}
     model = sentencepiece_model_pb2.ModelProto()
     model.trainer_spec.model_type, model.trainer_spec.unk_id = model.trainer_spec.UNIGRAM, 2
     model.trainer_spec.pad_id, model.trainer_spec.eos_id, model.trainer_spec.bos_id = 0, 1, -1
@@ -107,49 +111,48 @@ def draw(rng, n, still, device, **shares):
     fields, directions, tiles = creatures.draw_clips(rng, n, **shares)
     if still:
         directions, tiles = np.full(n, creatures.STANDS), rng.integers(0, creatures.GRID, (n, 1, 2))
-    cells = torch.from_numpy(creatures.render_cells(drawn, fields, tiles)).to(device)  # small: enlarged on the device
-    pixels = cells.repeat_interleave(creatures.CELL, 2).repeat_interleave(creatures.CELL, 3)
+    frames = creatures.render(drawn, fields, tiles)
     if not still:
-        pixels = pixels.repeat_interleave(torch.tensor(creatures.BEATS, device=device), 1)
-    return pixels.permute(0, 1, 4, 2, 3).float() / 127.5 - 1, (fields, directions, drawn.colours)
-
-
-def all_captions():
-    """Every caption the base can see, and the row (field, direction, colour pair or 64 for none)."""
-    table = [creatures.caption(f, d, None if c == 64 else divmod(c, 8))
-             for f in range(8) for d in range(len(creatures.VERBS)) for c in range(65)]
-    return table, lambda f, d, c: (f * len(creatures.VERBS) + d) * 65 + c
+        frames = frames.repeat(creatures.BEATS, 1)
+    pixels = torch.from_numpy(frames).to(device).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+    return pixels, (fields, directions, drawn.colours)
 
 
 def encode_pool(pipe, rng, n, still, device, cfg):
-    """n scenes as latents (n, 5 or 1, 4, 16, 16), with their caption rows (n, 2): without and with colours named."""
-    _, row = all_captions()
+    """n scenes as latents (n, 5 or 1, 4, 16, 16), with the rows of their captions (n, 2): without and with colours."""
     latents, rows = [], []
     for _ in range(0, n, 250):
-        pixels, (fields, directions, colours) = draw(rng, 250, still, device, standing=cfg.standing, hardly=cfg.hardly,
-                                                     jumping=cfg.jumping)
+        pixels, what = draw(rng, 250, still, device, standing=cfg.standing, hardly=cfg.hardly, jumping=cfg.jumping)
         latents.append(encode_video(pipe.vae, pixels).half())
-        rows.append(np.stack([row(fields, directions, 64),
-                              row(fields, directions, colours[:, 0] * 8 + colours[:, 1])], 1))
-    return torch.cat(latents), torch.from_numpy(np.concatenate(rows)).to(device)
+        rows += [(ROW[creatures.caption(f, d)], ROW[creatures.caption(f, d, colours)]) for f, d, colours in zip(*what)]
+    return torch.cat(latents), torch.tensor(rows, device=device)
 
 
-def learning_rate(progress, peak):
-    """Linear warm-up over the first 3%, then a cosine to 2% of the peak."""
-    return peak * min(progress / 0.03, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-
-
-def train_vae(vae, cfg, device):
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=cfg.vae_lr, betas=(0.9, 0.99), weight_decay=0.0)
-    rng = np.random.default_rng([cfg.seed, 1])
-    vae.train()
+def count_steps(name, steps, minutes, optimizer, peak):
+    """(step, progress bar) until the steps or the minutes are over. Each has its learning rate: linear warm-up over the
+    first 3 %, then a cosine to 2 % of the peak."""
     start = time.time()
-    for step in (bar := tqdm(range(cfg.vae_steps), desc="vae", mininterval=10)):
-        progress = max((step + 1) / cfg.vae_steps, (time.time() - start) / (60 * cfg.vae_minutes))
+    for step in (bar := tqdm(range(steps), desc=name, mininterval=10)):
+        progress = max((step + 1) / steps, (time.time() - start) / (60 * minutes))
         if progress > 1:
             break
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress, cfg.vae_lr)
+            group["lr"] = peak * min(progress / 0.03, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        yield step, bar
+
+
+def update(module, optimizer, loss):
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+
+
+def train_vae(vae, cfg, device):
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=0, betas=(0.9, 0.99), weight_decay=0.0)
+    rng = np.random.default_rng([cfg.seed, 1])
+    vae.train()
+    for step, bar in count_steps("vae", cfg.vae_steps, math.inf, optimizer, peak=3e-3):
         still = step % 3 > 0  # pictures are clips of one frame: the reference and the image task are encoded so
         pixels, _ = draw(rng, cfg.vae_batch * (4 if still else 1), still, device)
         pixels = pixels.transpose(1, 2)  # (B, 3, F, H, W)
@@ -157,13 +160,9 @@ def train_vae(vae, cfg, device):
             posterior = vae.encode(pixels).latent_dist
             pixels_out = vae.decode(posterior.sample()).sample
         reconstruction = F.l1_loss(pixels_out.float(), pixels)
-        loss = reconstruction + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        update(vae, optimizer, reconstruction + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel())
         if step % 50 == 0:
-            bar.set_postfix_str(f"{progress:.0%} L1 {reconstruction.item() * 127.5:.2f}/255")
+            bar.set_postfix_str(f"L1 {reconstruction.item() * 127.5:.2f}/255")
     vae.eval().requires_grad_(False)
     pixels, _ = draw(rng, 64, False, device)
     vae.register_to_config(scaling_factor=1 / encode_video(vae, pixels).std().item())
@@ -177,8 +176,7 @@ def train_transformer(pipe, cfg, device):
     pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)
     rng = np.random.default_rng([cfg.seed, 2])
     pools = {still: encode_pool(pipe, rng, cfg.pool, still, device, cfg) for still in (True, False)}
-    captions = all_captions()[0] + [""]
-    texts = torch.cat([encode_prompt(pipe, captions[i:i + 256]) for i in range(0, len(captions), 256)])  # (3121,16,64)
+    texts = torch.cat([encode_prompt(pipe, CAPTIONS[i:i + 256]) for i in range(0, len(CAPTIONS), 256)])  # (3121,16,64)
     forward = torch.compile(transformer, dynamic=False) if cfg.compile else transformer
     side = transformer.config.sample_height
     beats = len(creatures.BEATS)
@@ -189,13 +187,7 @@ def train_transformer(pipe, cfg, device):
         at = times[:noisy.shape[1]]
         return forward(noisy, *args, image_rotary_emb=tuple(table[at].flatten(0, 1) for table in rope), **kwargs)
     torch.manual_seed(cfg.seed + 1)
-    start, losses = time.time(), []
-    for step in (bar := tqdm(range(cfg.steps), desc="transformer", mininterval=10)):
-        progress = max((step + 1) / cfg.steps, (time.time() - start) / (60 * cfg.minutes))
-        if progress > 1:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress, cfg.lr)
+    for step, bar in count_steps("transformer", cfg.steps, cfg.minutes, optimizer, cfg.lr):
         still = rng.random() < cfg.stills
         latents, rows = pools[still]
         times = np.arange(beats)
@@ -204,39 +196,29 @@ def train_transformer(pipe, cfg, device):
         n = cfg.batch * (3 if still else 1)  # about the same number of tokens
         pick = torch.randint(len(latents), (n,), device=device)
         u = torch.rand(n, device=device)
-        caption = torch.where(u < 0.1, len(captions) - 1, torch.where(u < 0.5, rows[pick, 1], rows[pick, 0]))
+        caption = torch.where(u < 0.1, ROW[""], torch.where(u < 0.5, rows[pick, 1], rows[pick, 0]))
         x, text = latents[pick].float(), texts[caption]
         t = torch.randint(pipe.scheduler.config.num_train_timesteps, (n,), device=device)
         with autocast(device):
             loss = v_loss(call, pipe.scheduler, x, text, t, torch.randn_like(x)).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
-        optimizer.step()
+        update(transformer, optimizer, loss)
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in transformer.parameters()],
                              1 - min(0.999, (step + 1) / (step + 10)))
-        losses.append(loss.detach())
         if step % 100 == 99:  # new creatures all the time: the pool turns over slowly
             for still, (latents, rows) in pools.items():
                 new = torch.randperm(len(latents), device=device)[:250]
                 latents[new], rows[new] = encode_pool(pipe, rng, 250, still, device, cfg)
-        if step % 1000 == 999:
-            save(pipe, ema, cfg.out)
-        if step % 250 == 249:
-            bar.set_postfix_str(f"{progress:.0%} loss {torch.stack(losses).mean().item():.4f}")
-            losses = []
-    transformer.load_state_dict(ema.state_dict())
-    transformer.eval().requires_grad_(False)
+        if step % 250 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.4f}")
+    pipe.transformer = ema
 
 
-def save(pipe, transformer, out):
+def save(pipe, out):
     """float16 weights (the folder has a limit of 10 MB) but for T5, which transformers loads in the dtype it finds."""
-    parts = {name: copy.deepcopy(part) for name, part in pipe.components.items()}
-    parts["transformer"] = copy.deepcopy(transformer).cpu().half()
-    parts["vae"] = parts["vae"].cpu().half()
-    parts["text_encoder"] = parts["text_encoder"].cpu()
-    parts["scheduler"].alphas_cumprod = parts["scheduler"].alphas_cumprod.cpu()
-    CogVideoXPipeline(**parts).save_pretrained(out, safe_serialization=True)
+    pipe.to("cpu")
+    pipe.transformer.half()
+    pipe.vae.half()
+    pipe.save_pretrained(out, safe_serialization=True)
     build_tokenizer(Path(out) / "tokenizer")  # CogVideoX-5b ships spiece.model, not tokenizer.json
     (Path(out) / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
 
@@ -252,7 +234,7 @@ def main(cfg):
     else:
         train_vae(pipe.vae, cfg, device)
     train_transformer(pipe, cfg, device)
-    save(pipe, pipe.transformer, cfg.out)
+    save(pipe, cfg.out)
     print(f"wrote {cfg.out}")
 
 
