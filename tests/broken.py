@@ -8,12 +8,11 @@ import os
 import runpy
 import signal  # for the code in DO
 import threading  # for the code in DO
-from pathlib import Path
 
-import psutil
 import torch
 
 from common import log
+from tests.shared import TRAIN, kill_job  # kill_job is for the code in DO
 
 rank, log_step, torch_save = int(os.environ.get("RANK", 0)), log.Log.step, torch.save
 
@@ -21,13 +20,6 @@ rank, log_step, torch_save = int(os.environ.get("RANK", 0)), log.Log.step, torch
 def happen(place):
     if place == os.environ["AT"] and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         exec(os.environ["DO"], globals())
-
-
-def kill_job():
-    """SIGKILL for torchrun and its ranks, this one last."""
-    me, job = psutil.Process(), psutil.Process().parent()
-    for process in [one for one in (job, *job.children()) if one != me] + [me]:
-        process.kill()
 
 
 def step(log, step, *rest):
@@ -44,4 +36,4 @@ def save(state, file):
 
 
 log.Log.step, torch.save = step, save
-runpy.run_path(str(Path(__file__).parents[1] / "train.py"), run_name="__main__")
+runpy.run_path(TRAIN, run_name="__main__")
