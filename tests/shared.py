@@ -19,7 +19,7 @@ from toy import creatures
 
 ROOT = Path(__file__).parents[1]
 BASE, LORA, REF = (str(ROOT / "toy" / name) for name in ("base", "lora", "refs/creature-0.png"))
-TRAIN, BROKEN = str(ROOT / "train.py"), str(ROOT / "tests/broken.py")
+TRAIN = str(ROOT / "train.py")
 T, C, H, W, L, N = 3, 4, 8, 12, 5, 24  # a tiny model on frames that are not square; N tokens per latent frame
 # --standalone finds a free port: torchrun's own 29500 may be taken by another job.
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -67,9 +67,9 @@ def start(words, cwd, stderr=subprocess.STDOUT, **environment):
 
 
 def kill_job(pid):
-    """SIGKILL for a process and its children, the ranks of a torchrun. The rank that asks for it comes last."""
+    """SIGKILL for a process and its children, the ranks of a torchrun."""
     job = psutil.Process(pid)
-    for one in sorted([job, *job.children()], key=lambda one: one.pid == os.getpid()):
+    for one in (job, *job.children()):
         with suppress(psutil.NoSuchProcess):  # it is over
             one.kill()
 

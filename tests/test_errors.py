@@ -1,7 +1,6 @@
 """What users of such projects run into, mistakes and broken files: each is one clear line, or simply right."""
-from tests.shared import BASE, LORA, REF, ROOT, large_vae
+from tests.shared import BASE, LORA, REF, ROOT
 
-import dataclasses
 import json
 import os
 import shutil
@@ -31,9 +30,8 @@ def folder(tmp_path, monkeypatch):
     save_file({"weight": torch.zeros(2)}, "other.safetensors")
     creatures.write_pairs(Path("cut"), n=4)
     os.truncate("cut/pairs.parquet", 1000)
-    for name, pair in (("few", '{"image_0": "a.png"}'), ("folder.mp4", '{"image_0": "a.p')):
-        Path(name).mkdir()
-        Path(name, "pairs.jsonl").write_text(pair)
+    Path("folder.mp4").mkdir()
+    Path("folder.mp4/pairs.jsonl").write_text('{"image_0": "a.png"}')
 
 
 def trains(**change):
@@ -63,8 +61,7 @@ def samples_from(**config):
     (samples_from(_class_name="WanTransformer3DModel"), "other is no CogVideoX .its transformer is a Wan"),
     (trains(images="nowhere"), "no folder of image pairs at nowhere"), (trains(frames=1), "--frames 1: video steps"),
     (trains(images="cut"), "cannot read cut/pairs.parquet: .* Is it a whole parquet file"),
-    (trains(images="few"), "few/pairs.jsonl, line 1 lacks description_0, description_1, image_1"),
-    (trains(images="folder.mp4"), "folder.mp4/pairs.jsonl, line 1 is not the JSON of a pair"),
+    (trains(images="folder.mp4"), "folder.mp4/pairs.jsonl, line 1 lacks description_0, description_1, image_1"),
     (lambda knobs: train.Config(toy=True), "no toy/base here: run it from the repository's root"),
     (trains(init_lora="other.safetensors"), "other.safetensors holds no LoRA weights"),
     (samples(lora="broken.png"), "cannot read the LoRA broken.png"), (trains(pcgrad=1), "a buffer needs 2"),
@@ -99,34 +96,6 @@ def test_the_command_line_ends_with_two_lines_at_most(capsys, argv, message):
     assert message in said and len(said.splitlines()) <= 3  # the usage, the message, the status
 
 
-@pytest.mark.parametrize("asked, expected", [
-    ({}, {}), (dict(toy=True), train.TOY), (dict(recipe="authors"), train.AUTHORS),
-    (dict(toy=True, recipe="authors", steps=3), {**train.TOY, **train.AUTHORS, **train.TOY_AUTHORS})])
-def test_presets_are_the_same_from_python_and_on_the_command_line(monkeypatch, asked, expected):
-    """A knob that is given wins over them."""
-    monkeypatch.chdir(ROOT)
-    parsed, argv = [], [f"--{name}={value}" for name, value in asked.items()]
-    command_line(parsed.append, train.Config, "", argv, presets=train.presets)
-    assert parsed == [train.Config(**asked)]
-    assert dataclasses.asdict(parsed[0]) == {**dataclasses.asdict(train.Config()), **expected, **asked}
-
-
-def test_a_video_that_does_not_fit_is_decoded_in_tiles():
-    """A VAE of the real structure whose decoder takes no more than a tile at once: as diffusers decodes in tiles."""
-    vae = large_vae()
-    tile = vae.tile_latent_min_height, vae.tile_latent_min_width
-    z = torch.randn(1, 4, 1, 2 * tile[0], 2 * tile[1], generator=torch.Generator().manual_seed(0))
-
-    def limit(decoder, args):
-        if args[0].shape[3] > tile[0] or args[0].shape[4] > tile[1]:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-    vae.decoder.register_forward_pre_hook(limit)
-    sample.decode_what_fits(vae)
-    got = vae.decode(z).sample
-    vae.enable_tiling()
-    assert torch.equal(got, vae.decode(z).sample) and got.shape == (1, 3, 1, 16 * tile[0], 16 * tile[1])
-
-
 def test_the_log_says_the_time_to_go_once_and_counts_unusable_files(tmp_path, capsys):
     """Steps of 2 s and of 10 s: what is left is their sum, when 20 of each are done."""
     tasks = (["image"] * 4 + ["video"]) * 50
@@ -141,12 +110,6 @@ def test_the_log_says_the_time_to_go_once_and_counts_unusable_files(tmp_path, ca
     assert err.count("a is cut") == 1 and "skipped (2 so far)" in err and "2 unusable file(s) were skipped" in out
 
 
-@pytest.mark.parametrize("size, warned", [({}, 0), (dict(height=48), 1)])
-def test_another_size_than_the_bases_is_warned_of(tmp_path, capsys, size, warned):
-    samples(steps=1, out=str(tmp_path / "x.mp4"), **size)(None)
-    assert capsys.readouterr().err.count("but the base was made for 32x32 and 9 frames") == warned
-
-
 def test_a_lora_comes_from_the_hub_and_a_mistyped_path_is_not_looked_for_there(monkeypatch):
     """The hub holds LoRAs as we write them and as the authors do."""
     there = ["me/many/b/two.safetensors", f"me/cat/{model.LORA_FILE}", f"carpedkm/v1/{model.AUTHORS_LORA_FILE}"]
@@ -159,7 +122,8 @@ def test_a_lora_comes_from_the_hub_and_a_mistyped_path_is_not_looked_for_there(m
     monkeypatch.setattr(find, "hf_hub_download", download)
     for name in ("me/cat", "carpedkm/v1", "me/many/b/two.safetensors"):
         assert find.find_lora(name) == model.lora_path(LORA)
-    for path, message in (("me/dog", "and the download of .* failed: 404: no .*s$"), ("toy/dog", "expected"),
-                          ("nowhere", "expected"), ("./me/cat", "expected"), ("me/cat/step-000400", "expected")):
-        with pytest.raises(FileNotFoundError, match=f"no LoRA at {path}.* {message}"):
+    with pytest.raises(FileNotFoundError, match="no LoRA at me/dog, and the download of .* failed: 404: no .*s$"):
+        find.find_lora("me/dog")
+    for path in ("toy/dog", "nowhere", "./me/cat", "me/cat/step-000400"):
+        with pytest.raises(FileNotFoundError, match=f"no LoRA at {path}: expected"):
             find.find_lora(path)

@@ -1,18 +1,20 @@
 """Runs of train.py: how they go on, on one rank and on two, and what stops them. Every way out of a run ends it, with
 its error and exit status, and leaves a folder that the next run understands."""
-from tests.shared import BROKEN, TORCHRUN, command, go_back, log_of, run, small_disk, start, weights_of
+from tests.shared import TORCHRUN, command, go_back, kill_job, log_of, run, small_disk, start, weights_of
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 import model
 import train
-from common.run import checkpoints, newest_checkpoint, save_checkpoint, start_log
+from common.run import checkpoints, newest_checkpoint, records
 from common.setup import divide_batches
 from common.log import numbers_in
 
@@ -41,14 +43,15 @@ def whole_fixture(knobs, tmp_path_factory):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(whole, knobs, tmp_path, capsys):
-    """A save was half done, and a line half written."""
+    """A save was half done, a line half written, and somebody has made a copy of a checkpoint."""
     killed = tmp_path / "out/killed"
     go_back(whole, 3, killed)
     (killed / "step-000005.tmp").mkdir()
+    (killed / "step-best").mkdir()
     (killed / "log.jsonl").open("a").write('{"step": 6, "ta')
     go(knobs, name="killed")
     assert [line["step"] for line in log_of(whole)] == list(range(6)) and same_run(killed, whole)
-    assert sorted(folder.name for folder in killed.glob("step-*")) == ["step-000003", "step-000006"]
+    assert sorted(folder.name for folder in killed.glob("step-*")) == ["step-000003", "step-000006", "step-best"]
     go(knobs, name="killed")
     assert "going on from step 3" in (said := capsys.readouterr().out) and "is complete" in said
     for change, said in ((dict(steps=9), "steps was 6, now 9"), (dict(lr=1.0), "lr was 0.006, now 1.0")):
@@ -87,8 +90,6 @@ def test_pcgrad_and_two_stages_resume_exactly_and_watching_leaves_no_trace(knobs
     assert log_of("out/unwatched", "val.jsonl") == log_of("out/whole", "val.jsonl")[-1:]
 
 
-# ---- micro-batches and ranks -----------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("batch, micro, ranks, expected, said", [
     (256, 8, 8, (256, 8), ""),  # the paper's
     (33, 4, 1, (33, 3), "--image_micro 4 is now 3"), (16, 4, 3, (15, 1), "--image_batch 16 is now 15")])
@@ -97,56 +98,42 @@ def test_batches_are_divided_by_the_ranks(capsys, batch, micro, ranks, expected,
     assert (cfg.image_batch, cfg.image_micro) == expected and said in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("schedule", ["switch", "mixed"])
-def test_ranks_share_the_micro_batches_of_one(monkeypatch, schedule):
-    """Four ranks have together the micro-batches of one rank, and as many each; every sample comes once."""
-    cfg = train.Config(task_schedule=schedule, p=0.5, image_batch=16, image_micro=2, video_batch=8)
-
-    def plan(step, rank, ranks):
-        monkeypatch.setattr(train, "rank_and_world_size", lambda: (rank, ranks))
-        return train.plan(cfg, step)
-    for step in range(20):
-        alone, shares = plan(step, 0, 1), [plan(step, rank, 4) for rank in range(4)]
-        samples = [key for micro in alone for key in micro.keys]
-        assert len(set(samples)) == len(samples)
-        assert {len(share) for share in shares} == {len(alone) // 4}
-        assert sorted(sum(shares, []), key=lambda micro: micro.index) == alone
-
-
 # ---- what stops a run ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("what, status, said", [
-    ("os.kill(os.getpid(), signal.SIGINT)", 130, "train.py: interrupted"),
-    ("raise RuntimeError('it broke')", 1, "it broke")])
-def test_a_run_with_reading_workers_ends(knobs, tmp_path, what, status, said):
-    """Ctrl-C or an error in step 2, while two processes read ahead."""
-    r = run(*command(knobs, BROKEN, workers=2, steps=60), cwd=tmp_path, AT="step 2", DO=what)
-    assert r.returncode == status and said in r.stderr and ("Traceback" in r.stderr) == (status == 1), r.stderr
+def start_and_wait(words, condition):
+    """A job that runs, at the moment when the condition comes true."""
+    job = start(words, cwd=".")
+    while not condition():
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.002)
+    return job
 
 
-DAMAGED = "damaged/step-000006 is damaged .*: delete it, and the same command goes on from step-000003"
+def has_steps(n, folder="out/toy"):
+    return lambda: len(records(Path(folder, "log.jsonl"))) >= n
 
 
-@pytest.mark.parametrize("file, message", [
-    ("config.json", "damaged/config.json is damaged"), ("step-000006/training_state.pt", DAMAGED),
-    (f"step-000006/{model.LORA_FILE}", DAMAGED)])
-def test_a_file_that_is_cut_is_named_in_one_line(whole, knobs, file, message):
-    go_back(whole, 6, "out/damaged")
-    os.truncate(f"out/damaged/{file}", 100)
-    with pytest.raises(ValueError, match=message) as error:
-        go(knobs, name="damaged")
+def test_ctrl_c_ends_a_run_with_one_line(knobs):
+    job = start_and_wait(command(knobs, workers=2, steps=999), has_steps(2))
+    job.send_signal(signal.SIGINT)
+    out = job.communicate(timeout=100)[0]
+    assert job.returncode == 130 and "train.py: interrupted" in out and "Traceback" not in out, out
+
+
+def test_an_error_in_the_loop_ends_the_processes_that_read_ahead(knobs):
+    words = "import train; train.add_losses = None; train.command_line(train.main, train.Config, '')"
+    r = run("-c", words, *command(knobs, workers=2)[2:], cwd=".", timeout=100)
+    assert r.returncode == 1 and "TypeError: 'NoneType' object is not callable" in r.stderr
+
+
+@pytest.mark.parametrize("file", ["training_state.pt", model.LORA_FILE])
+def test_a_checkpoint_that_is_cut_is_named_in_one_line(whole, knobs, file):
+    go_back(whole, 6, "out/cut")
+    os.truncate(f"out/cut/step-000006/{file}", 100)
+    said = "out/cut/step-000006 is damaged .*: delete it, and the same command goes on from step-000003"
+    with pytest.raises(ValueError, match=said) as error:
+        go(knobs, name="cut")
     assert "\n" not in str(error.value)
-
-
-def test_only_whole_step_folders_are_checkpoints(tmp_path):
-    """A copy that somebody made, a half-written save and seven digits: the newest is the largest number."""
-    for name in ("step-000004", "step-best", "step-000006.tmp", "step-999999", "step-1000000"):
-        (tmp_path / name).mkdir()
-    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000004", "step-999999", "step-1000000"]
-    start_log(tmp_path, {}, 4)  # a run that goes on removes what was half saved
-    assert not list(tmp_path.glob("*.tmp"))
-    save_checkpoint(tmp_path, 1000008, Path.mkdir, {})
-    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-999999", "step-1000000", "step-1000008"]
 
 
 def test_two_runs_on_one_name_are_kept_apart(knobs):
@@ -185,32 +172,36 @@ def test_a_full_disk_keeps_the_last_checkpoint(whole, knobs):
 
 def test_sigterm_saves_and_the_run_goes_on(knobs):
     """The process that reads data gets it too. After the loop it ends a process at once, as it always does."""
-    knobs, before = {**knobs, "steps": 12, "save_every": 100, "workers": 1}, signal.getsignal(signal.SIGTERM)
-    r = run(*command(knobs, BROKEN, name="ended"), cwd=".", AT="step 8", DO="os.killpg(0, signal.SIGTERM)")
-    assert r.returncode == 0 and "stopped by SIGTERM" in r.stdout, r.stderr
-    assert 8 <= int(newest_checkpoint("out/ended").name[5:]) < 12
+    knobs, before = {**knobs, "steps": 15, "save_every": 100, "workers": 1}, signal.getsignal(signal.SIGTERM)
+    job = start_and_wait(command(knobs, name="ended"), has_steps(3, "out/ended"))
+    os.killpg(job.pid, signal.SIGTERM)
+    out = job.communicate()[0]
+    assert job.returncode == 0 and "stopped by SIGTERM" in out, out
+    assert 3 <= int(newest_checkpoint("out/ended").name[5:]) < 15
     for name in ("ended", "whole"):
         train.main(train.Config(**{**knobs, "name": name}))
-    assert same_run("out/ended", "out/whole", 12) and signal.getsignal(signal.SIGTERM) is before
+    assert same_run("out/ended", "out/whole", 15) and signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.slow("20 ends of a two-rank run, each with a start of its own: about 6 minutes")
 def test_twenty_ends(knobs):
     """A whole torchrun job gets a SIGKILL in a save or at a random moment, or a SIGTERM; at last one rank is lost, and
     --max-restarts starts both again: the same final weights."""
-    words = [*TORCHRUN, "--max-restarts=1", *command(knobs, BROKEN, steps=240, save_every=2)]
+    words, folder = [*TORCHRUN, "--max-restarts=1", *command(knobs, steps=240, save_every=2)], Path("out/ended")
     random = np.random.default_rng(0)
-    assert run(*words, "--name=whole", cwd=".", AT="never").returncode == 0
-    for number in range(20):
-        done = max([0, *(int(folder.name[5:]) for folder in checkpoints("out/ended"))])
-        place, end = f"save {done + 2 - done % 2}", "kill_job(os.getppid())"
-        if number % 4:  # 1: torchrun hands a SIGTERM to both ranks, which stop after the same step
-            what = "os.kill(os.getppid(), signal.SIGTERM)" if number % 4 == 1 else end
-            place = f"step {done + random.integers(1, 8)}"
-            end = f"threading.Timer({random.uniform(0, 0.1)}, lambda: {what}).start()"
-        r = run(*words, "--name=ended", cwd=".", AT=place, DO=f"rank or {end}")
-        assert "stopped by SIGTERM" in r.stdout if number % 4 == 1 else r.returncode == -9, r.stderr
-    place = f"step {int(newest_checkpoint('out/ended').name[5:]) + 3}"
-    r = run(*words, "--name=ended", cwd=".", AT=place, DO="if rank == 1: os.kill(os.getpid(), signal.SIGKILL)")
-    assert r.returncode == 0 and r.stdout.count("going on from step") == 2, r.stderr
-    assert same_run("out/ended", "out/whole", 240)
+    assert run(*words, "--name=whole", cwd=".").returncode == 0
+    for number in range(21):
+        newest, saving = newest_checkpoint(folder), "step-*.tmp/training_state.pt" if number % 4 == 0 else "log.jsonl"
+        job = start_and_wait([*words, "--name=ended"],
+                             lambda: newest_checkpoint(folder) != newest and any(folder.glob(saving)))
+        time.sleep(random.uniform(0, 0.2) * (number % 4 > 0))
+        if number == 20:
+            psutil.Process(job.pid).children()[1].kill()
+        elif number % 4 == 1:
+            job.terminate()  # torchrun hands it to both ranks, which stop after the same step
+            assert "stopped by SIGTERM" in job.communicate()[0]
+        else:
+            kill_job(job.pid)
+    out = job.communicate()[0]
+    assert job.returncode == 0 and out.count("going on from step") == 2, out
+    assert same_run(folder, "out/whole", 240)

@@ -1,5 +1,7 @@
-"""The toy as a newcomer has it: in the dtype of a GPU, which a CPU emulates, with caches, and in the notebook."""
+"""Beyond the paper: --image_frame, where an image step's target stands in time, and guidance on the picture. Beyond a
+CPU: a GPU's dtype and number. And the toy as a newcomer has it: its first command, cached prompts, the notebook."""
 import json
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,11 +13,45 @@ import model
 import sample
 import train
 from common import base, latents
-from tests.shared import ROOT, go_back, log_of, run, weights_of
-from toy import world
+from tests.shared import ROOT, go_back, log_of, randomise_lora, run, weights_of
 
-SHORTER = {'"steps": 150': '"steps": 2', '_every": 50': '_every": 2', "test_set(16)": "test_set(3)",
-           "folder, 16, steps=20": "folder, 3, steps=1"}
+
+def test_the_image_frame_is_drawn_evenly_for_each_micro_batch_of_pictures():
+    def drawn(choice, task):
+        cfg, micros = train.Config(image_frame=choice), [(task, i // 4, i % 4, []) for i in range(2600)]
+        return Counter(train.image_frame(cfg, train.MicroBatch(*micro), 13) for micro in micros)
+    counts = drawn("random", "image")
+    assert sorted(counts) == list(range(1, 14)) and all(150 < n < 250 for n in counts.values())  # 200 each
+    assert set(drawn("random", "video")) == set(drawn("first", "image")) == {1}
+
+
+def test_a_run_takes_the_drawn_frames(knobs, tmp_path, monkeypatch):
+    seen, v_loss = [], train.v_loss
+    monkeypatch.setattr(train, "v_loss", lambda *args: seen.append(args[-1]) or v_loss(*args))
+    cfg = train.Config(**{**knobs, "image_frame": "random", "out": str(tmp_path)})
+    train.train(cfg)
+    assert seen == [train.image_frame(cfg, micro, 5) for step in range(6) for micro in train.plan(cfg, step)]
+    assert len(set(seen)) > 2
+
+
+def test_guidance_on_the_picture(tiny, inputs):
+    """Two videos, each with both halves of [uncond | cond]: all move by (S - 1) (cond - cond without the picture). A
+    LoRA's scale counts once."""
+    ours, nothing = tiny[0], torch.arange(0)
+    *rows, ref = inputs
+    model.add_lora(ours, 4, 2)
+    randomise_lora(ours)
+
+    def call(ref=ref, keep=None, rows=[torch.cat([row, row.flip(0)]) for row in rows], **guided):
+        return ours(*rows, attention_kwargs={"reference": ref, "scale": 0.5, **guided}, keep=keep).sample
+    plain, none = call(), call(keep=nothing)
+    pull = (plain - none)[2:].repeat(2, 1, 1, 1, 1)
+    assert torch.equal(call(ref_guidance=1.0), plain) and pull.abs().max() > 1e-3
+    assert (call(ref_guidance=2.5) - (plain + 1.5 * pull)).abs().max() < 1e-6
+    for nowhere in (dict(ref=None), dict(keep=nothing)):  # there is nothing to guide
+        assert torch.equal(call(**nowhere, ref_guidance=2.5), call(**nowhere))
+    with pytest.raises(ValueError, match="ref_guidance needs a reference for each video, got 1 for a batch of 4"):
+        call(ref[:1], ref_guidance=2.0)
 
 
 @pytest.fixture
@@ -34,21 +70,11 @@ def test_the_toys_first_command_in_the_dtype_of_a_gpu(newcomer, bfloat16, monkey
     assert 0 < log_of("out/toy", "samples.jsonl")[-1]["saturation"]["creature-0"] < 1
     saved = model.load_file(f"out/toy/step-000004/{model.LORA_FILE}")
     assert {weight.dtype for weight in saved.values()} == {torch.float32}
+    assert '"dtype": "torch.bfloat16"' in Path("toy/data/cache/pairs+clips-bfloat16/video/index.json").read_text()
     go_back("out/toy", 2, "out/killed")
     train.main(train.Config(**short, val_every=0, name="killed"))
     assert log_of("out/killed") == log_of("out/toy")
     assert torch.equal(weights_of("out/killed", 4), weights_of("out/toy", 4))
-
-
-def test_each_dtype_has_its_own_cache_and_other_latents_none(newcomer, request):
-    """Both kinds of machine share one folder of data, on a network disk, say."""
-    for dtype in ("float32", "bfloat16"):
-        if dtype == "bfloat16":
-            request.getfixturevalue("bfloat16")
-        cache = world.ensure_data(train.Config(toy=True), train.TOY).cache
-        assert cache == f"toy/data/cache/pairs+clips-{dtype}"
-        assert f'"dtype": "torch.{dtype}"' in Path(cache, "video/index.json").read_text()
-    assert world.ensure_data(train.Config(toy=True, crop_jitter=0.1), train.TOY).cache == ""
 
 
 def test_cached_prompts_give_the_same_losses_without_the_text_encoder(newcomer, knobs, monkeypatch):
@@ -71,8 +97,10 @@ def test_each_rank_of_a_machine_has_its_own_gpu(monkeypatch):
     monkeypatch.setenv("RANK", "9")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert base.find_device("cuda") == torch.device("cuda", 1) and base.find_device("cuda:7").index == 7
-    with pytest.raises(ValueError, match="--device cuda:8: .* sees 8 GPUs"):
-        base.find_device("cuda:8")
+
+
+SHORTER = {'"steps": 150': '"steps": 2', '_every": 50': '_every": 2', "test_set(16)": "test_set(3)",
+           "folder, 16, steps=20": "folder, 3, steps=1"}
 
 
 def test_the_cells_of_the_walkthrough_run(newcomer):
