@@ -2,10 +2,11 @@
 import atexit
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -18,7 +19,7 @@ from toy import creatures
 
 ROOT = Path(__file__).parents[1]
 BASE, LORA, REF = (str(ROOT / "toy" / name) for name in ("base", "lora", "refs/creature-0.png"))
-TRAIN, BROKEN = str(ROOT / "train.py"), str(ROOT / "tests/broken.py")
+TRAIN = str(ROOT / "train.py")
 T, C, H, W, L, N = 3, 4, 8, 12, 5, 24  # a tiny model on frames that are not square; N tokens per latent frame
 # --standalone finds a free port: torchrun's own 29500 may be taken by another job.
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -61,17 +62,16 @@ def start(words, cwd, stderr=subprocess.STDOUT, **environment):
     """Start python with these words, in a process group of its own. It ends with the tests."""
     process = subprocess.Popen([sys.executable, *words], cwd=cwd, stdout=subprocess.PIPE, stderr=stderr, text=True,
                                start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
-    atexit.register(kill_job, process)
+    atexit.register(lambda: process.poll() is None and kill_job(process.pid))
     return process
 
 
-def kill_job(process):
-    """SIGKILL for a process that still runs and for its children: the ranks of a torchrun."""
-    if process.poll() is None:
-        job = psutil.Process(process.pid)
-        for one in (job, *job.children()):
-            with suppress(psutil.NoSuchProcess):  # it is over
-                one.kill()
+def kill_job(pid):
+    """SIGKILL for a process and its children, the ranks of a torchrun."""
+    job = psutil.Process(pid)
+    for one in (job, *job.children()):
+        with suppress(psutil.NoSuchProcess):  # it is over
+            one.kill()
 
 
 def run(*words, cwd=ROOT, timeout=600, **environment):
@@ -96,3 +96,14 @@ def weights_of(folder, step=6):
 def go_back(folder, step, new):
     """A copy of a run as if it had been killed after the checkpoint of `step`: later lines are in the logs."""
     shutil.copytree(folder, new, ignore=lambda _, names: [n for n in names if n > f"step-{step:06d}" and "step-" in n])
+
+
+@contextmanager
+def small_disk(size):
+    """Inside, no file can grow beyond this many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

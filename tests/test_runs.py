@@ -1,22 +1,20 @@
 """Runs of train.py: how they go on, on one rank and on two, and what stops them. Every way out of a run ends it, with
 its error and exit status, and leaves a folder that the next run understands."""
-from tests.shared import BROKEN, ROOT, TORCHRUN, command, go_back, log_of, run, weights_of
+from tests.shared import TORCHRUN, command, go_back, kill_job, log_of, run, small_disk, start, weights_of
 
-import shutil
+import os
 import signal
-import subprocess
-import sys
-from functools import partial
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 import model
-import sample
 import train
-from common.run import checkpoints, claim, newest_checkpoint, save_checkpoint, start_log
+from common.run import checkpoints, newest_checkpoint, records
 from common.setup import divide_batches
 from common.log import numbers_in
 
@@ -45,14 +43,15 @@ def whole_fixture(knobs, tmp_path_factory):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(whole, knobs, tmp_path, capsys):
-    """A save was half done, and a line half written."""
+    """A save was half done, a line half written, and somebody has made a copy of a checkpoint."""
     killed = tmp_path / "out/killed"
     go_back(whole, 3, killed)
     (killed / "step-000005.tmp").mkdir()
+    (killed / "step-best").mkdir()
     (killed / "log.jsonl").open("a").write('{"step": 6, "ta')
     go(knobs, name="killed")
     assert [line["step"] for line in log_of(whole)] == list(range(6)) and same_run(killed, whole)
-    assert sorted(folder.name for folder in killed.glob("step-*")) == ["step-000003", "step-000006"]
+    assert sorted(folder.name for folder in killed.glob("step-*")) == ["step-000003", "step-000006", "step-best"]
     go(knobs, name="killed")
     assert "going on from step 3" in (said := capsys.readouterr().out) and "is complete" in said
     for change, said in ((dict(steps=9), "steps was 6, now 9"), (dict(lr=1.0), "lr was 0.006, now 1.0")):
@@ -74,135 +73,79 @@ def test_two_ranks_go_on_where_one_was(whole, knobs):
         assert np.allclose(*([n for _, n in numbers_in(lines, "")] for lines in (one, two)), rtol=1e-4, atol=1e-5)
 
 
-def test_pcgrad_resumes_exactly_and_watching_leaves_no_trace(knobs, monkeypatch):
-    monkeypatch.setattr("common.watch.generate", partial(sample.generate, steps=2))
-    shutil.copytree(ROOT / "toy/refs", "refs", ignore=shutil.ignore_patterns("*[1-9].*"))
-    watch = dict(gradcos_every=2, val_every=3, val_refs="refs")
-    go(knobs, pcgrad=4, name="whole", **watch)
-    go(knobs, pcgrad=4, name="unwatched")
-    assert same_run("out/whole", "out/unwatched")
-    go(knobs, name="without")
-    assert not same_run("out/whole", "out/without")
-    go_back("out/whole", 3, "out/killed")
-    go(knobs, pcgrad=4, name="killed", **watch)
-    assert all(same_run("out/killed", "out/whole", 6, file) for file in ("log.jsonl", "gradcos.jsonl", "val.jsonl"))
-    go(knobs, pcgrad=4, name="unwatched", val_every=3)  # it is complete: only its end is measured
+def test_pcgrad_and_two_stages_resume_exactly_and_watching_leaves_no_trace(knobs):
+    """Each stage has a schedule of its own: two steps of warm-up, then a cosine over two."""
+    knobs = {**knobs, "task_schedule": "two_stage", "steps": 8, "warmup": 2, "lr": 1.0e-3, "pcgrad": 4}
+    watch = dict(gradcos_every=2, val_every=3)
+    go(knobs, name="whole", **watch)
+    lines = log_of("out/whole")
+    assert [line["task"] for line in lines] == ["image"] * 4 + ["video"] * 4
+    assert [line["lr"] for line in lines] == pytest.approx([0, 5e-4, 1e-3, 5e-4] * 2)
+    go_back("out/whole", 6, "out/killed")
+    go(knobs, name="killed", **watch)
+    assert all(same_run("out/killed", "out/whole", 8, file) for file in ("log.jsonl", "gradcos.jsonl", "val.jsonl"))
+    go(knobs, name="unwatched")
+    go(knobs, name="unwatched", val_every=3)  # it is complete: only its end is measured
+    assert same_run("out/whole", "out/unwatched", 8)
     assert log_of("out/unwatched", "val.jsonl") == log_of("out/whole", "val.jsonl")[-1:]
 
 
-def test_two_stages_have_a_schedule_each_and_resume(knobs):
-    knobs = {**knobs, "task_schedule": "two_stage", "steps": 8, "warmup": 2, "save_every": 2, "lr": 1.0e-3}
-    go(knobs, name="whole")
-    lines = log_of("out/whole")
-    assert [line["task"] for line in lines] == ["image"] * 4 + ["video"] * 4
-    assert [line["lr"] for line in lines] == pytest.approx([0, 5e-4, 1e-3, 5e-4] * 2)  # warm-up 2, cosine over 2
-    go_back("out/whole", 6, "out/killed")
-    go(knobs, name="killed")
-    assert same_run("out/killed", "out/whole", 8)
-
-
-# ---- micro-batches and ranks -----------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("batch, micro, ranks, expected, said", [
     (256, 8, 8, (256, 8), ""),  # the paper's
-    (33, 4, 1, (33, 3), "--image_micro 4 is now 3: it must divide 33 samples on 1 rank(s)\n"),
-    (16, 4, 3, (15, 1), "--image_batch 16 is now 15: a multiple of 3 ranks\n"
-                        "--image_micro 4 is now 1: it must divide 15 samples on 3 rank(s)\n")])
+    (33, 4, 1, (33, 3), "--image_micro 4 is now 3"), (16, 4, 3, (15, 1), "--image_batch 16 is now 15")])
 def test_batches_are_divided_by_the_ranks(capsys, batch, micro, ranks, expected, said):
     cfg = divide_batches(train.Config(image_batch=batch, image_micro=micro, video_batch=ranks), ranks)
-    assert (cfg.image_batch, cfg.image_micro) == expected and capsys.readouterr().out == said
-
-
-@pytest.mark.parametrize("schedule", ["switch", "mixed", "two_stage"])
-def test_ranks_share_the_micro_batches_of_one(monkeypatch, schedule):
-    """Four ranks have together the micro-batches of one rank, and as many each; every sample comes once."""
-    cfg = train.Config(task_schedule=schedule, p=0.5, steps=20, image_batch=16, image_micro=2, video_batch=8)
-    for step in range(20):
-        monkeypatch.setattr(train, "rank_and_world_size", lambda: (0, 1))
-        alone, shares = train.plan(cfg, step), []
-        samples = [key for micro in alone for key in micro.keys]
-        assert len(set(samples)) == len(samples)
-        for rank in range(4):
-            monkeypatch.setattr(train, "rank_and_world_size", lambda rank=rank: (rank, 4))
-            shares.append(train.plan(cfg, step))
-        assert {len(share) for share in shares} == {len(alone) // 4}
-        assert sorted(sum(shares, []), key=lambda micro: micro.index) == alone
+    assert (cfg.image_batch, cfg.image_micro) == expected and said in capsys.readouterr().out
 
 
 # ---- what stops a run ------------------------------------------------------------------------------------------------
 
-RAISE = "raise RuntimeError('CUDA error: an illegal memory access')"
-RAISE_ON_RANK_1 = f"if rank == 1: {RAISE}"
-KILL_A_WORKER = "psutil.Process().children()[0].kill()"
-INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)"
+def start_and_wait(words, condition):
+    """A job that runs, at the moment when the condition comes true."""
+    job = start(words, cwd=".")
+    while not condition():
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.002)
+    return job
 
 
-@pytest.mark.parametrize("ranks, what, status, said", [
-    ([], KILL_A_WORKER, 1, "killed by signal"), ([], INTERRUPT, 130, "train.py: interrupted"),
-    ([], RAISE, 1, "CUDA error: an illegal memory access"),
-    pytest.param(TORCHRUN, RAISE_ON_RANK_1, 1, "CUDA error: an illegal memory access",
-                 marks=pytest.mark.slow("a torchrun job"))],
-    ids=["killed worker", "Ctrl-C", "error", "error on one of two ranks"])
-def test_a_run_with_reading_workers_ends(knobs, tmp_path, ranks, what, status, said):
-    """Something happens in step 2, while two processes read ahead."""
-    r = run(*ranks, *command(knobs, BROKEN, workers=2, steps=60), cwd=tmp_path, AT="step 2", DO=what)
-    assert r.returncode == status and said in r.stderr, r.stderr
-    assert "Traceback" not in r.stderr or what is not INTERRUPT
+def has_steps(n, folder="out/toy"):
+    return lambda: len(records(Path(folder, "log.jsonl"))) >= n
 
 
-def test_a_sigterm_ends_a_process_that_no_longer_trains(knobs):
-    """The handler that asks the loop to stop is gone with the loop."""
-    before = signal.getsignal(signal.SIGTERM)
-    train.main(train.Config(**{**knobs, "steps": 1}))
-    assert signal.getsignal(signal.SIGTERM) is before
+def test_ctrl_c_ends_a_run_with_one_line(knobs):
+    job = start_and_wait(command(knobs, workers=2, steps=999), has_steps(2))
+    job.send_signal(signal.SIGINT)
+    out = job.communicate(timeout=100)[0]
+    assert job.returncode == 130 and "train.py: interrupted" in out and "Traceback" not in out, out
 
 
-@pytest.mark.parametrize("file, kept, message", [
-    ("config.json", 1, "damaged/config.json is damaged")] + [
-    (file, kept, "damaged/step-000006 is damaged .*: delete it, and the same command goes on from step-000003")
-    for file in ("step-000006/training_state.pt", f"step-000006/{model.LORA_FILE}") for kept in (1000, None)])
-def test_what_is_damaged_is_named(whole, knobs, file, kept, message):
-    """The file is cut, or gone."""
-    go_back(whole, 6, "out/damaged")
-    damaged = Path("out/damaged", file)
-    content = damaged.read_bytes()
-    damaged.unlink()
-    if kept:
-        damaged.write_bytes(content[:kept])
-    with pytest.raises(ValueError, match=message) as error:
-        go(knobs, name="damaged")
+def test_an_error_in_the_loop_ends_the_processes_that_read_ahead(knobs):
+    words = "import train; train.add_losses = None; train.command_line(train.main, train.Config, '')"
+    r = run("-c", words, *command(knobs, workers=2)[2:], cwd=".", timeout=100)
+    assert r.returncode == 1 and "TypeError: 'NoneType' object is not callable" in r.stderr
+
+
+@pytest.mark.parametrize("file", ["training_state.pt", model.LORA_FILE])
+def test_a_checkpoint_that_is_cut_is_named_in_one_line(whole, knobs, file):
+    go_back(whole, 6, "out/cut")
+    os.truncate(f"out/cut/step-000006/{file}", 100)
+    said = "out/cut/step-000006 is damaged .*: delete it, and the same command goes on from step-000003"
+    with pytest.raises(ValueError, match=said) as error:
+        go(knobs, name="cut")
     assert "\n" not in str(error.value)
-
-
-def test_only_whole_step_folders_are_checkpoints_and_rank_0_alone_writes(tmp_path, monkeypatch):
-    """A copy that somebody made, a note, a half-written save and seven digits: the newest is the largest number."""
-    for name in ("step-000004", "step-best", "step-000002", "step-000006.tmp", "step-1000000"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "step-000009").write_text("")
-    there = sorted(tmp_path.iterdir())
-    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000002", "step-000004", "step-1000000"]
-    assert newest_checkpoint(tmp_path / "none") is None
-    with monkeypatch.context() as patch:
-        patch.setenv("RANK", "1")
-        claim(tmp_path)
-        start_log(tmp_path, {}, 4)
-        save_checkpoint(tmp_path, 8, Path.mkdir, {})
-    assert sorted(tmp_path.iterdir()) == there
-    start_log(tmp_path, {}, 4)  # a run that goes on removes what was half saved
-    save_checkpoint(tmp_path, 1000008, Path.mkdir, {})
-    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000004", "step-1000000", "step-1000008"]
-    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_two_runs_on_one_name_are_kept_apart(knobs):
     """The lock that a running process holds is taken here by another one."""
-    hold = "import fcntl, sys; f = open('.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
+    hold = "import fcntl, time; f = open('.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=1); time.sleep(99)"
     Path("out/toy").mkdir(parents=True)
-    with subprocess.Popen([sys.executable, "-uc", hold], cwd="out/toy", stdin=-1, stdout=-1) as other:
-        other.stdout.readline()
-        with pytest.raises(ValueError, match="another process trains in .*toy: .* choose another --name"):
-            go(knobs, steps=1)
-        other.stdin.close()
+    other = start(["-c", hold], cwd="out/toy")
+    other.stdout.readline()
+    with pytest.raises(ValueError, match="another process trains in .*toy: .* choose another --name"):
+        go(knobs, steps=1)
+    other.kill()
+    other.wait()
     go(knobs, steps=1)
     assert len(log_of("out/toy")) == 1
 
@@ -216,53 +159,49 @@ def test_a_number_that_is_not_finite_stops_the_run(knobs, monkeypatch, module, n
     assert not checkpoints("out/toy")
 
 
-def test_full_disk_keeps_the_last_checkpoint(whole, knobs):
-    """No file may grow past 50 kB: the log fits, a checkpoint does not."""
-    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); " \
-              "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+def test_a_full_disk_keeps_the_last_checkpoint(whole, knobs):
+    """The log fits on it, a checkpoint does not."""
     go_back(whole, 3, "out/full")
-    r = run("-c", limited, *command(knobs, name="full"), cwd=".")
-    assert r.returncode == 1 and "Traceback" not in r.stderr, r.stderr
-    assert "cannot save out/full/step-000006" in r.stderr and "goes on from out/full/step-000003" in r.stderr
+    said = "cannot save out/full/step-000006: .* it goes on from out/full/step-000003"
+    with small_disk(50_000), pytest.raises(SystemExit, match=said):
+        go(knobs, name="full")
     assert [folder.name for folder in checkpoints("out/full")] == ["step-000003"]
     go(knobs, name="full")
     assert same_run("out/full", whole)
 
 
 def test_sigterm_saves_and_the_run_goes_on(knobs):
-    """The process that reads data gets it too."""
-    knobs = {**knobs, "steps": 12, "save_every": 100, "workers": 1}
-    r = run(*command(knobs, BROKEN, name="ended"), cwd=".", AT="step 8", DO="os.killpg(0, signal.SIGTERM)")
-    assert r.returncode == 0 and "stopped by SIGTERM" in r.stdout, r.stderr
-    assert 8 <= int(newest_checkpoint("out/ended").name[5:]) < 12
-    go(knobs, name="ended")
-    go(knobs, name="whole")
-    assert same_run("out/ended", "out/whole", 12)
-
-
-@pytest.mark.slow("two torchrun jobs: a minute")
-def test_a_lost_rank_restarts_by_itself(knobs):
-    """torchrun --max-restarts starts both ranks again when one is killed."""
-    words = [*TORCHRUN, "--max-restarts=1", *command(knobs, BROKEN, steps=40)]
-    for name, place in (("whole", "step 99"), ("lost", "step 20")):
-        r = run(*words, f"--name={name}", cwd=".", AT=place, DO="if rank == 1: psutil.Process().kill()")
-        assert r.returncode == 0 and ("going on from step" in r.stdout) == (name == "lost"), r.stderr
-    assert same_run("out/lost", "out/whole", 40)
+    """The process that reads data gets it too. After the loop it ends a process at once, as it always does."""
+    knobs, before = {**knobs, "steps": 15, "save_every": 100, "workers": 1}, signal.getsignal(signal.SIGTERM)
+    job = start_and_wait(command(knobs, name="ended"), has_steps(3, "out/ended"))
+    os.killpg(job.pid, signal.SIGTERM)
+    out = job.communicate()[0]
+    assert job.returncode == 0 and "stopped by SIGTERM" in out, out
+    assert 3 <= int(newest_checkpoint("out/ended").name[5:]) < 15
+    for name in ("ended", "whole"):
+        train.main(train.Config(**{**knobs, "name": name}))
+    assert same_run("out/ended", "out/whole", 15) and signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.slow("20 ends of a two-rank run, each with a start of its own: about 6 minutes")
 def test_twenty_ends(knobs):
-    """A whole torchrun job gets a SIGKILL in a save or at a random moment, or a SIGTERM: the same final weights."""
-    words, random = [*TORCHRUN, *command(knobs, BROKEN, steps=240, save_every=2)], np.random.default_rng(0)
-    assert run(*words, "--name=whole", cwd=".", AT="never").returncode == 0
-    for number in range(20):
-        done = max([0, *(int(folder.name[5:]) for folder in checkpoints("out/ended"))])
-        place, end = f"save {done + 2 - done % 2}", "kill_job()"
-        if number % 4:  # 1: torchrun hands a SIGTERM to both ranks, which stop after the same step
-            what = "psutil.Process().parent().terminate" if number % 4 == 1 else "kill_job"
-            place = f"step {done + random.integers(1, 8)}"
-            end = f"threading.Timer({random.uniform(0, 0.1)}, {what}).start()"
-        r = run(*words, "--name=ended", cwd=".", AT=place, DO=f"rank or {end}")
-        assert "stopped by SIGTERM" in r.stdout if number % 4 == 1 else r.returncode == -9, r.stderr
-    assert run(*words, "--name=ended", cwd=".", AT="never").returncode == 0
-    assert same_run("out/ended", "out/whole", 240)
+    """A whole torchrun job gets a SIGKILL in a save or at a random moment, or a SIGTERM; at last one rank is lost, and
+    --max-restarts starts both again: the same final weights."""
+    words, folder = [*TORCHRUN, "--max-restarts=1", *command(knobs, steps=240, save_every=2)], Path("out/ended")
+    random = np.random.default_rng(0)
+    assert run(*words, "--name=whole", cwd=".").returncode == 0
+    for number in range(21):
+        newest, saving = newest_checkpoint(folder), "step-*.tmp/training_state.pt" if number % 4 == 0 else "log.jsonl"
+        job = start_and_wait([*words, "--name=ended"],
+                             lambda: newest_checkpoint(folder) != newest and any(folder.glob(saving)))
+        time.sleep(random.uniform(0, 0.2) * (number % 4 > 0))
+        if number == 20:
+            psutil.Process(job.pid).children()[1].kill()
+        elif number % 4 == 1:
+            job.terminate()  # torchrun hands it to both ranks, which stop after the same step
+            assert "stopped by SIGTERM" in job.communicate()[0]
+        else:
+            kill_job(job.pid)
+    out = job.communicate()[0]
+    assert job.returncode == 0 and out.count("going on from step") == 2, out
+    assert same_run(folder, "out/whole", 240)

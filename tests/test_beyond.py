@@ -1,0 +1,116 @@
+"""Beyond the paper: --image_frame, where an image step's target stands in time, and guidance on the picture. Beyond a
+CPU: a GPU's dtype and number. And the toy as a newcomer has it: its first command, cached prompts, the notebook."""
+import json
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import model
+import sample
+import train
+from common import base, latents
+from tests.shared import ROOT, go_back, log_of, randomise_lora, run, weights_of
+
+
+def test_the_image_frame_is_drawn_evenly_for_each_micro_batch_of_pictures():
+    def drawn(choice, task):
+        cfg, micros = train.Config(image_frame=choice), [(task, i // 4, i % 4, []) for i in range(2600)]
+        return Counter(train.image_frame(cfg, train.MicroBatch(*micro), 13) for micro in micros)
+    counts = drawn("random", "image")
+    assert sorted(counts) == list(range(1, 14)) and all(150 < n < 250 for n in counts.values())  # 200 each
+    assert set(drawn("random", "video")) == set(drawn("first", "image")) == {1}
+
+
+def test_a_run_takes_the_drawn_frames(knobs, tmp_path, monkeypatch):
+    seen, v_loss = [], train.v_loss
+    monkeypatch.setattr(train, "v_loss", lambda *args: seen.append(args[-1]) or v_loss(*args))
+    cfg = train.Config(**{**knobs, "image_frame": "random", "out": str(tmp_path)})
+    train.train(cfg)
+    assert seen == [train.image_frame(cfg, micro, 5) for step in range(6) for micro in train.plan(cfg, step)]
+    assert len(set(seen)) > 2
+
+
+def test_guidance_on_the_picture(tiny, inputs):
+    """Two videos, each with both halves of [uncond | cond]: all move by (S - 1) (cond - cond without the picture). A
+    LoRA's scale counts once."""
+    ours, nothing = tiny[0], torch.arange(0)
+    *rows, ref = inputs
+    model.add_lora(ours, 4, 2)
+    randomise_lora(ours)
+
+    def call(ref=ref, keep=None, rows=[torch.cat([row, row.flip(0)]) for row in rows], **guided):
+        return ours(*rows, attention_kwargs={"reference": ref, "scale": 0.5, **guided}, keep=keep).sample
+    plain, none = call(), call(keep=nothing)
+    pull = (plain - none)[2:].repeat(2, 1, 1, 1, 1)
+    assert torch.equal(call(ref_guidance=1.0), plain) and pull.abs().max() > 1e-3
+    assert (call(ref_guidance=2.5) - (plain + 1.5 * pull)).abs().max() < 1e-6
+    for nowhere in (dict(ref=None), dict(keep=nothing)):  # there is nothing to guide
+        assert torch.equal(call(**nowhere, ref_guidance=2.5), call(**nowhere))
+    with pytest.raises(ValueError, match="ref_guidance needs a reference for each video, got 1 for a batch of 4"):
+        call(ref[:1], ref_guidance=2.0)
+
+
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """base.compute_dtype says bfloat16, as on a GPU, to everyone who has imported it."""
+    monkeypatch.setattr(base.compute_dtype, "__code__", (lambda device: torch.bfloat16).__code__)
+
+
+def test_the_toys_first_command_in_the_dtype_of_a_gpu(newcomer, bfloat16, monkeypatch):
+    """train.py --toy from its data to its samples. A run that was killed goes on as if nobody had watched or killed."""
+    monkeypatch.setattr("common.watch.generate", partial(sample.generate, steps=1))  # 50 take long in bfloat16
+    short = dict(toy=True, steps=4, save_every=2, image_batch=4, image_micro=4, video_batch=2, video_micro=2, p=0.5,
+                 lora_rank=4, lora_alpha=2.0, lora_dropout=0.1, view_drop=0.3)
+    train.main(train.Config(**short, val_every=2, gradcos_every=2))
+    assert [line["step"] for line in log_of("out/toy", "gradcos.jsonl")] == [0, 2, 4]
+    assert 0 < log_of("out/toy", "samples.jsonl")[-1]["saturation"]["creature-0"] < 1
+    saved = model.load_file(f"out/toy/step-000004/{model.LORA_FILE}")
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+    assert '"dtype": "torch.bfloat16"' in Path("toy/data/cache/pairs+clips-bfloat16/video/index.json").read_text()
+    go_back("out/toy", 2, "out/killed")
+    train.main(train.Config(**short, val_every=0, name="killed"))
+    assert log_of("out/killed") == log_of("out/toy")
+    assert torch.equal(weights_of("out/killed", 4), weights_of("out/toy", 4))
+
+
+def test_cached_prompts_give_the_same_losses_without_the_text_encoder(newcomer, knobs, monkeypatch):
+    """It leaves the pipeline, because diffusers would draw the samples' noise where its first module lies."""
+    cfg = train.Config(**{**knobs, "cls": "item", "cls_video": False, "val_every": 1, "name": "plain"})
+    latents.prepare_cache(latents.Latents(out="cache", prompts=True, device="cpu", **{k: getattr(cfg, k) for k in (
+        "base", "images", "videos", "crop_jitter", "frames", "fps", "cls", "cls_video")}))
+    encoders, losses = [], []
+    monkeypatch.setattr(train.Validation, "measure", lambda self, step: encoders.append(self.pipe.text_encoder))
+    for change in ({}, dict(name="cached", cache="cache")):
+        train.train(replace(cfg, **change))
+        losses.append([line["loss"] for line in log_of(f"out/{change.get('name', 'plain')}")])
+    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert encoders[0] is not None and encoders[-1] is None
+
+
+def test_each_rank_of_a_machine_has_its_own_gpu(monkeypatch):
+    """Rank 9 of two machines with eight GPUs is the second one's GPU 1."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert base.find_device("cuda") == torch.device("cuda", 1) and base.find_device("cuda:7").index == 7
+
+
+SHORTER = {'"steps": 150': '"steps": 2', '_every": 50': '_every": 2', "test_set(16)": "test_set(3)",
+           "folder, 16, steps=20": "folder, 3, steps=1"}
+
+
+def test_the_cells_of_the_walkthrough_run(newcomer):
+    """With two training steps and three creatures in the place of 150 and 16."""
+    cells = json.loads((ROOT / "paper/walkthrough.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    for long, short in SHORTER.items():
+        assert long in code
+        code = code.replace(long, short)
+    Path("train.py").symlink_to(ROOT / "train.py")  # the first cell looks for the folder of this file
+    r = run("-c", code, cwd=newcomer)
+    assert r.returncode == 0, r.stderr
+    assert "largest difference: 0.0" in r.stdout and "p = 0.2: moves" in r.stdout
