@@ -191,32 +191,28 @@ def test_coin():
     assert set(tasks(99, p=0.0)) == {"image"} and set(tasks(99, p=1.0)) == {"video"}
 
 
-MICROS = [train.MicroBatch("video", i // 4, i % 4, []) for i in range(400)]
-
-
-def keeps_of(n=1350, **knobs):
-    cfg = train.Config(**knobs)
-    return [train.tokens_to_keep(cfg, micro, n) for micro in MICROS]
-
-
 def test_token_drop():
     """Each micro-batch keeps a sorted random half of its own of a reference's 1,350 tokens."""
-    keeps = torch.stack(keeps_of())
+    cfg, micros = train.Config(), [train.MicroBatch("video", i // 4, i % 4, []) for i in range(400)]
+    keeps = torch.stack([train.tokens_to_keep(cfg, micro, 1350) for micro in micros])
     assert keeps.shape == (400, 675) and (keeps.diff() > 0).all() and keeps.min() == 0 and keeps.max() == 1349
     assert abs(keeps.float().mean() - 674.5) < 5 and len(keeps.unique(dim=0)) == 400
     few = dict(token_drop=0.99, lora_scope="reference", view_drop=0.0)  # LoRA needs a token at least
-    for n, kept, knobs in ((1350, 135, dict(token_drop=0.9)), (1350, 14, few), (16, 1, few)):
-        assert len(keeps_of(n, **knobs)[0]) == kept
+    for n, kept, flags in ((1350, 135, dict(token_drop=0.9)), (1350, 14, few), (16, 1, few)):
+        assert len(train.tokens_to_keep(train.Config(**flags), micros[0], n)) == kept
 
 
 def test_whole_drops():
     """The view drop, and --drop reference, leave all tokens or none; all of them stay at a drop of 0, none at 1."""
-    view_drop = [train.all_or_none(train.Config(), micro, 0.25) for micro in MICROS]
-    for keeps in (view_drop, keeps_of(drop="reference", token_drop=0.25)):
+    micros = [train.MicroBatch("image", i // 4, i % 4, []) for i in range(400)]
+    authors = train.Config(drop="reference", token_drop=0.25)
+    for keeps in ([train.all_or_none(train.Config(), micro, 0.25) for micro in micros],
+                  [train.tokens_to_keep(authors, micro, 1350) for micro in micros]):
         assert all(keep is None or len(keep) == 0 for keep in keeps)
         assert np.mean([keep is None for keep in keeps]) == pytest.approx(0.75, abs=0.07)  # 0.02 is the deviation
     for drop in ("tokens", "reference"):
-        assert len(keeps_of(drop=drop, token_drop=1.0)[0]) == 0 and keeps_of(drop=drop, token_drop=0.0)[0] is None
+        assert len(train.tokens_to_keep(train.Config(drop=drop, token_drop=1.0), micros[0], 9)) == 0
+        assert train.tokens_to_keep(train.Config(drop=drop, token_drop=0.0), micros[0], 9) is None
 
 
 # ---- text, sampling --------------------------------------------------------------------------------------------------

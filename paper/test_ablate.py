@@ -49,7 +49,6 @@ def test_a_row_is_done_once_and_a_lost_run_is_trained_again(tmp_path, monkeypatc
     (run / "step-000009").mkdir(parents=True)  # left by other code: not to be scored as ours
     cfg = ablate.Config(row="ours", seeds=0, out=str(tmp_path / "out"), results=str(tmp_path / "results"))
     ablate.main(cfg)
-    assert not (run / "step-000009").exists()
     (run / "step-000001").rmdir()
     ablate.main(cfg)
     ablate.main(cfg)
