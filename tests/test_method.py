@@ -20,15 +20,13 @@ from common import base, latents, media, setup
 from common.run import torch_rng
 from tests.shared import BASE, LORA, TORCHRUN, N, T, command, large_vae, log_of, randomise_lora, run
 
-CPU = torch.device("cpu")
-
 
 # ---- what drops, and where <cls> stands ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("task", ["image", "video"])
 def test_a_dropped_reference_is_not_encoded(knobs, task):
     """With an empty `keep` there is one VAE call less, zeros stand for the reference, and x is the same."""
-    cfg, pipe, _ = setup.load_model(train.Config(**knobs), CPU)
+    cfg, pipe, _ = setup.load_model(train.Config(**knobs), torch.device("cpu"))
     batch, calls = next(data.batches(setup.open_data(cfg, pipe)[0], [[(task, 0, 0), (task, 0, 1)]])), []
     pipe.vae.encoder.register_forward_hook(lambda *_: calls.append(1))
     (x, ref, _), (same, zeros, _) = (train.encode(cfg, pipe, batch, task, keep, torch_rng(0, "noise", 0, 0))
@@ -80,7 +78,7 @@ def test_a_mixed_step_is_the_weighted_mean_of_both_tasks(knobs, tmp_path, monkey
         p.grad.clone() for p in parameters) or clip(parameters, norm))
     train.train(cfg)
 
-    cfg, pipe, parameters = setup.load_model(cfg, CPU)
+    cfg, pipe, parameters = setup.load_model(cfg, torch.device("cpu"))
     datasets, gradients = setup.open_data(cfg, pipe)[0], {"image": [], "video": []}
     for micro in train.plan(cfg, 0):
         keep = train.tokens_to_keep(cfg, micro, 16) if micro.task == "video" else None
@@ -107,7 +105,7 @@ def test_a_picture_has_the_same_latents_in_training_cache_and_sampling(tmp_path)
     pixels = media.normalise(torch.stack([media.to_pixels([picture]) for picture in pictures]))
     whole = vae.encode(pixels.transpose(1, 2)).latent_dist.mode().transpose(1, 2) * vae.config.scaling_factor
     base.tile_vae(vae)
-    pipe = SimpleNamespace(vae=vae, transformer=SimpleNamespace(device=CPU))
+    pipe = SimpleNamespace(vae=vae, transformer=SimpleNamespace(device=torch.device("cpu")))
     wanted = latents.Latents(images=str(tmp_path), out=str(tmp_path / "out"), crop_jitter=0.0)
     latents.cache_task(wanted, pipe, "image", str(tmp_path), size, 49, 0, 1)
     found = [sample.encode_references(pipe, pictures, *size)]

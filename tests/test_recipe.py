@@ -209,8 +209,9 @@ def test_jitter_zooms_by_up_to_its_share_and_shifts_by_half_of_it_either_way():
 def test_each_cached_crop_of_a_pair_is_drawn_in_both_directions(loaded, tmp_path):
     pair = {"image_0": REF, "image_1": REF, "description_0": "a", "description_1": "b"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
-    latents.prepare_cache(latents.Latents(base=BASE, images=str(tmp_path), out=f"{tmp_path}/cache", crops=3))
-    cfg = dataclasses.replace(loaded[0], images=str(tmp_path), cache=f"{tmp_path}/cache", p=0.0)
+    asked = dict(images=str(tmp_path), crop_jitter=0.5)
+    latents.prepare_cache(latents.Latents(base=BASE, out=f"{tmp_path}/cache", crops=3, **asked))
+    cfg = dataclasses.replace(loaded[0], cache=f"{tmp_path}/cache", p=0.0, **asked)
     pairs = setup.open_data(cfg, loaded[1])[0]["image"]
     assert len({pairs[step, 0]["target_moments"].sum().item() for step in range(60)}) == 2 * 3
 
