@@ -140,7 +140,7 @@ def test_lora_scale(tmp_path):
     for name, weight in stock.state_dict().items():
         zero, one, two = (weights[name] - weight for weights in merged)
         assert zero.abs().max() < 1e-6 and torch.allclose(two, 2 * one, atol=1e-5)
-        assert one.any() == ("to_q.weight" in name) or "to_q" not in name
+        assert one.any() or "to_q.weight" not in name  # the LoRA is in it
     model.add_lora(stock, 4, 2, scope="reference")
     model.save_lora(stock, tmp_path, base=BASE)
     kept = sample.load(str(tmp_path), lora_scale=2)[0].transformer
@@ -237,6 +237,7 @@ def test_ranks_sum_gradients_once_a_step(knobs, tmp_path):
     """Two ranks, five steps. Pairs take one micro-batch on each rank; a clip at a time makes two."""
     (tmp_path / "count.py").write_text(COUNT)
     r = run(*TORCHRUN, *command(knobs, "count.py", name="x", steps=5, video_micro=1), cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
     tasks = [line["task"] for line in log_of(tmp_path / "out/x")]
-    assert set(tasks) == {"image", "video"}, r.stderr
+    assert set(tasks) == {"image", "video"}
     assert r.stdout.count(f"micro-batches without a sum over ranks: {tasks.count('video')}") == 2  # each says so
