@@ -24,5 +24,5 @@ def pytest_xdist_auto_num_workers(config):
 
 def pytest_collection_modifyitems(items):
     """The files that take longest come first: else one of them runs alone at the end."""
-    longest = ["test_bench", "test_runs", "test_levers", "test_method", "test_prepare"]
+    longest = ["test_bench", "test_runs", "test_method", "test_prepare"]
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
