@@ -2,7 +2,7 @@
 
     python -m paper.metrics bench --refs FOLDER --prompts FILE --out bench.json
     torchrun --nproc_per_node=8 sample.py --bench bench.json --images FOLDER --lora out/subject --out out/videos
-    python -m paper.metrics out/videos --bench bench.json --images FOLDER     # writes results.json and report.html
+    python -m paper.metrics out/videos --bench bench.json --images FOLDER     # prints a table, writes results.json
     python -m paper.metrics controls --out out/controls                       # toy videos that fool metrics
 
 The paper calls its five columns VBench metrics. VBench has no CLIP-T, CLIP-I or DINO-I: those follow DreamVideo's
@@ -32,7 +32,6 @@ from common.media import (CLIP_SUFFIXES, as_shown, fit_reference, load_clip, loa
                           resize_center_crop)
 from model import REFERENCE_TOKEN
 from paper import benchmarks, fvd, motion, opens2v
-from paper.report import contact_sheet_uri, write_report
 from common.jobs import read_bench
 from common.run import write
 
@@ -130,7 +129,6 @@ class Config:
     vbench: str = knob("", "VBench's result file of ONE folder, for motion smoothness")
     opens2v: str = knob("", "folder of OpenS2V's result files of ONE folder, for its totals")
     toy: bool = knob(False, "also the toy's exact scores, for the ids of python -m toy.world bench")
-    sort: str = knob("CLIP-I", "score that report.html is sorted by, the lowest first")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
 
     def __post_init__(self):
@@ -240,8 +238,8 @@ def toy_scores(frames):
 
 
 def score_folder(cfg, folder, bench, tools):
-    """({id: scores}, {id: why not}, {id: I3D features}, {id: contact sheet}, frames per second) of a folder."""
-    videos, problems, features, sheets, toys, fps = {}, {}, {}, {}, {}, None
+    """({id: scores}, {id: why not}, {id: I3D features}, frames per second) of a folder."""
+    videos, problems, features, toys, fps = {}, {}, {}, {}, None
     for name, entry in tqdm(bench.items(), str(folder)):
         with noting(problems, name):
             frames, fps = read_video(Path(folder, f"{name}.mp4"))
@@ -261,7 +259,6 @@ def score_folder(cfg, folder, bench, tools):
             if "i3d" in tools:
                 with noting(problems, f"{name}: FVD"):
                     features[name] = i3d_features(cfg, tools, frames)
-            sheets[name] = contact_sheet_uri(reference, frames)
             if cfg.toy:
                 toys[name] = frames
     for metric, values in toy_scores(toys).items() if toys else ():
@@ -270,7 +267,7 @@ def score_folder(cfg, folder, bench, tools):
     for name, value in motion.vbench_smoothness(cfg.vbench).items() if cfg.vbench else ():
         if name in videos:
             videos[name]["Motion Smooth."] = value
-    return videos, problems, features, sheets, fps
+    return videos, problems, features, fps
 
 
 def mean_scores(videos):
@@ -318,7 +315,7 @@ def print_results(cfg, results):
 
 
 def score(cfg):
-    """Score folders of videos made from a benchmark: the paper's table, results.json and report.html in each."""
+    """Score folders of videos made from a benchmark: the paper's table, and a results.json in each."""
     if not cfg.dirs or not cfg.bench:
         raise ValueError("nothing to score: pass a folder of videos and --bench FILE")
     for folder in cfg.dirs + [cfg.real] * bool(cfg.real):
@@ -331,7 +328,7 @@ def score(cfg):
     versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "numpy", "pillow", "av")}
     results, real = {}, None
     for folder in cfg.dirs:
-        videos, problems, features, sheets, fps = score_folder(cfg, folder, bench, tools)
+        videos, problems, features, fps = score_folder(cfg, folder, bench, tools)
         table = mean_scores(videos)
         if features:
             real = real or real_clips(cfg, tools, fps)
@@ -342,14 +339,13 @@ def score(cfg):
         result = results[folder] = {"table": table, "videos": videos, "unusable": problems}
         record = {"settings": dataclasses.asdict(cfg), "versions": versions, "missing": missing, **result}
         write(Path(folder, "results.json"), json.dumps(record, indent=1))
-        write_report(Path(folder, "report.html"), folder, bench, result, sheets, cfg.sort)
     print_results(cfg, results)
     for metric, why in missing.items():
         print(f"{metric}: not computed: {why}")
     for folder, result in results.items():
         problems = result["unusable"]
         print(f"{folder}: {len(result['videos'])} of {len(bench)} videos scored, {len(problems)} problems; "
-              f"wrote results.json and report.html", *(f"  {name}: {why}" for name, why in problems.items()), sep="\n")
+              f"wrote results.json", *(f"  {name}: {why}" for name, why in problems.items()), sep="\n")
 
 
 if __name__ == "__main__":
