@@ -114,6 +114,7 @@ def test_raft_sees_whole_eights_in_its_range(monkeypatch):
     class Raft(torch.nn.Module):
         def forward(self, a, b, num_flow_updates):
             assert a.shape[2] % 8 == a.shape[3] % 8 == 0 and num_flow_updates == 20
+            assert torch.equal(a[:, :, 0], a[:, :, 1])  # what is added repeats the edge
             return [a[:, :2] * 0, (b - a)[:, :2]]
     weights = SimpleNamespace(C_T_V1=SimpleNamespace(get_state_dict=lambda **_: {}))
     torchvision = SimpleNamespace(raft_large=Raft, Raft_Large_Weights=weights)
