@@ -9,7 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from toy.creatures import FPS, FRAMES, draw_test_set, true_clips
-from common.args import knob, refuse_overwriting
+from common.args import check, knob
 from common.media import read_text, save_video
 from common.run import write
 
@@ -24,26 +24,20 @@ class Bench:
 def make_bench(cfg):
     """Pictures and prompts -> a benchmark file: every picture with each of its prompts (the paper: 30 with 4 each)."""
     kinds = Image.registered_extensions()
-    pictures = {f.stem: f for f in sorted(Path(cfg.refs).iterdir()) if f.suffix.lower() in kinds}
+    pictures = {f.stem: f.name for f in sorted(Path(cfg.refs).iterdir()) if f.suffix.lower() in kinds}
     if not pictures:
         raise ValueError(f"--refs: no pictures in {cfg.refs}")
-    prompts = {stem: [] for stem in pictures}
-    for line in filter(None, map(str.strip, read_text(cfg.prompts).splitlines())):
-        stem, colon, sentence = line.partition(": ")
-        for owner in [stem] if colon and stem in pictures else pictures:
-            prompts[owner].append(sentence if colon and stem in pictures else line)
-    bench = {}
+    lines, bench = [line.strip() for line in read_text(cfg.prompts).splitlines() if line.strip()], {}
     for stem, file in pictures.items():
         subject = re.sub(r"[\W_]+", " ", re.sub(r"[\W_]*\d+$", "", stem)).strip() or stem
-        for i, prompt in enumerate(prompts[stem]):
-            bench[f"{stem}-{i}"] = {"img_paths": [file.name], "prompt": prompt.replace("{}", subject),
-                                    "class_label": subject}
-    refuse_overwriting([cfg.prompts, *pictures.values()], [cfg.out])
+        others = pictures.keys() - {stem}
+        own = [line.removeprefix(f"{stem}: ") for line in lines if line.partition(": ")[0] not in others]
+        for i, prompt in enumerate(own):
+            prompt = prompt.replace("{}", subject)
+            bench[f"{stem}-{i}"] = {"img_paths": [file], "prompt": prompt, "class_label": subject}
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     write(Path(cfg.out), json.dumps(bench, indent=1))
     print(f"wrote {cfg.out}: {len(pictures)} pictures, {len(bench)} videos")
-    if lost := [stem for stem in pictures if not prompts[stem]]:
-        print(f"no prompt for {len(lost)} of the pictures: {', '.join(lost)}")
 
 
 @dataclass
@@ -52,8 +46,7 @@ class Controls:
     n: int = knob(96, "creatures, 96 at most")
 
     def __post_init__(self):
-        if not 1 < self.n <= 96:
-            raise ValueError(f"--n must be 2 to 96, got {self.n}")
+        check(self, positive="n")
 
 
 def make_controls(cfg):

