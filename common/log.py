@@ -116,7 +116,6 @@ class Log:
                         bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]")
         self.to_come = Counter(tasks[start:])
         self.seconds = {task: deque(maxlen=20) for task in self.to_come}  # of each task's last 20 steps
-        self.estimated = False
         self.pending, self.shown, self.unusable = None, {}, set()
         self.stop = False  # some rank got a SIGTERM, and all ranks know
 
@@ -166,18 +165,12 @@ class Log:
 
     def estimate(self, task, seconds):
         """The time that the steps to come will take, each as long as the median of its task's last ones; "?" before
-        every task was seen. A line says it once, after 20 steps of each. Saving and measuring come on top."""
+        every task was seen. Saving and measuring come on top."""
         self.to_come[task] -= 1
         self.seconds[task].append(seconds)
         if not all(self.seconds.values()):
             return "?"
-        pace = {t: median(times) for t, times in self.seconds.items()}
-        left = self.bar.format_interval(sum(pace[t] * n for t, n in self.to_come.items()))
-        if self.run and not self.estimated and all(len(times) == 20 for times in self.seconds.values()):
-            self.estimated = True
-            steps = ", ".join(f"{n} {t} steps of {pace[t]:.2f} s" for t, n in self.to_come.items())
-            self.bar.write(f"about {left} to go: {steps}, and saving and measuring")
-        return left
+        return self.bar.format_interval(sum(median(self.seconds[t]) * n for t, n in self.to_come.items()))
 
     def skipped(self, reasons):
         """Report each unusable file once."""

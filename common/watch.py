@@ -1,7 +1,6 @@
 """Watching a run: held-out losses, the gradients' cosine, sample sheets. Training never sees it."""
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import gradcos
@@ -52,9 +51,8 @@ class Validation:
         if due(cfg.val_every) and cfg.val_refs and step > 0:
             self.log.doing("samples")
             with autocast(transformer.device):
-                saturation = write_sample_sheets(self.pipe, self.texts, self.run / "samples", step, self.size,
-                                                 self.frames, cfg.guidance)
-            self.log.write("samples.jsonl", {"step": step, "saturation": saturation})
+                write_sample_sheets(self.pipe, self.texts, self.run / "samples", step, self.size, self.frames,
+                                    cfg.guidance)
         self.log.doing()
         transformer.train()
 
@@ -104,11 +102,9 @@ def sample_texts(pipe, folder, cls="front"):
 
 
 def write_sample_sheets(pipe, texts, out, step, size, frames, guidance=6.0):
-    """While training: a contact sheet for each picture of sample_texts, with a fixed seed: out/NAME-000400.png. Returns
-    {NAME: mean saturation of its video, 0 to 1}: where it climbs from sheet to sheet the colours burn out."""
+    """While training: a contact sheet for each picture of sample_texts, with a fixed seed: out/NAME-000400.png."""
     out.mkdir(exist_ok=True)
     pipe.set_progress_bar_config(disable=True)
-    saturation = {}
     for file, text in texts.items():
         picture = load_image(file)
         (video,) = generate(pipe, encode_references(pipe, [picture], *size), [""], [0], guidance=guidance,
@@ -116,6 +112,3 @@ def write_sample_sheets(pipe, texts, out, step, size, frames, guidance=6.0):
                             text=[t.to(pipe.transformer.device) for t in text])
         sheet = contact_sheet(video, picture, max(1, 128 // video[0].height))
         sheet.save(out / f"{file.stem}-{step:06d}.png")
-        colours = np.stack([np.asarray(frame.convert("HSV")) for frame in video])
-        saturation[file.stem] = round(colours[..., 1].mean() / 255, 4)
-    return saturation

@@ -67,7 +67,7 @@ def test_the_toys_first_command_in_the_dtype_of_a_gpu(newcomer, bfloat16, monkey
                  lora_rank=4, lora_alpha=2.0, lora_dropout=0.1, view_drop=0.3)
     train.main(train.Config(**short, val_every=2, gradcos_every=2))
     assert [line["step"] for line in log_of("out/toy", "gradcos.jsonl")] == [0, 2, 4]
-    assert 0 < log_of("out/toy", "samples.jsonl")[-1]["saturation"]["creature-0"] < 1
+    assert Path("out/toy/samples/creature-0-000004.png").is_file()
     saved = model.load_file(f"out/toy/step-000004/{model.LORA_FILE}")
     assert {weight.dtype for weight in saved.values()} == {torch.float32}
     assert '"dtype": "torch.bfloat16"' in Path("toy/data/cache/pairs+clips-bfloat16/video/index.json").read_text()
