@@ -18,9 +18,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.args import check, command_line, knob, refuse_overwriting
-from common.base import (attention_order, find_device, frame_size, load_pipeline, sampling_dtype, tile_vae,
-                         warn_of_another_size)
+from common.args import check, command_line, find_device, knob, refuse_overwriting
+from common.base import attention_order, frame_size, load_pipeline, sampling_dtype, tile_vae, warn_of_another_size
 from common.find import ROOT, find_lora
 from common.jobs import jobs_of_bench, jobs_of_flags, refuse_outputs, report, share_out
 from common.media import clip_frames, fit_reference, normalise, resize_center_crop, save_video, to_pixels

@@ -25,8 +25,8 @@ import torch.distributed as dist
 from diffusers.utils import logging as diffusers_logging
 
 import gradcos
-from common.args import check, command_line, knob
-from common.base import attention_order, autocast, find_device, use_device
+from common.args import check, command_line, find_device, knob, use_device
+from common.base import attention_order, autocast
 from common.latents import cls_for
 from common.look import write_sheet
 from common.log import Log, add_losses, describe, no_losses, sum_over_ranks

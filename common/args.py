@@ -1,4 +1,4 @@
-"""A script's arguments: its knobs, their bounds, and the command line that sets them."""
+"""A script's arguments: its knobs, their bounds, the device, and the command line that sets them."""
 import os
 import sys
 from dataclasses import field, fields, make_dataclass
@@ -45,6 +45,29 @@ def refuse_overwriting(inputs, outputs):
         for path in inputs:
             if file.exists() and file.samefile(path):
                 raise ValueError(f"--out: {file} would be written over {path}, which is read: choose another --out")
+
+
+def find_device(name=""):
+    """The torch.device of --device: empty takes cuda when there is one. Under torchrun each rank has its own GPU."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device must be cuda or cpu, got {name!r}")
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here")
+    return device
+
+
+def use_device(name=""):
+    """The same, as this process's own: its GPU is chosen, and float32 products take TF32 (A.2)."""
+    device = find_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    return device
 
 
 def command_line(main, Config, description, argv=None, positional=None, out_of_memory="", presets=None):

@@ -1,5 +1,4 @@
-"""Loads a CogVideoX base: device, dtype, 8-bit weights, VAE tiles, attention kernels. The method is not here."""
-import os
+"""Loads a CogVideoX base: dtype, 8-bit weights, VAE tiles, attention kernels. The method is not here."""
 import sys
 import warnings
 from contextlib import nullcontext
@@ -13,29 +12,6 @@ from common.find import download_failed, read_config, refuse_cpu, without_weight
 from model import REFERENCE_TOKEN, VAE_PIXELS, SubjectTransformer
 
 warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks`")  # of diffusers' own call
-
-
-def find_device(name=""):
-    """The torch.device of --device: empty takes cuda when there is one. Under torchrun each rank has its own GPU."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"--device must be cuda or cpu, got {name!r}")
-    if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here")
-    return device
-
-
-def use_device(name=""):
-    """The same, as this process's own: its GPU is chosen, and float32 products take TF32 (A.2)."""
-    device = find_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    return device
 
 
 def compute_dtype(device):

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common.args import check, knob
-from common.base import compute_dtype, find_device, frame_size, load_pipeline, tile_large_clips
+from common.args import check, find_device, knob
+from common.base import compute_dtype, frame_size, load_pipeline, tile_large_clips
 from common.media import clip_frames, load_clip, normalise, resize_center_crop, to_pixels
 from common.run import changed, read_json, rng, write
 from data import TASKS, Clips, ImagePairs, caption_of

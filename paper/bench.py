@@ -36,8 +36,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import gradcos
 import model
-from common.args import command_line, knob
-from common.base import attention_order, autocast, compute_dtype, follow_autocast, tile_vae, use_device
+from common.args import command_line, knob, use_device
+from common.base import attention_order, autocast, compute_dtype, follow_autocast, tile_vae
 from common.log import Moment
 from common.media import clip_frames, latent_frames
 from common.run import records, save_checkpoint, write

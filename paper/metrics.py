@@ -26,8 +26,7 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
 from toy import creatures
-from common.args import check, command_line, knob
-from common.base import find_device
+from common.args import check, command_line, find_device, knob
 from common.media import (CLIP_SUFFIXES, as_shown, fit_reference, load_clip, load_image, open_clip, rate_of,
                           resize_center_crop)
 from model import REFERENCE_TOKEN

@@ -13,6 +13,7 @@ import model
 import sample
 import train
 from common import base, latents
+from common.args import find_device
 from tests.shared import ROOT, go_back, log_of, randomise_lora, run, weights_of
 
 
@@ -96,7 +97,7 @@ def test_each_rank_of_a_machine_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setenv("RANK", "9")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert base.find_device("cuda") == torch.device("cuda", 1) and base.find_device("cuda:7").index == 7
+    assert find_device("cuda") == torch.device("cuda", 1) and find_device("cuda:7").index == 7
 
 
 SHORTER = {'"steps": 150': '"steps": 2', '_every": 50': '_every": 2', "test_set(16)": "test_set(3)",

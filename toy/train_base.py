@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from toy import creatures
 from model import SubjectTransformer, encode_prompt, encode_video, v_loss
-from common.args import command_line, knob
-from common.base import autocast, find_device
+from common.args import command_line, find_device, knob
+from common.base import autocast
 
 
 @dataclass

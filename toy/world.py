@@ -18,8 +18,8 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from common.args import command_line, knob
-from common.base import compute_dtype, find_device
+from common.args import command_line, find_device, knob
+from common.base import compute_dtype
 from common.latents import Latents, prepare_cache
 from common.run import read_json
 from model import encode_video, with_reference_token
