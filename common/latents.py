@@ -148,6 +148,15 @@ def load_item(cfg, task, dataset, item, size):
     return torch.stack(crops), prompts, name
 
 
+def readable(items, read):
+    """(item, read(item)) of those that can be read. The others are named."""
+    for item in items:
+        try:
+            yield item, read(item)
+        except (ValueError, KeyError, OSError) as e:
+            print(f"skipped: {e}", file=sys.stderr)
+
+
 def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
     out = Path(cfg.out) / task
     key = cache_key(cfg, pipe, task, size, frames, cfg.prompts)
@@ -161,13 +170,8 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
         made = {k: v for k, v in read_json(index).items() if k not in ("complete", "cached")}
         if differ := changed(made, dict.fromkeys(made) | key):
             raise ValueError(f"{out} was made with other settings ({differ}): choose another --out")
-    mine = []
-    for item in items[rank::world_size]:
-        try:
-            name, stamp = dataset.source(item)
-            mine.append((item, out / f"{name}.safetensors", stamp))
-        except (ValueError, OSError) as e:
-            print(f"skipped: {e}", file=sys.stderr)
+    mine = [(item, out / f"{name}.safetensors", stamp)
+            for item, (name, stamp) in readable(items[rank::world_size], dataset.source)]
     todo = [(item, file, stamp) for item, file, stamp in mine if stamp_of(file) != stamp]  # not there, cut, or stale
     cached = torch.tensor(len(mine) - len(todo))
     if rank == 0:
@@ -175,17 +179,12 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
     pictures = 2 * cfg.crops if task == "image" else frames  # in an item
     together = min(8, max(1, VAE_PIXELS // (pictures * size[0] * size[1])))
     for i in tqdm(range(0, len(todo), together), desc=f"caching {task}s", disable=rank > 0):
-        group = []
-        for item, file, stamp in todo[i:i + together]:
-            try:
-                group.append((file, stamp, *load_item(cfg, task, dataset, item, size)))
-            except (ValueError, KeyError, OSError) as e:
-                print(f"skipped: {e}", file=sys.stderr)
+        group = list(readable(todo[i:i + together], lambda job: load_item(cfg, task, dataset, job[0], size)))
         if not group:
             continue
-        pixels = normalise(torch.cat([loaded for _, _, loaded, _, _ in group]))
+        pixels = normalise(torch.cat([loaded for _, (loaded, _, _) in group]))
         moments = encode_moments(pipe.vae, pixels).cpu().chunk(len(group))
-        for (file, stamp, _, words, name), m in zip(group, moments):
+        for ((_, file, stamp), (_, words, name)), m in zip(group, moments):
             if task == "video":
                 tensors = {"clip": m[0]}                                # (T,2C,h,w)
             else:

@@ -1,7 +1,4 @@
-"""A run: its seeded random streams, its ranks, and its folder on disk (checkpoints, resume).
-
-Nothing here knows the method. train.py, sample.py and the scripts in paper/ and toy/ share it.
-"""
+"""A run: its seeded random streams, its ranks, and its folder on disk (checkpoints, resume)."""
 import fcntl
 import json
 import os
@@ -107,8 +104,7 @@ def records(log):
 
 
 def checkpoints(run):
-    """The complete checkpoints of a run (out/NAME), oldest first: its folders step-000400 and so on. A half-written one
-    still has its .tmp name."""
+    """The complete checkpoints of a run (out/NAME), oldest first. A half-written one still has its .tmp name."""
     complete = [d for d in Path(run).glob("step-*") if d.is_dir() and re.fullmatch(r"step-\d+", d.name)]
     return sorted(complete, key=lambda d: int(d.name[5:]))
 
