@@ -173,6 +173,18 @@ def test_adamw_has_the_numbers_of_A2_and_the_papers_schedule():
         [0, 2.5e-5, 5e-5, 2.5e-5, 2.5e-5 * (1 - math.cos(math.pi / 3800))], abs=1e-12)
 
 
+def test_the_ranks_share_out_the_samples_of_a_step(monkeypatch):
+    """256 pairs, each once, on one rank and on eight."""
+    cfg = train.Config(p=0.0, image_micro=4)
+    for world_size in (1, 8):
+        keys = []
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        for rank in range(world_size):
+            monkeypatch.setenv("RANK", str(rank))
+            keys += [key for micro in train.plan(cfg, 5) for key in micro.keys]
+        assert sorted(keys) == [("image", 5, i) for i in range(256)]
+
+
 # ---- draws, jitter and caches ----------------------------------------------------------------------------------------
 
 def test_timesteps_are_uniform_over_all_thousand_and_noise_is_standard_normal():
