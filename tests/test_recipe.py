@@ -322,7 +322,7 @@ def test_the_newest_checkpoint_is_sampled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for age, folder in ((3, "a/step-000009"), (1, "b/step-000002"), (2, "c/step-000005"), (0, "d/step-000007.tmp")):
         Path("out", folder).mkdir(parents=True)
-        Path("out", folder, model.LORA_FILE).touch()
+        Path("out", folder, model.LORA_FILE).write_bytes(bytes(age))  # the newest is not the largest
         os.utime(Path("out", folder, model.LORA_FILE), (1000 - age, 1000 - age))
     assert sample.find_lora() == Path("out/b/step-000002", model.LORA_FILE)
 
