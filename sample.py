@@ -42,8 +42,8 @@ class Config:
     seed: int = knob(0, "seed of the starting noise; video number i of --bench has seed + i")
     steps: int = knob(50, "denoising steps")
     guidance: float = knob(0.0, "classifier-free guidance scale, on the text only; 1 is off; 0 takes the LoRA's (6)")
-    ref_guidance: float = knob(1.0, "guidance scale on the picture: above 1 the subject is more like it, in half as "
-                                    "much time again; 1 is off")
+    ref_guidance: float = knob(1.0, "guidance scale on the picture: above 1 the subject is more like it, in 1.5 times "
+                                    "the time; 1 is off")
     lora_scale: float = knob(1.0, "how much of the LoRA: 0 is the base alone, 1 what was trained")
     frames: int = knob(0, "frames of the video, cut to 8k+1; 1 makes a picture; 0 takes the base's (49)")
     fps: float = knob(0.0, "frames per second of the file; 0 takes the LoRA's training rate (8)")

@@ -9,8 +9,9 @@ of the clip, with half of that frame's tokens dropped. Otherwise it takes pairs 
 picture from the other. The same LoRA learns both.
 
 A run writes out/NAME/: config.json, log.jsonl (one line per step), step-000400/ (LoRA weights and training state); with
---val_every also val.jsonl and samples/, with --gradcos_every gradcos.jsonl. The same command continues from the newest
-checkpoint: on a CPU bit for bit. On SIGTERM a run finishes its step, saves a checkpoint and stops.
+--val_every also val.jsonl (and with --val_refs samples/), with --gradcos_every gradcos.jsonl. The same command
+continues from the newest checkpoint: on a CPU bit for bit. On SIGTERM a run finishes its step, saves a checkpoint and
+stops.
 """
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What goes in: a sheet of the next micro-batches of a run, as the model gets them. Nothing is trained."""
+"""What goes in: a sheet of the first micro-batches of a run, as the model gets them. Nothing is trained."""
 from pathlib import Path
 
 import torch

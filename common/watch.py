@@ -18,7 +18,7 @@ from sample import contact_sheet, encode_references, generate
 class Validation:
     """Held-out losses, gradient cosines and sample sheets of the model as it is after `step` steps.
 
-    held_out: this rank's (task, inputs of v_loss), see train.held_out_batches, kept in RAM (6 MB a clip at full size).
+    held_out: this rank's (task, inputs of v_loss), see train.held_out_batches, kept in RAM (11 MB a clip at full size).
     """
 
     def __init__(self, cfg, pipe, run, size, frames, held_out, log):

@@ -109,7 +109,7 @@ def similarity(frames, other):
 
 @dataclass
 class Config:
-    dirs: list[str] = knob([], "folders of ID.mp4 to score: one row each")
+    dirs: list[str] = knob([], "folders of ID.mp4 to score (other commands: bench --help, controls --help)")
     bench: str = knob("", "the benchmark they were sampled from (sample.py --bench)")
     images: str = knob(".", "folder that the benchmark's img_paths start from")
     frames: int = knob(16, "centre frames that CLIP and DINO see (the authors' 16)")

@@ -160,7 +160,7 @@ def filter_file(source, paths, cfg, room):
 @dataclass
 class Pexels:
     out: str = knob("data/pexels", "folder to write; OUT_val gets the held-out clips")
-    source: str = knob("jovianzm/Pexels-400k", "hub id or parquet file with the columns video (a URL) and title")
+    source: str = knob("jovianzm/Pexels-400k", "hub id, parquet file or folder, with the columns video (a URL) and title")
     n: int = knob(4000, "clips for training (5.1)")
     val: int = knob(64, "clips that are held out")
     frames: int = knob(49, "frames that a clip must have ...")

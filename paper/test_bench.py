@@ -86,7 +86,7 @@ def test_counter_knows_a_small_product():
 
 
 def test_full_size_counts():
-    """CogVideoX-5B on the meta device: the numbers of the design card."""
+    """CogVideoX-5B on the meta device: the numbers of NOTES."""
     transformer = bench.transformer_5b()
     assert sum(p.numel() for p in transformer.parameters()) == 5_570_283_072
     parameters = add_lora(transformer, 128, 64)

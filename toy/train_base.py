@@ -3,7 +3,7 @@
     python -m toy.train_base --out toy/base
 
 Three parts. The VAE learns to reconstruct clips and stills. T5 stays at its random initialisation: with two layers
-over a vocabulary of some fifty words it only has to keep the words apart. The transformer learns text-to-video on
+over a vocabulary of some thirty words it only has to keep the words apart. The transformer learns text-to-video on
 clips and on some still pictures, with captions that sometimes name the creature's colours, sometimes don't and
 sometimes are empty (for classifier-free guidance). It never sees a reference: that is the paper's job.
 
