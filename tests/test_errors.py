@@ -96,6 +96,19 @@ def test_the_command_line_ends_with_two_lines_at_most(capsys, argv, message):
     assert message in said and len(said.splitlines()) <= 3  # the usage, the message, the status
 
 
+@pytest.mark.parametrize("asked, expected", [
+    ({}, {}), (dict(toy=True), train.TOY), (dict(recipe="authors"), train.AUTHORS),
+    (dict(toy=True, recipe="authors", steps=3), {**train.TOY, **train.AUTHORS, **train.TOY_AUTHORS})])
+def test_presets_are_the_same_from_python_and_on_the_command_line(monkeypatch, asked, expected):
+    """A knob that is given wins over them."""
+    monkeypatch.chdir(ROOT)
+    parsed, argv = [], [f"--{name}={value}" for name, value in asked.items()]
+    command_line(parsed.append, train.Config, "", argv, presets=train.presets)
+    assert vars(parsed[0]) == vars(train.Config(**asked)) == {**vars(train.Config()), **expected, **asked}
+    with pytest.raises(TypeError, match="there is no knob 'step'"):
+        train.Config(**asked, step=3)
+
+
 def test_the_bar_shows_the_time_to_go_and_the_log_counts_unusable_files(tmp_path, capsys):
     """Steps of 2 s and of 10 s: what is left is their sum, when 20 of each are done."""
     tasks = (["image"] * 4 + ["video"]) * 50

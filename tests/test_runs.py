@@ -73,21 +73,28 @@ def test_two_ranks_go_on_where_one_was(whole, knobs):
         assert np.allclose(*([n for _, n in numbers_in(lines, "")] for lines in (one, two)), rtol=1e-4, atol=1e-5)
 
 
-def test_pcgrad_and_two_stages_resume_exactly_and_watching_leaves_no_trace(knobs):
-    """Each stage has a schedule of its own: two steps of warm-up, then a cosine over two."""
-    knobs = {**knobs, "task_schedule": "two_stage", "steps": 8, "warmup": 2, "lr": 1.0e-3, "pcgrad": 4}
+def test_pcgrad_resumes_exactly_and_watching_leaves_no_trace(knobs):
     watch = dict(gradcos_every=2, val_every=3)
-    go(knobs, name="whole", **watch)
+    go(knobs, pcgrad=4, name="whole", **watch)
+    go_back("out/whole", 3, "out/killed")
+    go(knobs, pcgrad=4, name="killed", **watch)
+    assert all(same_run("out/killed", "out/whole", 6, file) for file in ("log.jsonl", "gradcos.jsonl", "val.jsonl"))
+    go(knobs, pcgrad=4, name="unwatched")
+    go(knobs, pcgrad=4, name="unwatched", val_every=3)  # it is complete: only its end is measured
+    assert same_run("out/whole", "out/unwatched")
+    assert log_of("out/unwatched", "val.jsonl") == log_of("out/whole", "val.jsonl")[-1:]
+
+
+def test_two_stages_have_a_schedule_each_and_resume(knobs):
+    """Two steps of warm-up, then a cosine over two."""
+    knobs = {**knobs, "task_schedule": "two_stage", "steps": 8, "warmup": 2, "lr": 1.0e-3}
+    go(knobs, name="whole")
     lines = log_of("out/whole")
     assert [line["task"] for line in lines] == ["image"] * 4 + ["video"] * 4
     assert [line["lr"] for line in lines] == pytest.approx([0, 5e-4, 1e-3, 5e-4] * 2)
     go_back("out/whole", 6, "out/killed")
-    go(knobs, name="killed", **watch)
-    assert all(same_run("out/killed", "out/whole", 8, file) for file in ("log.jsonl", "gradcos.jsonl", "val.jsonl"))
-    go(knobs, name="unwatched")
-    go(knobs, name="unwatched", val_every=3)  # it is complete: only its end is measured
-    assert same_run("out/whole", "out/unwatched", 8)
-    assert log_of("out/unwatched", "val.jsonl") == log_of("out/whole", "val.jsonl")[-1:]
+    go(knobs, name="killed")
+    assert same_run("out/killed", "out/whole", 8)
 
 
 @pytest.mark.parametrize("batch, micro, ranks, expected, said", [
