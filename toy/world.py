@@ -201,5 +201,5 @@ if __name__ == "__main__":
     elif command in writers and not words:
         writers[command]()
     else:
-        usage = f"usage: python -m toy.world {' | '.join([*writers, *actions])} [--help]"
+        usage = f"usage: python -m toy.world {' | '.join([*writers, *(f'{name} [--help]' for name in actions)])}"
         sys.exit(print(usage) if command in ("-h", "--help") else usage)
