@@ -301,8 +301,8 @@ def write_results(cfg):
              "Written by `python -m paper.ablate --write True` from `paper/results/`; `python -m paper.ablate` trains "
              "and scores\nwhat is missing there. "
              f"Per cent over {cfg.n} unseen creatures, mean ± standard deviation over the seeds; {cfg.sample_steps} "
-             "denoising\nsteps, the LoRA's own guidance. `toy/creatures.py` defines the scores. The paper's numbers are in "
-             "its own units.\nA row of 0 seeds has not been run yet.", RULE]
+             "denoising\nsteps, the LoRA's own guidance. `toy/creatures.py` defines the scores. The paper's numbers are "
+             "in its own units.\nA row of 0 seeds has not been run yet.", RULE]
     parts += ["## Findings", finding_table(set(ROWS), results, cfg), CANNOT_SHOW,
               "## What the scores can be fooled by, and what bounds them", control_table(cfg, "controls"),
               "## The guidance scale", "`ours`, seed 0, at other scales: why the toy's default is "
