@@ -6,15 +6,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import model
 import sample
 import train
-from common import base, latents
+from common import base, latents, media
 from common.args import find_device
-from tests.shared import ROOT, go_back, log_of, randomise_lora, run, weights_of
+from tests.shared import LORA, ROOT, go_back, log_of, randomise_lora, run, weights_of
 
 
 def test_the_image_frame_is_drawn_evenly_for_each_micro_batch_of_pictures():
@@ -53,6 +54,18 @@ def test_guidance_on_the_picture(tiny, inputs):
         assert torch.equal(call(**nowhere, ref_guidance=2.5), call(**nowhere))
     with pytest.raises(ValueError, match="ref_guidance needs a reference for each video, got 1 for a batch of 4"):
         call(ref[:1], ref_guidance=2.0)
+
+
+def test_guidance_on_the_picture_is_the_same_alone_and_in_a_batch():
+    """With a merged LoRA, to a rounding of one of 255."""
+    pipe, files = sample.load(LORA)[0], [ROOT / f"toy/refs/creature-{i}.png" for i in range(2)]
+
+    def videos(chosen, S):
+        references = sample.encode_references(pipe, [media.load_image(files[i]) for i in chosen], 32, 32)
+        prompts = [files[i].with_suffix(".txt").read_text() for i in chosen]
+        return np.array(sample.generate(pipe, references, prompts, chosen, 4, 2.0, ref_guidance=S), int)
+    together = videos([0, 1], 1.5)
+    assert np.abs(together[1:] - videos([1], 1.5)).max() <= 1 and np.abs(together - videos([0, 1], 1.0)).max() > 20
 
 
 @pytest.fixture
