@@ -18,6 +18,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -365,7 +366,7 @@ def look(cfg):
     """--look: the real loader and the real drops of the first micro-batches, drawn."""
     cfg, pipe, _ = load_model(divide_batches(cfg, 1), use_device(cfg.device))
     datasets, _, _, n_ref = open_data(cfg, pipe)
-    micros = [micro for step in range(min(cfg.look, cfg.steps)) for micro in plan(cfg, step)][:cfg.look]
+    micros = list(islice((micro for s in range(cfg.steps) for micro in plan(cfg, s)), cfg.look))
     seen = []
     for micro, batch in zip(micros, batches(datasets, [micro.keys for micro in micros])):
         keep = all_or_none(cfg, micro, cfg.view_drop) if micro.task == "image" else tokens_to_keep(cfg, micro, n_ref)

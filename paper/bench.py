@@ -347,6 +347,7 @@ def measure_rest_of_a_step(cfg, device, ours, parameters):
         parameter.grad = torch.randn_like(parameter)
     use(ARMS["all but compile"], "video", ours, None)
     named = [(name, parameter) for name, parameter in ours.named_parameters() if parameter.requires_grad]
+    scheduler = scheduler_5b()
 
     def step():
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -358,7 +359,7 @@ def measure_rest_of_a_step(cfg, device, ours, parameters):
 
     def losses_of(task):
         with autocast(device):
-            yield v_loss(ours, scheduler_5b(), **random_inputs(cfg, task, device, compute_dtype(device))).sum()
+            yield v_loss(ours, scheduler, **random_inputs(cfg, task, device, compute_dtype(device))).sum()
     works = {"optimiser step, fused": step, "PCGrad, a call": lambda: pcgrad(parameters, next(tasks)),
              "a checkpoint": checkpoint, "gradcos, a pair and a clip": lambda: gradcos.measure(losses_of, named)}
     results = {name: summary([timed(work, device) for _ in range(3)][1:]) for name, work in works.items()}
