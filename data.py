@@ -266,6 +266,11 @@ def caption_of(clip):
     return caption
 
 
+def cls_for(cfg, task):
+    """Where <cls> stands in the prompts of a task: see model.with_reference_token."""
+    return cfg.cls if task == "image" or cfg.cls_video else "off"
+
+
 def _first_readable(make, seed, stream, key, tries=20):
     """make(generator, attempt), again when the file it chose cannot be used. Also returns why samples were skipped."""
     skipped = []

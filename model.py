@@ -8,27 +8,23 @@ on the frame axis, so that text, reference and video meet in the transformer's f
     B  batch            T  latent frames of the video      L  text tokens          C, H, W  latent channels and size
     D  model width      N  tokens of one latent frame      K  reference tokens kept (N, or fewer when some are dropped)
     CogVideoX-5B, 49 frames of 480x720:  T = 13, L = 226, C = 16, H x W = 60 x 90, D = 3072, N = 30 x 45 = 1,350
-
-Contents: SubjectTransformer (the forward) - LoRA (attach, save, load) - the v loss - text and VAE encoding.
 """
 import hashlib
 import json
 import logging
 import os
 import re
-import sys
-from functools import lru_cache, partial
+import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import CogVideoXLayerNormZero
-from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import apply_lora_scale
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -46,20 +42,17 @@ VAE_PIXELS = 8 * 480 * 720
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers' own loader looks for
 AUTHORS_LORA_FILE = "pytorch_lora_weights_transformer.safetensors"  # the name of the authors' release
 logging.getLogger("diffusers.pipelines.cogvideo.pipeline_cogvideox").setLevel("ERROR")  # encode_prompt says it once
-TOO_LONG = set()  # prompts of which the text encoder reads only the beginning
 
 
 # ---- the transformer -------------------------------------------------------------------------------------------------
 
 class SubjectTransformer(CogVideoXTransformer3DModel):
-    """The stock CogVideoX transformer that also takes a reference picture. Same weights, same config, same call.
-
-    Because the signature is the stock one, the unmodified pipeline samples with it:
-    `CogVideoXPipeline(...)(prompt, attention_kwargs={"reference": reference})`.
-    """
+    """The stock CogVideoX transformer that also takes a reference picture. Same weights, same config, same call: so the
+    unmodified pipeline samples with it, `CogVideoXPipeline(...)(prompt, attention_kwargs={"reference": reference})`."""
 
     lora_scope = "all"  # or "reference": see add_lora
     checkpointing = "none"  # what backward recomputes: see run_block
+    _supports_gradient_checkpointing = False  # the stock switch is refused: set `checkpointing` instead
 
     @apply_lora_scale("attention_kwargs")
     def forward(self, hidden_states, encoder_hidden_states, timestep, timestep_cond=None, ofs=None,
@@ -71,42 +64,31 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
         reference (B or 1, 1,C,H,W): clean scaled latents of the reference picture, or None: then this is the stock
             model with frames 0..T-1. Also taken from attention_kwargs["reference"], which is how the stock pipeline
             hands it in; one reference serves both halves of a classifier-free guidance batch.
-            attention_kwargs["ref_guidance"]: guidance scale on the picture; 1 is off. It needs a reference per video.
         keep (K,): indices of the reference tokens that stay (TokenDrop in Algorithm 1); None keeps all N. The others
             leave the sequence. An empty `keep` is text-to-video with the video still at frames 1..T.
         first_frame: the RoPE frame at which the noisy frames begin when there is a reference. Only training uses it, to
             show a single picture at another distance from the reference (train.py's --image_frame).
-        image_rotary_emb: the stock T-frame tables, used only without a reference; made from the config when None.
-        """
+        image_rotary_emb: the stock T-frame tables, used only without a reference; made from the config when None."""
         if self.config.patch_size_t is not None:
-            raise ValueError("CogVideoX 1.5 (patch_size_t) folds two frames into one token, so a reference cannot be "
-                             f"frame 0; use a 1.0 base such as {PAPER_BASE}")
+            raise ValueError("CogVideoX 1.5 (patch_size_t) has tokens of two frames, so a reference cannot be frame 0")
         attention_kwargs = dict(attention_kwargs or {})
         reference = attention_kwargs.pop("reference", None) if reference is None else reference
-        ref_guidance = attention_kwargs.pop("ref_guidance", 1.0)
         B, T, _, H, W = hidden_states.shape
-        videos = B if reference is None else len(reference)  # half of B under classifier-free guidance: [uncond | cond]
-        if ref_guidance != 1 and B not in (videos, 2 * videos):
-            raise ValueError(f"ref_guidance needs a reference for each video, got {videos} for a batch of {B}")
         patch = self.config.patch_size
         L, N = encoder_hidden_states.shape[1], (H // patch) * (W // patch)
 
         temb = self.time_embedding(self.time_proj(timestep).to(hidden_states.dtype), timestep_cond)  # (B, D_time)
 
-        frames = hidden_states
+        frames, K = hidden_states, 0  # K: how many of the reference's tokens stay
         if reference is not None:
-            if B % videos or reference.shape[1:] != (1, *hidden_states.shape[2:]):
+            if B % len(reference) or reference.shape[1:] != (1, *hidden_states.shape[2:]):
                 raise ValueError(f"reference must be (B or 1, 1, C, H, W) like the video {tuple(hidden_states.shape)}, "
                                  f"got {tuple(reference.shape)}")
-            reference = reference.to(hidden_states).repeat(B // videos, 1, 1, 1, 1)
+            # Under classifier-free guidance the batch is [without the prompt | with it]: the same references twice.
+            reference = reference.to(hidden_states).repeat(B // len(reference), 1, 1, 1, 1)
             frames = torch.cat([reference, hidden_states], dim=1)  # (B, 1+T, C, H, W)
+            K = N if keep is None else len(keep)
         frame_count = frames.shape[1]  # T, or 1 + T
-        if reference is None:
-            K = 0
-        elif keep is None:
-            K = N
-        else:
-            K = len(keep)
         set_span = None
         if self.lora_scope == "reference":  # tell the LoRA layers which rows are the reference's
             set_span = partial(setattr, self, "span", (L, K, frame_count))
@@ -138,72 +120,38 @@ class SubjectTransformer(CogVideoXTransformer3DModel):
         velocity = hidden.reshape(B, T, H // patch, W // patch, -1, patch, patch)  # (B, T, h, w, C, p, q)
         velocity = velocity.permute(0, 1, 4, 2, 5, 3, 6)                           # (B, T, C, h, p, w, q)
         velocity = velocity.flatten(5, 6).flatten(3, 4)                            # (B, T, C, H, W)
-        if ref_guidance != 1 and K > 0:
-            # Guidance on the picture: with scale s on the text and S on the picture the pipeline then makes
-            #     v(no text, ref) + s (v(text, ref) - v(no text, ref)) + (S - 1) (v(text, ref) - v(text, no ref)).
-            # The last term is the same in both halves, so that s does not multiply it: with the factor s it tears the
-            # toy's creatures at S = 3. An empty keep leaves the video at frames 1..T, as in training's drops.
-            none = SubjectTransformer.forward(
-                self, hidden_states[-videos:], encoder_hidden_states[-videos:], timestep[-videos:], timestep_cond, ofs,
-                image_rotary_emb, attention_kwargs, False, reference[-videos:], torch.empty(0, dtype=torch.long))[0]
-            pull = velocity[-videos:] - none
-            velocity = velocity + (ref_guidance - 1) * pull.repeat(B // videos, 1, 1, 1, 1)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
-    def enable_gradient_checkpointing(self, *_):
-        """The stock call: everything is recomputed."""
-        self.checkpointing = "full"
-
-    def disable_gradient_checkpointing(self):
-        self.checkpointing = "none"
-
-    def compile_blocks(self):
-        """Compile the blocks, all with one kernel set per shape: the first step of each shape waits for the compiler.
-
-        The losses stay the same to rounding; with LoRA dropout the masks come from another random stream."""
-        if self.lora_scope == "reference":
-            raise ValueError("--compile needs --lora_scope all: with 'reference' each block would be compiled alone")
-        torch._dynamo.config.recompile_limit = 64   # tasks x drops x (training, validation, sampling)
-        torch._dynamo.config.optimize_ddp = False   # it cannot split a checkpointed block, and blocks are small enough
-        self.run_block = torch.compile(SubjectTransformer.run_block, dynamic=False, fullgraph=True)
-
     @staticmethod
-    def run_block(checkpointing, *args):
+    def run_block(checkpointing, set_span, block, hidden, text, temb, rope, attention_kwargs):
         """One block. checkpointing: what backward recomputes of it, to save memory: "full" (all), "attention" (all but
         attention, whose output is kept: half of a clip's FLOPs for 5 GB), "none"."""
+        def call(hidden, text):
+            if set_span is not None:  # in here, so that backward's recomputation sees the same span
+                set_span()
+            return block(hidden, text, temb, image_rotary_emb=rope, attention_kwargs=attention_kwargs)
         if checkpointing == "none":
-            return SubjectTransformer._run_block(*args)
-        options = {}
-        if checkpointing == "attention":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, ATTENTION)
-        return checkpoint(SubjectTransformer._run_block, *args, use_reentrant=False, **options)
-
-    @staticmethod
-    def _run_block(set_span, block, hidden, text, temb, rope, attention_kwargs):
-        if set_span is not None:  # inside the checkpointed function: backward's recomputation sees the same span
-            set_span()
-        return block(hidden, text, temb, image_rotary_emb=rope, attention_kwargs=attention_kwargs)
+            return call(hidden, text)
+        keep_attention = {"context_fn": partial(create_selective_checkpoint_contexts, ATTENTION)}
+        options = keep_attention if checkpointing == "attention" else {}
+        return checkpoint(call, hidden, text, use_reentrant=False, **options)
 
     def rotary_tables(self, frames, height, width, device, skipped=0):
-        """RoPE (cos, sin) for `frames` latent frames of height x width latents, as the stock pipeline makes them.
+        """RoPE (cos, sin) for `frames` latent frames of height x width latents, by the stock pipeline's own method.
         skipped: how many frames of time are left out after the first one: frames 0, skipped + 1, skipped + 2, ..."""
-        c = self.config
-        return _rotary_tables(c.attention_head_dim, frames, height // c.patch_size, width // c.patch_size,
-                              c.sample_height // c.patch_size, c.sample_width // c.patch_size, torch.device(device),
-                              skipped)
+        made, key = self.__dict__.setdefault("_rotary_tables", {}), (frames, height, width, device, skipped)
+        if key not in made:
+            pipe = SimpleNamespace(transformer=self, vae_scale_factor_spatial=1)  # sizes are those of latents already
+            tables = CogVideoXPipeline._prepare_rotary_positional_embeddings(pipe, height, width, frames + skipped,
+                                                                             device)
+            N = height * width // self.config.patch_size**2
+            made[key] = tuple(torch.cat([table[:N], table[(1 + skipped) * N:]]) for table in tables)
+        return made[key]
 
 
 ATTENTION = [op.default for op in (
     torch.ops.aten._scaled_dot_product_cudnn_attention, torch.ops.aten._scaled_dot_product_flash_attention,
     torch.ops.aten._scaled_dot_product_efficient_attention, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)]
-
-
-@lru_cache(maxsize=32)
-def _rotary_tables(head_dim, frames, height, width, base_height, base_width, device, skipped):
-    crop = get_resize_crop_region_for_grid((height, width), base_width, base_height)
-    tables = get_3d_rotary_pos_embed(head_dim, crop, (height, width), frames + skipped, device=device)
-    N = height * width
-    return tuple(torch.cat([table[:N], table[(1 + skipped) * N:]]) for table in tables) if skipped else tables
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
@@ -212,8 +160,7 @@ def add_lora(transformer, rank, alpha, dropout=0.0, scope="all"):
     """Attach fresh LoRA adapters (Sec. A.1) in float32 and freeze everything else. Returns the trainable parameters.
 
     scope "all": LoRA acts on every token, as in the authors' released model. scope "reference": it acts on reference
-    tokens only, as the paper's text says ("LoRA-only updates on subject-token pathways", Algorithm 1).
-    """
+    tokens only, as the paper's text says ("LoRA-only updates on subject-token pathways", Algorithm 1)."""
     if scope not in ("all", "reference"):
         raise ValueError(f"lora_scope must be 'all' or 'reference', got {scope!r}")
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS))
@@ -265,17 +212,15 @@ def save_lora(transformer, path, **extra):
 
 
 def lora_path(path):
-    """The safetensors file behind `path`: a file, or a folder that holds one. FileNotFoundError names `path`."""
+    """The safetensors file behind `path`: itself, or the one in this folder. FileNotFoundError names `path`."""
     for file in (Path(path), Path(path, LORA_FILE), Path(path, AUTHORS_LORA_FILE)):
         if file.is_file():
             return file
-    raise FileNotFoundError(f"no LoRA at {path}: expected a .safetensors file, a folder with {LORA_FILE}, a run, or a "
-                            "hub id")
+    raise FileNotFoundError(f"no LoRA at {path}: expected a .safetensors file, a run or checkpoint, or a hub id")
 
 
 def lora_header(path):
-    """The strings that `save_lora` wrote into the file's header (empty for a file from elsewhere). ValueError for a
-    file that is no LoRA."""
+    """What `save_lora` wrote into the file's header, {} for a file from elsewhere. ValueError when it is no LoRA."""
     file = lora_path(path)
     try:
         with safe_open(file, "pt") as f:
@@ -290,11 +235,8 @@ def load_lora(transformer, path, dropout=0.0):
     """Attach the adapters saved at `path` (file or folder). Rank, alpha and scope come from the file.
 
     A file without alpha (the authors' release) gets the paper's alpha/rank = 64/128 = 0.5, and says so.
-    ValueError when it was trained on another base or does not fit.
-
-    The adapters are float32. On a bfloat16 base the forward then needs torch.autocast, as in training; or cast them to
-    the base's dtype, as sample.load does.
-    """
+    ValueError when it was trained on another base or does not fit. The adapters are float32: on a
+    bfloat16 base the forward needs torch.autocast, as in training, or a cast to the base's dtype, as in sample.load."""
     file, header = lora_path(path), lora_header(path)
     with safe_open(file, "pt") as f:
         rank = next(f.get_slice(k).get_shape()[0] for k in f.keys() if "lora_A" in k)
@@ -318,8 +260,7 @@ def read_lora(transformer, path):
     here = {k: v.shape for k, v in get_peft_model_state_dict(transformer).items()}
     wrong = [k for k in weights.keys() | here.keys() if k not in weights or here.get(k) != weights[k].shape]
     if wrong:
-        raise ValueError(f"LoRA {file} does not fit this base: {len(wrong)} of {len(here)} tensors differ, "
-                         f"the first is {min(wrong)}")
+        raise ValueError(f"LoRA {file} does not fit this base: {len(wrong)} tensors differ, the first is {min(wrong)}")
     set_peft_model_state_dict(transformer, weights)
 
 
@@ -386,8 +327,7 @@ def v_loss(transformer, scheduler, latents, text, timestep, noise, reference=Non
 
     `scheduler.get_velocity` is called on the clean latents to make the target v; it is never called on the model's
     output. (diffusers' CogVideoX example does that to get x0_pred and weights |x0_pred - x0|^2 by 1/(1-a). It is the
-    same number: x0_pred - x0 = -sqrt(1-a) (v_pred - v).)
-    """
+    same number: x0_pred - x0 = -sqrt(1-a) (v_pred - v).)"""
     latents, noise = latents.float(), noise.float()  # diffusers rounds alpha-bar to their dtype: bf16 loses small t
     noisy = scheduler.add_noise(latents, noise, timestep)
     v = scheduler.get_velocity(latents, noise, timestep)
@@ -412,17 +352,11 @@ def with_reference_token(prompt, cls="front", item=""):
 
 @torch.no_grad()
 def encode_prompt(pipe, prompts, device=None):
-    """T5 embeddings (B, L, D_text) of a list of prompts, padded to the base's text length as the stock sampler does.
-
-    device: where T5 computes, when its weights are offloaded and so lie elsewhere. Of a longer prompt T5 reads the
-    beginning: it goes into TOO_LONG, and the first one is said."""
+    """T5 embeddings (B,L,D_text) of a list of prompts, padded to the base's text length as the stock sampler does.
+    device: where T5 computes, when its weights are offloaded and so lie elsewhere."""
     length = pipe.transformer.config.max_text_seq_length
-    ids = pipe.tokenizer(prompts, verbose=False).input_ids
-    too_long = {prompt for prompt, tokens in zip(prompts, ids) if len(tokens) > length}
-    if too_long and not TOO_LONG and os.environ.get("RANK", "0") == "0":
-        print(f"a prompt has more than {length} tokens, and the rest of it is not read: {min(too_long)[:60]!r}... "
-              "(said once)", file=sys.stderr)
-    TOO_LONG.update(too_long)
+    if any(len(ids) > length for ids in pipe.tokenizer(prompts, verbose=False).input_ids):
+        warnings.warn(f"a prompt has more than {length} tokens, and the text encoder does not read the rest of it")
     return pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=device or pipe.text_encoder.device,
                               max_sequence_length=length)[0]
 

@@ -8,21 +8,20 @@
 Writes OUT.mp4 (H.264) and OUT.png, a contact sheet: the reference, then frames of the video. A benchmark becomes a
 folder of ID.mp4 and sampling.json (settings, prompts, seeds); paper/metrics.py scores it.
 """
-import os
 import sys
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from common.args import check, command_line, find_device, knob, refuse_overwriting
 from common.base import attention_order, frame_size, load_pipeline, sampling_dtype, tile_vae, warn_of_another_size
 from common.find import ROOT, find_lora
 from common.jobs import jobs_of_bench, jobs_of_flags, refuse_outputs, report, share_out
-from common.media import clip_frames, fit_reference, normalise, resize_center_crop, save_video, to_pixels
+from common.media import clip_frames, contact_sheet, fit_reference, normalise, save_video, to_pixels
 from common.run import join_ranks, rank_and_world_size
 from model import (PAPER_BASE, REFERENCE_TOKEN, encode_prompt, encode_video, load_lora, lora_header,
                    with_reference_token)
@@ -75,14 +74,16 @@ class Config:
             raise ValueError(f"--fps must be between 0.1 and 1000, got {self.fps:g}")
 
 
+# What a LoRA from elsewhere, like the authors', does not say in its header: it is made for the paper's base.
+HEADER = {"base": PAPER_BASE, "cls": "front", "guidance": "6.0", "fps": "8.0"}
+
+
 def load(lora="", base="", device="cpu", use_lora=True, int8=False, lora_scale=1.0):
     """(pipeline, header): the base, with the LoRA on it unless use_lora is False. `lora` as for find_lora. device: the
-    one that it is for, as in --device.
-
-    The base is the one asked for, else the one named in the LoRA's header, else the paper's."""
+    one that it is for, as in --device. The base is the one asked for, else the one that the LoRA's header names."""
     file = find_lora(lora)
-    header = lora_header(file)
-    base = base or header.get("base", PAPER_BASE)
+    header = HEADER | lora_header(file)
+    base = base or header["base"]
     if not Path(base).exists() and (ROOT / base).exists():
         base = ROOT / base  # "toy/base" means ours, wherever we are called from
     print(f"base {base}, LoRA {file if use_lora else 'none'}", file=sys.stderr)
@@ -101,17 +102,6 @@ def load(lora="", base="", device="cpu", use_lora=True, int8=False, lora_scale=1
         pipe.transformer.eval().requires_grad_(False)
     pipe.vae.enable_slicing()  # a batch of videos is decoded one by one
     return pipe, header
-
-
-def cls_of(header):
-    """Where this LoRA's training put <cls> (train.py's --cls). A LoRA from elsewhere, like the authors', has it in
-    front."""
-    return header.get("cls", "front")
-
-
-def guidance_of(header):
-    """The guidance scale that this LoRA's run asks for; the authors' 6 where the file does not say."""
-    return float(header.get("guidance", 6.0))
 
 
 def encode_references(pipe, pictures, height, width, fit="cover"):
@@ -137,12 +127,37 @@ def generate(pipe, references, prompts, seeds, steps=50, guidance=6.0, frames=0,
     words = dict(prompt=[with_reference_token(p, cls) for p in prompts])
     if text is not None:
         words = dict(prompt_embeds=text[0], negative_prompt_embeds=text[1])
-    return pipe(
-        **words,
-        height=height, width=width, num_frames=frames, num_inference_steps=steps, guidance_scale=guidance,
-        generator=[torch.Generator().manual_seed(s) for s in seeds],
-        max_sequence_length=pipe.transformer.config.max_text_seq_length,
-        attention_kwargs={"reference": references, "ref_guidance": ref_guidance}).frames
+    guided = references is not None and ref_guidance != 1
+    with guidance_on_picture(pipe.transformer, ref_guidance) if guided else nullcontext():
+        return pipe(
+            **words,
+            height=height, width=width, num_frames=frames, num_inference_steps=steps, guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(s) for s in seeds],
+            max_sequence_length=pipe.transformer.config.max_text_seq_length,
+            attention_kwargs={"reference": references}).frames
+
+
+@contextmanager
+def guidance_on_picture(transformer, S):
+    """Inside, the pipeline's guidance with scale s on the text is joined by one with scale S on the picture:
+
+        v(no text, ref) + s (v(text, ref) - v(no text, ref)) + (S - 1) (v(text, ref) - v(text, no ref))
+
+    The last term is added to both halves of the batch, [no text | text], so that s does not multiply it: with the
+    factor s it tears the toy's creatures at S = 3. The reference must be given for each video."""
+    def add_pull(module, args, kwargs, output):
+        (velocity,), reference = output, kwargs["attention_kwargs"]["reference"]
+        n = len(reference)  # videos: the last n of the batch have their text
+        last = {name: kwargs[name][-n:] for name in ("hidden_states", "encoder_hidden_states", "timestep")}
+        nothing = torch.empty(0, dtype=torch.long)  # the video stays at frames 1..T, as in training's drops
+        (without,) = module.forward(**{**kwargs, **last, "keep": nothing})
+        pull = velocity[-n:] - without
+        return (velocity + (S - 1) * pull.repeat(len(velocity) // n, 1, 1, 1, 1),)
+    hook = transformer.register_forward_hook(add_pull, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def decode_what_fits(vae):
@@ -160,24 +175,11 @@ def decode_what_fits(vae):
     vae.decode = decode
 
 
-def contact_sheet(video, reference=None, enlarge=1, columns=6):
-    """One row: the reference, a gap, then `columns` frames evenly spread over the video."""
-    picks = sorted({round(i * (len(video) - 1) / max(columns - 1, 1)) for i in range(columns)})
-    w, h, gap = video[0].width * enlarge, video[0].height * enlarge, 4
-    row = [video[i].resize((w, h), Image.NEAREST) for i in picks]
-    if reference is not None:
-        row.insert(0, resize_center_crop(reference, h, w))
-    sheet = Image.new("RGB", ((w + gap) * len(row) - gap, h), "white")
-    for i, picture in enumerate(row):
-        sheet.paste(picture, (i * (w + gap), 0))
-    return sheet
-
-
 def sample_in_batches(cfg, pipe, header, latents, batches, device):
     """(job, video) of each job, a batch of them at once; each is what it would be alone, to rounding.
 
     latents: {picture: its latents}. Each prompt goes through T5 once, and so does the negative one."""
-    prompts = {job.prompt: with_reference_token(job.prompt, cls_of(header)) for batch in batches for job in batch}
+    prompts = {job.prompt: with_reference_token(job.prompt, header["cls"]) for batch in batches for job in batch}
     text = {prompt: encode_prompt(pipe, [words], device) for prompt, words in prompts.items()}
     negative = encode_prompt(pipe, [""], device)
     for batch in batches:
@@ -187,7 +189,7 @@ def sample_in_batches(cfg, pipe, header, latents, batches, device):
         references = torch.cat([latents[path] for job in batch for path in job.pictures]) if latents else None
         with attention_order(device):
             videos = generate(pipe, references, [""] * len(batch), [job.seed for job in batch], cfg.steps,
-                              cfg.guidance or guidance_of(header), cfg.frames, cfg.height, cfg.width,
+                              cfg.guidance or float(header["guidance"]), cfg.frames, cfg.height, cfg.width,
                               text=(torch.cat([text[job.prompt] for job in batch]),
                                     negative.expand(len(batch), -1, -1)), ref_guidance=cfg.ref_guidance)
         yield from zip(batch, videos)
@@ -195,19 +197,15 @@ def sample_in_batches(cfg, pipe, header, latents, batches, device):
 
 def write_sample(cfg, job, video, pictures, fps):
     """A video as mp4 with its contact sheet, one of --bench without, a single picture as png. pictures: {path: PIL}."""
-    file, enlarge = job.file, max(1, 256 // video[0].height)  # tiny videos are enlarged, so that they can be seen
+    sheet, enlarge = job.file.with_suffix(".png"), max(1, 256 // video[0].height)  # tiny videos are enlarged to be seen
     if len(video) == 1:
-        picture = video[0].resize((video[0].width * enlarge, video[0].height * enlarge), Image.NEAREST)
-        picture.save(file.with_suffix(".png"))
-        print(f"wrote {file.with_suffix('.png')}")
-    elif cfg.bench:  # all or nothing: what is there is done
-        save_video(f"{file}.part", video, fps, enlarge, format="mp4")
-        os.replace(f"{file}.part", file)
-    else:
-        save_video(file, video, fps, enlarge)
+        contact_sheet(video, enlarge=enlarge).save(sheet)
+        return print(f"wrote {sheet}")
+    save_video(job.file, video, fps, enlarge)
+    if not cfg.bench:
         reference = pictures[job.pictures[0]] if job.pictures else None
-        contact_sheet(video, reference, enlarge).save(file.with_suffix(".png"))
-        print(f"wrote {file} and {file.with_suffix('.png')}")
+        contact_sheet(video, reference, enlarge).save(sheet)
+        print(f"wrote {job.file} and {sheet}")
 
 
 def main(cfg):
@@ -217,7 +215,7 @@ def main(cfg):
     if cfg.bench:
         join_ranks("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
         lora = find_lora(cfg.lora)
-        every = jobs_of_bench(cfg, lora, cls_of(lora_header(lora)))
+        every = jobs_of_bench(cfg, lora, (HEADER | lora_header(lora))["cls"])
     else:
         every = jobs_of_flags(cfg)
     refuse_outputs(cfg, every)
@@ -237,7 +235,7 @@ def main(cfg):
     if cfg.frames not in (0, frames):
         print(f"--frames {cfg.frames} cut to {frames}, a length that the VAE can make")
     warn_of_another_size(pipe, height, width, frames)
-    if cls_of(header) == "item" and not all(REFERENCE_TOKEN in job.prompt.lower() for job in jobs):
+    if header["cls"] == "item" and not all(REFERENCE_TOKEN in job.prompt.lower() for job in jobs):
         print(f"this LoRA learned {REFERENCE_TOKEN} before the subject's name ('An {REFERENCE_TOKEN} armchair ...'): "
               "without one in the prompt it goes in front")
     # References before any offloading: after it vae.device is not where the VAE runs.
@@ -260,7 +258,7 @@ def main(cfg):
         pipe.set_progress_bar_config(disable=True)
         sampled = tqdm(sampled, "videos of this rank", len(jobs), disable=rank_and_world_size()[0] > 0)
     for job, video in sampled:
-        write_sample(cfg, job, video, pictures, cfg.fps or float(header.get("fps", 8)))
+        write_sample(cfg, job, video, pictures, cfg.fps or float(header["fps"]))
     if cfg.bench:
         report(cfg.out, every, skipped)
 

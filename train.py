@@ -29,7 +29,6 @@ from diffusers.utils import logging as diffusers_logging
 import gradcos
 from common.args import check, command_line, find_device, knob, use_device
 from common.base import attention_order, autocast
-from common.latents import cls_for
 from common.look import write_sheet
 from common.log import Log, add_losses, describe, no_losses, sum_over_ranks
 from common.media import latent_frames, normalise
@@ -37,7 +36,7 @@ from common.run import (SIGTERM, claim, join_ranks, newest_checkpoint, print0, r
                         save_checkpoint, settings_of, sigterm_asks, start_log, torch_rng)
 from common.setup import divide_batches, image_stage, load_model, make_datasets, make_optimizer, open_data
 from common.watch import Validation, already_measured
-from data import batches
+from data import batches, cls_for
 from model import (encode_moments, encode_prompt, read_lora, sample_latents, save_lora, to_device, v_loss,
                    with_reference_token)
 

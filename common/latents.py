@@ -19,18 +19,13 @@ from common.args import check, find_device, knob
 from common.base import compute_dtype, frame_size, load_pipeline, tile_large_clips
 from common.media import clip_frames, load_clip, normalise, resize_center_crop, to_pixels
 from common.run import changed, read_json, rng, write
-from data import TASKS, Clips, ImagePairs, caption_of
+from data import TASKS, Clips, ImagePairs, caption_of, cls_for
 from model import PAPER_BASE, VAE_PIXELS, encode_moments, encode_prompt, weight_fingerprint, with_reference_token
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 VERSION = 2  # of a cache's files: raise it when their tensors change
-
-
-def cls_for(cfg, task):
-    """Where <cls> stands in the prompts of a task: see model.with_reference_token."""
-    return cfg.cls if task == "image" or cfg.cls_video else "off"
 
 
 def cache_key(cfg, pipe, task, size, frames, prompts=True):
@@ -60,10 +55,7 @@ def open_caches(cfg, pipe, size, frames):
 
 class Cache:
     """Reads what `python -m paper.prepare cache` wrote: folder/index.json and a safetensors file per clip or pair.
-
-    key: a dict of everything that the cached numbers depend on. ValueError when the cache is not finished, or was made
-    with another key: a stale cache would train silently on the wrong latents.
-    """
+    ValueError when it is not finished, or was made with another key (see cache_key)."""
 
     def __init__(self, folder, key):
         self.folder = Path(folder)
@@ -79,20 +71,23 @@ class Cache:
         self.prompts = "text_encoder" in made  # with the embeddings of their prompts?
 
     def read(self, name, stamp):
-        """({"clip" or "views", perhaps "text_0", ...}, prompts, the subject's name or "") of one sample.
-
-        ValueError when it is not there, broken, or was made from another file (its stamp differs)."""
+        """({"clip" or "views", perhaps "text_0", ...}, prompts, the subject's name or "") of one sample. ValueError
+        when it is not there, is broken, or was made from another file (its stamp differs)."""
         file = self.folder / f"{name}.safetensors"
-        if not file.is_file():
-            raise ValueError(f"{name} is not in the cache {self.folder}: it came after the cache, or could not be read")
-        try:
-            with safe_open(file, "pt") as f:
-                header, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-        except SafetensorError as e:
-            raise ValueError(f"cannot read {file}: {e}; run python -m paper.prepare cache again")
-        if header.get("stamp") != stamp:
-            raise ValueError(f"{file} was made from another {name}: run python -m paper.prepare cache again")
-        return tensors, json.loads(header["prompts"]), header.get("item", "")
+        if stamp_of(file) != stamp:
+            raise ValueError(f"{file} is missing, cut or of another {name}: run python -m paper.prepare cache again")
+        with safe_open(file, "pt") as f:
+            header, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+        return tensors, json.loads(header["prompts"]), header["item"]
+
+
+def stamp_of(file):
+    """The stamp in a cached file, None when there is no whole file."""
+    try:
+        with safe_open(file, "pt") as f:
+            return (f.metadata() or {}).get("stamp")
+    except (SafetensorError, OSError):
+        return None
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -122,9 +117,8 @@ def prepare_cache(cfg, rank=0, world_size=1):
     if not cfg.videos and not cfg.images:
         raise ValueError("nothing to cache: pass --videos, --images or both")
     device = find_device(cfg.device)
-    pipe = load_pipeline(cfg.base, compute_dtype(device),
-                         without=("transformer",) if cfg.prompts else ("transformer", "text_encoder"),
-                         asked=cfg.device)
+    unused = ["transformer"] if cfg.prompts else ["transformer", "text_encoder"]
+    pipe = load_pipeline(cfg.base, compute_dtype(device), without=unused, asked=cfg.device)
     pipe.vae.to(device)
     if cfg.prompts:
         pipe.text_encoder.to(device)
@@ -139,8 +133,7 @@ def load_item(cfg, task, dataset, item, size):
     """(pixels, prompts, subject's name) of one clip, (1,F,3,H,W), or of all crops of a pair, (crops * 2,1,3,H,W): two
     views a crop."""
     if task == "video":
-        frames = load_clip(item, dataset.frames, dataset.fps, size)
-        return to_pixels(frames)[None], [caption_of(item)], ""
+        return to_pixels(load_clip(item, dataset.frames, dataset.fps, size))[None], [caption_of(item)], ""
     views, prompts, name = dataset.load(item)
     r = rng(cfg.seed, "crops", item)
     crops = [to_pixels([resize_center_crop(view, *size, cfg.crop_jitter, r)])
@@ -185,10 +178,8 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
         pixels = normalise(torch.cat([loaded for _, (loaded, _, _) in group]))
         moments = encode_moments(pipe.vae, pixels).cpu().chunk(len(group))
         for ((_, file, stamp), (_, words, name)), m in zip(group, moments):
-            if task == "video":
-                tensors = {"clip": m[0]}                                # (T,2C,h,w)
-            else:
-                tensors = {"views": m.unflatten(0, (cfg.crops, 2))}     # (crops,2,1,2C,h,w)
+            # (T,2C,h,w) of a clip, (crops,2,1,2C,h,w) of a pair
+            tensors = {"clip": m[0]} if task == "video" else {"views": m.unflatten(0, (cfg.crops, 2))}
             if cfg.prompts:
                 words_with_cls = [with_reference_token(p, cls_for(cfg, task), name) for p in words]
                 texts = encode_prompt(pipe, words_with_cls).cpu()
@@ -198,8 +189,7 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
                 save_file({k: v.contiguous().clone() for k, v in tensors.items()}, f"{file}.tmp",
                           metadata={"stamp": stamp, "prompts": json.dumps(words), "item": name})
                 os.replace(f"{file}.tmp", file)
-            except (SafetensorError, OSError) as e:
-                Path(f"{file}.tmp").unlink(missing_ok=True)
+            except (SafetensorError, OSError) as e:  # a full disk
                 raise OSError(f"cannot write {file}: {e}. The same command goes on where it stopped")
             cached += 1
     if world_size > 1:
@@ -207,12 +197,3 @@ def cache_task(cfg, pipe, task, folder, size, frames, rank, world_size):
     if rank == 0:
         write(index, json.dumps(key | {"complete": True, "cached": cached.item()}, indent=1))
         print(f"{out}: {cached} of {len(items)} {task}s cached")
-
-
-def stamp_of(file):
-    """The stamp in a cached file, None when there is no whole file."""
-    try:
-        with safe_open(file, "pt") as f:
-            return (f.metadata() or {}).get("stamp")
-    except (SafetensorError, OSError):
-        return None

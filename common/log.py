@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from common.run import print0, rank_and_world_size
 from data import TASKS
-from model import TOO_LONG
 
 
 # ---- losses, summed on the device and over ranks --------------------------------------------------------------------
@@ -185,5 +184,3 @@ class Log:
             self.board.close()
         if self.unusable:
             print(f"{len(self.unusable)} unusable file(s) were skipped")
-        if TOO_LONG:
-            print(f"{len(TOO_LONG)} caption(s) were longer than the text encoder reads")

@@ -4,9 +4,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from common.latents import cls_for
+from common.media import contact_sheet
+from data import cls_for
 from model import with_reference_token
-from sample import contact_sheet
 
 HEIGHT, WORDS = 128, 30  # pixels: of a picture at least, and of the words above each row
 

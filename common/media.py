@@ -159,6 +159,19 @@ def normalise(pixels):
     return pixels.float() / 127.5 - 1
 
 
+def contact_sheet(video, reference=None, enlarge=1, columns=6):
+    """One row: the reference, a gap, then `columns` frames evenly spread over the video."""
+    picks = sorted({round(i * (len(video) - 1) / max(columns - 1, 1)) for i in range(columns)})
+    w, h, gap = video[0].width * enlarge, video[0].height * enlarge, 4
+    row = [video[i].resize((w, h), Image.NEAREST) for i in picks]
+    if reference is not None:
+        row.insert(0, resize_center_crop(reference, h, w))
+    sheet = Image.new("RGB", ((w + gap) * len(row) - gap, h), "white")
+    for i, picture in enumerate(row):
+        sheet.paste(picture, (i * (w + gap), 0))
+    return sheet
+
+
 # ---- clips -----------------------------------------------------------------------------------------------------------
 
 def clip_frames(wanted, compression=4):
@@ -259,7 +272,7 @@ def load_clip(path, frames, fps, size=None, first=0):
     return pictures[first:]
 
 
-def save_video(path, pictures, fps, enlarge=1, format=None):
+def save_video(path, pictures, fps, enlarge=1):
     """Write PIL pictures as H.264 (yuv420p, which every player takes), enlarged by a whole number, nearest neighbour.
 
     Small pictures need it: yuv420p keeps one colour per 2x2 pixels. Same input, same file, whole or not at all."""
@@ -268,7 +281,7 @@ def save_video(path, pictures, fps, enlarge=1, format=None):
     path, content = Path(path), io.BytesIO()
     part = path.with_name(f"{path.name}.part")
     width, height = pictures[0].width * enlarge, pictures[0].height * enlarge
-    format = format or {".mkv": "matroska", ".m4v": "mp4"}.get(path.suffix.lower(), path.suffix.lower()[1:])
+    format = {".mkv": "matroska", ".m4v": "mp4"}.get(path.suffix.lower(), path.suffix.lower()[1:])
     if format not in av.formats_available:
         raise ValueError(f"{path} has no ending of a video: name it .mp4")
     with av.open(content, "w", format=format) as container:

@@ -6,11 +6,11 @@ import torch
 import gradcos
 from common.base import autocast
 from common.log import add_losses, loss_means, no_losses, sum_over_ranks
-from common.media import load_image, read_text
+from common.media import contact_sheet, load_image, read_text
 from common.run import rank_and_world_size, records
 from data import TASKS
 from model import encode_prompt, v_loss, with_reference_token
-from sample import contact_sheet, encode_references, generate
+from sample import encode_references, generate
 
 
 # ---- held-out measurements -------------------------------------------------------------------------------------------

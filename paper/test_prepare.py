@@ -234,7 +234,7 @@ def test_what_cannot_be_read_is_not_cached_and_what_has_changed_is_noticed(tmp_p
     before = {file: file.stat().st_ino for file in tmp_path.glob("cache/video/*.safetensors")}
     (tmp_path / "clips/0002.txt").write_text("another caption")
     clips = Clips(tmp_path / "clips", (32, 32), 9, 4.0, cache=Cache(tmp_path / "cache/video", {}), in_order=True)
-    reasons = ["the caption", "0001.mp4 is not in the cache", "was made from another 0002.mp4"]
+    reasons = ["the caption", "cut or of another 0001.mp4", "cut or of another 0002.mp4"]
     assert all(reason in clips[0, i]["skipped"][0] for i, reason in enumerate(reasons)) and not clips[0, 3]["skipped"]
     prepare_cache(cfg)
     assert not clips[0, 2]["skipped"] and sum(file.stat().st_ino == before[file] for file in before) == 1

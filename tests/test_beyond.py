@@ -38,22 +38,20 @@ def test_a_run_takes_the_drawn_frames(knobs, tmp_path, monkeypatch):
 
 def test_guidance_on_the_picture(tiny, inputs):
     """Two videos, each with both halves of [uncond | cond]: all move by (S - 1) (cond - cond without the picture). A
-    LoRA's scale counts once."""
-    ours, nothing = tiny[0], torch.arange(0)
-    *rows, ref = inputs
+    LoRA's scale counts once, and afterwards nothing is left of it."""
+    ours, (*rows, ref) = tiny[0], inputs
     model.add_lora(ours, 4, 2)
     randomise_lora(ours)
+    names = "hidden_states", "encoder_hidden_states", "timestep"
+    batch = {name: torch.cat([row, row.flip(0)]) for name, row in zip(names, rows)}
 
-    def call(ref=ref, keep=None, rows=[torch.cat([row, row.flip(0)]) for row in rows], **guided):
-        return ours(*rows, attention_kwargs={"reference": ref, "scale": 0.5, **guided}, keep=keep).sample
-    plain, none = call(), call(keep=nothing)
-    pull = (plain - none)[2:].repeat(2, 1, 1, 1, 1)
-    assert torch.equal(call(ref_guidance=1.0), plain) and pull.abs().max() > 1e-3
-    assert (call(ref_guidance=2.5) - (plain + 1.5 * pull)).abs().max() < 1e-6
-    for nowhere in (dict(ref=None), dict(keep=nothing)):  # there is nothing to guide
-        assert torch.equal(call(**nowhere, ref_guidance=2.5), call(**nowhere))
-    with pytest.raises(ValueError, match="ref_guidance needs a reference for each video, got 1 for a batch of 4"):
-        call(ref[:1], ref_guidance=2.0)
+    def call(keep=None):
+        return ours(**batch, attention_kwargs={"reference": ref, "scale": 0.5}, keep=keep, return_dict=False)[0]
+    plain = call()
+    pull = (plain - call(torch.arange(0)))[2:].repeat(2, 1, 1, 1, 1)
+    with sample.guidance_on_picture(ours, 2.5):
+        assert pull.abs().max() > 1e-3 and (call() - (plain + 1.5 * pull)).abs().max() < 1e-6
+    assert torch.equal(call(), plain)
 
 
 def test_guidance_on_the_picture_is_the_same_alone_and_in_a_batch():

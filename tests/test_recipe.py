@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -299,12 +300,14 @@ def test_cosine_is_signed_and_guarded_by_a_tiny_eps():
     (dict(lora=".", base=BASE), [6.0, 1.0, 50, 9, 32, 32, [0]], 8)])  # a file without a header: as the authors do
 def test_sampling_asks_for_what_lora_and_base_say_and_flags_win(tmp_path, monkeypatch, flags, asked, rate):
     """... with <cls> in front of the prompt, an empty negative one and the picture's latents."""
-    words, names = {}, "guidance_scale ref_guidance num_inference_steps num_frames height width seeds".split()
+    words, names = {"ref_guidance": 1.0}, "guidance_scale ref_guidance num_inference_steps num_frames height width seeds".split()
 
     def answer(pipe, **said):
         words.update(said | said["attention_kwargs"], seeds=[g.initial_seed() for g in said["generator"]])
         return SimpleNamespace(frames=[[Image.new("RGB", (32, 32))] * said["num_frames"]])
     monkeypatch.setattr(CogVideoXPipeline, "__call__", answer)  # the stock pipeline's
+    monkeypatch.setattr(sample, "guidance_on_picture",
+                        lambda transformer, S: nullcontext(words.update(ref_guidance=S)))
     monkeypatch.chdir(tmp_path)
     model.save_file(model.load_file(model.lora_path(LORA)), model.LORA_FILE)
     sample.main(sample.Config(ref=REF, prompt="a creature", out="a.mp4", **flags))

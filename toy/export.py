@@ -20,7 +20,7 @@ from torch.func import functional_call
 from common.args import command_line, knob, refuse_overwriting
 from common.find import find_lora
 from model import encode_prompt, encode_video, lora_header, with_reference_token
-from sample import guidance_of, load
+from sample import load
 from toy.creatures import COLOURS, DIRECTIONS, FIELDS, FRAMES, SIZE, SOLID, caption
 
 
@@ -129,7 +129,7 @@ def main(cfg):
     timesteps = pipe.scheduler.timesteps
     flags = [f"--{k} {runs[0][k]}" for k in ("image_frame", "steps", "seed") if k in runs[0]]
     (out / "models.json").write_text(json.dumps({
-        "doses": doses, "lora": first.name, "guidance": guidance_of(header), "frames": FRAMES,
+        "doses": doses, "lora": first.name, "guidance": float(header["guidance"]), "frames": FRAMES,
         "recipe": " ".join(["train.py --toy --p P", *flags]),
         "text": list(text.shape[1:]), "latents": list(noisy.shape[1:]), "fields": FIELDS, "colours": COLOURS,
         "directions": DIRECTIONS, "solid": SOLID.tolist(), "timesteps": timesteps.tolist(),

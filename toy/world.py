@@ -23,7 +23,7 @@ from common.base import compute_dtype
 from common.latents import Latents, prepare_cache
 from common.run import read_json
 from model import encode_video, with_reference_token
-from sample import cls_of, encode_references, generate, guidance_of, load
+from sample import encode_references, generate, load
 from toy.creatures import (BEATS, DATA, FIELD_RGB, FRAMES, ONE_PROCESS, SIZE, caption, draw_test_set, score_videos,
                            true_clips, write_missing)
 
@@ -70,13 +70,13 @@ def score_lora(lora, n, with_reference=True, guidance=0.0, frames=0, picture_by=
     test = draw_test_set(n)
     if frames == 1:
         test = replace(test, prompts=[caption(f) for f in test.fields])
-    cls = cls_of(header)
-    test = replace(test, prompts=[with_reference_token(p, cls, "creature") for p in test.prompts])
+    words = [with_reference_token(p, header["cls"], "creature") for p in test.prompts]
+    test = replace(test, prompts=words)
     references = test.references if with_reference else None
     if picture_by:
         references = score_lora(picture_by, n, frames=1, **options)[1][:, 0]
-    videos = sample_test_set(pipe, test, references, cls=cls,
-                             guidance=guidance or guidance_of(header), frames=frames, **options)
+    videos = sample_test_set(pipe, test, references, cls=header["cls"],
+                             guidance=guidance or float(header["guidance"]), frames=frames, **options)
     return score_videos(videos, test), videos
 
 
@@ -95,9 +95,10 @@ def score_controls(lora, n, **options):
     true = true_clips(test)
     empty = np.broadcast_to(FIELD_RGB[test.fields][:, None, None, None], true.shape).astype(np.uint8)
     another = replace(test, creatures=test.creatures[np.roll(np.arange(n), 1)])
+    options["guidance"] = float(header["guidance"])
     videos = {"the true clips, through the VAE": through_vae(pipe, true),
               "the reference as a still": np.repeat(test.references[:, None], FRAMES, 1), "an empty field": empty,
-              "the base without a reference": sample_test_set(pipe, test, guidance=guidance_of(header), **options)}
+              "the base without a reference": sample_test_set(pipe, test, **options)}
     rows = {name: score_videos(v, test) for name, v in videos.items()}
     rows["the true clips of other creatures"] = score_videos(true, another)
     return rows
