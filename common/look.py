@@ -11,14 +11,6 @@ from model import with_reference_token
 HEIGHT, WORDS = 128, 30  # pixels: of a picture at least, and of the words above each row
 
 
-def words_for_t5(cfg, pipe, batch, task):
-    """The first prompt of a batch as T5 reads it: with <cls>, and cut where it is too long."""
-    prompt = with_reference_token(batch["prompt"][0], cls_for(cfg, task), batch["item"][0])
-    length = pipe.transformer.config.max_text_seq_length
-    ids = pipe.tokenizer(prompt, max_length=length, truncation=True).input_ids
-    return pipe.tokenizer.decode(ids, skip_special_tokens=False).replace(pipe.tokenizer.eos_token, "")
-
-
 @torch.no_grad()
 def pictures_of(pipe, latents):
     """Latents (1,T,C,H,W) -> PIL pictures, through the VAE: so what lies in a cache can be seen, too."""
@@ -49,7 +41,8 @@ def write_sheet(cfg, pipe, seen, path):
         size = (reference.width * enlarge, reference.height * enlarge)
         kept = grey_out(reference, keep, side).resize(size, Image.NEAREST)
         row = contact_sheet(pictures_of(pipe, x[:1]), kept, enlarge)
-        rows.append((f"step {micro.step}, {micro.task}: {words_for_t5(cfg, pipe, batch, micro.task)}", row))
+        prompt = with_reference_token(batch["prompt"][0], cls_for(cfg, micro.task), batch["item"][0])
+        rows.append((f"step {micro.step}, {micro.task}: {prompt}", row))
     high = rows[0][1].height + WORDS
     sheet = Image.new("RGB", (max(row.width for _, row in rows), high * len(rows)), "white")
     for i, (words, row) in enumerate(rows):

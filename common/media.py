@@ -98,19 +98,14 @@ def load_image(source):
 def to_srgb(image, profile):
     """A picture's colours as its profile means them: most phones write Display P3. A profile that is damaged or meant
     for another kind of picture is left aside."""
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")
+    plain = image if image.mode in ("L", "CMYK", "LAB") else image.convert("RGB")  # what profiles are made for
     try:
-        source = ImageCms.createProfile("LAB")  # needs no profile: LAB is what profiles are defined by
-        if image.mode != "LAB":
+        if image.mode == "LAB":  # it needs no profile: LAB is what profiles are defined by
+            source = ImageCms.createProfile("LAB")
+        else:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        wanted = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK", "Lab ": "LAB"}[source.profile.xcolor_space]
-        mode = image.mode if image.mode in ("CMYK", "LAB") else "L" if image.mode in ("1", "L", "LA") else "RGB"
-        if wanted != mode and (wanted, mode) != ("RGB", "L"):
-            return image
-        colours = ImageCms.profileToProfile(image.convert(wanted), source, ImageCms.createProfile("sRGB"),
-                                            outputMode="RGB")
-    except Exception:  # ImageCms raises many kinds for a broken profile
+        colours = ImageCms.profileToProfile(plain, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
         return image
     if image.has_transparency_data:
         colours.putalpha(image.convert("RGBA").getchannel("A"))

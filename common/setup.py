@@ -42,7 +42,6 @@ def load_model(cfg, device):
         lora = find_lora(cfg.init_lora)
         lora_header(lora)  # a bad file fails here, before the base is loaded
     pipe = load_pipeline(cfg.base, compute_dtype(device), int8=cfg.int8, asked=cfg.device)
-    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)  # else copied there in every step
     transformer = pipe.transformer.train()
     if lora:  # rank, alpha and scope come from the file
         parameters = load_lora(transformer, lora, cfg.lora_dropout)

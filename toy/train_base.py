@@ -13,7 +13,6 @@ distances in time: without them image-only training breaks instead of freezing. 
 import copy
 import math
 import tempfile
-import time
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -47,8 +46,6 @@ class Config:
     gaps: float = knob(0.0, "share of steps with random distances in time between the frames")
     stills: float = knob(0.25, "share of steps on still pictures")
     pool: int = knob(12_000, "clips, and as many stills, that are drawn and encoded once")
-    minutes: float = knob(1e9, "stop the transformer after this time (the schedule adapts)")
-    compile: bool = knob(False, "torch.compile the transformer: faster on CPU and GPU")
     init: str = knob("", "start from the transformer of this base, with its text encoder")
     vae: str = knob("", "take the VAE of this base instead of training one")
     seed: int = knob(0, "seed")
@@ -128,14 +125,11 @@ def encode_pool(pipe, rng, n, still, device, cfg):
     return torch.cat(latents), torch.tensor(rows, device=device)
 
 
-def count_steps(name, steps, minutes, optimizer, peak):
-    """(step, progress bar) until the steps or the minutes are over. Each has its learning rate: linear warm-up over the
-    first 3 %, then a cosine to 2 % of the peak."""
-    start = time.time()
+def count_steps(name, steps, optimizer, peak):
+    """(step, progress bar). Each step has its learning rate: linear warm-up over the first 3 %, then a cosine to 2 % of
+    the peak."""
     for step in (bar := tqdm(range(steps), desc=name, mininterval=10)):
-        progress = max((step + 1) / steps, (time.time() - start) / (60 * minutes))
-        if progress > 1:
-            break
+        progress = (step + 1) / steps
         for group in optimizer.param_groups:
             group["lr"] = peak * min(progress / 0.03, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         yield step, bar
@@ -152,7 +146,7 @@ def train_vae(vae, cfg, device):
     optimizer = torch.optim.AdamW(vae.parameters(), lr=0, betas=(0.9, 0.99), weight_decay=0.0)
     rng = np.random.default_rng([cfg.seed, 1])
     vae.train()
-    for step, bar in count_steps("vae", cfg.vae_steps, math.inf, optimizer, peak=3e-3):
+    for step, bar in count_steps("vae", cfg.vae_steps, optimizer, peak=3e-3):
         still = step % 3 > 0  # pictures are clips of one frame: the reference and the image task are encoded so
         pixels, _ = draw(rng, cfg.vae_batch * (4 if still else 1), still, device)
         pixels = pixels.transpose(1, 2)  # (B, 3, F, H, W)
@@ -173,11 +167,9 @@ def train_transformer(pipe, cfg, device):
     ema = copy.deepcopy(transformer).requires_grad_(False)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=device.type == "cuda")
-    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)
     rng = np.random.default_rng([cfg.seed, 2])
     pools = {still: encode_pool(pipe, rng, cfg.pool, still, device, cfg) for still in (True, False)}
     texts = torch.cat([encode_prompt(pipe, CAPTIONS[i:i + 256]) for i in range(0, len(CAPTIONS), 256)])  # (3121,16,64)
-    forward = torch.compile(transformer, dynamic=False) if cfg.compile else transformer
     side = transformer.config.sample_height
     beats = len(creatures.BEATS)
     rope = [table.unflatten(0, (2 * beats, -1))  # cos and sin, each (10 times, 16 patches, head_dim)
@@ -185,9 +177,9 @@ def train_transformer(pipe, cfg, device):
 
     def call(noisy, *args, reference, keep, first_frame, **kwargs):  # the stock model: T frames at this step's `times`
         at = times[:noisy.shape[1]]
-        return forward(noisy, *args, image_rotary_emb=tuple(table[at].flatten(0, 1) for table in rope), **kwargs)
+        return transformer(noisy, *args, image_rotary_emb=tuple(table[at].flatten(0, 1) for table in rope), **kwargs)
     torch.manual_seed(cfg.seed + 1)
-    for step, bar in count_steps("transformer", cfg.steps, cfg.minutes, optimizer, cfg.lr):
+    for step, bar in count_steps("transformer", cfg.steps, optimizer, cfg.lr):
         still = rng.random() < cfg.stills
         latents, rows = pools[still]
         times = np.arange(beats)

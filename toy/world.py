@@ -112,16 +112,14 @@ class Score:
     guidance: float = knob(0.0, "classifier-free guidance scale; 0 takes the LoRA's")
     ref_guidance: float = knob(1.0, "guidance scale on the picture, as in sample.py")
     frames: int = knob(0, "1 scores single pictures; 0 takes the base's length")
-    controls: bool = knob(False, "also print what the scores can be fooled by")
     out: str = knob("", "also write the rows to this json file")
 
 
 def score(cfg):
     """Sample the test set with each LoRA and print the exact scores as a table."""
-    rows = score_controls(cfg.lora[0], cfg.n, steps=cfg.steps) if cfg.controls else {}
     seeds = [score_lora(lora, cfg.n, steps=cfg.steps, guidance=cfg.guidance, frames=cfg.frames,
                         ref_guidance=cfg.ref_guidance)[0] for lora in cfg.lora]
-    rows |= dict(zip(cfg.lora, seeds))
+    rows = dict(zip(cfg.lora, seeds))
     if len(seeds) > 1:
         rows["mean"] = {k: float(np.mean([s[k] for s in seeds])) for k in seeds[0]}
         rows["std"] = {k: float(np.std([s[k] for s in seeds], ddof=1)) for k in seeds[0]}
