@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from diffusers import AutoencoderKLCogVideoX
 
 import model
 import train
@@ -19,18 +18,9 @@ from toy import creatures
 
 ROOT = Path(__file__).parents[1]
 BASE, LORA, REF = (str(ROOT / "toy" / name) for name in ("base", "lora", "refs/creature-0.png"))
-TRAIN = str(ROOT / "train.py")
 T, C, H, W, L, N = 3, 4, 8, 12, 5, 24  # a tiny model on frames that are not square; N tokens per latent frame
 # --standalone finds a free port: torchrun's own 29500 may be taken by another job.
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-def large_vae():
-    """A small VAE of the real structure, for pictures of 96 x 240: they would take tiles."""
-    torch.manual_seed(0)
-    vae = AutoencoderKLCogVideoX(block_out_channels=[8, 8, 8, 8], layers_per_block=1, norm_num_groups=2,
-                                 latent_channels=4, sample_height=96, sample_width=240)
-    return vae.eval().requires_grad_(False)
 
 
 def randomise_lora(transformer):
@@ -53,15 +43,15 @@ def small_knobs(folder):
             "lora_rank": 4, "lora_alpha": 2.0}
 
 
-def command(knobs, script=TRAIN, **more):
+def command(knobs, script=str(ROOT / "train.py"), **more):
     """These knobs as a command line, for torchrun and for what needs a process of its own."""
     return [script, "--toy", *(f"--{name}={value}" for name, value in {**knobs, **more}.items())]
 
 
-def start(words, cwd, stderr=subprocess.STDOUT, **environment):
+def start(words, cwd, stderr=subprocess.STDOUT):
     """Start python with these words, in a process group of its own. It ends with the tests."""
     process = subprocess.Popen([sys.executable, *words], cwd=cwd, stdout=subprocess.PIPE, stderr=stderr, text=True,
-                               start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+                               start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     atexit.register(lambda: process.poll() is None and kill_job(process.pid))
     return process
 
@@ -74,9 +64,9 @@ def kill_job(pid):
             one.kill()
 
 
-def run(*words, cwd=ROOT, timeout=600, **environment):
-    """Run python with these words and wait for its end; in the repository, unless cwd says otherwise."""
-    process = start(words, cwd, stderr=subprocess.PIPE, **environment)
+def run(*words, cwd, timeout=600):
+    """Run python with these words in a folder, and wait for its end."""
+    process = start(words, cwd, stderr=subprocess.PIPE)
     out, err = process.communicate(timeout=timeout)  # only something that hangs takes that long
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
