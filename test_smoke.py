@@ -10,7 +10,6 @@ import json
 import re
 import shlex
 import shutil
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -48,29 +47,27 @@ def test_without_reference_it_is_the_stock_model(tiny, inputs):
 
 
 @pytest.mark.parametrize("frames, first", [(T, 1), (1, 1), (1, 3)])
-@pytest.mark.parametrize("keep", [None, torch.arange(N), torch.arange(0)], ids=["all", "each", "none"])
-def test_reference_is_frame_zero(tiny, inputs, frames, first, keep):
-    """The stock transformer fed the reference as an extra first frame, with the RoPE rows of the frames 0 and `first`,
-    `first` + 1, ...: without the reference's tokens the video stays where it is."""
+def test_reference_is_frame_zero(tiny, inputs, frames, first):
+    """The stock transformer, fed it as one more first frame; the video has RoPE rows `first`, `first` + 1, ..."""
     ours, stock = tiny
     x, text, t, every = inputs
     x, where = x[:, :frames], {} if first == 1 else {"first_frame": first}
-    tables = [torch.cat([table[:N], table[first * N:]]) for table in rope(stock, first + frames)]
+    rows = [torch.cat([table[:N], table[first * N:]]) for table in rope(stock, first + frames)]
     for ref in (every, every[:1]):  # one for each video, one for both
-        fed, rows = torch.cat([ref.expand(2, -1, -1, -1, -1), x], 1), tables
-        if keep is not None and len(keep) == 0:
-            fed, rows = x, [table[N:] for table in tables]
-        expected = stock(fed, text, t, image_rotary_emb=rows).sample[:, -frames:]
+        fed = torch.cat([ref.expand(2, -1, -1, -1, -1), x], 1)
+        expected = stock(fed, text, t, image_rotary_emb=rows).sample[:, 1:]
         for call in (dict(reference=ref),
                      dict(attention_kwargs={"reference": ref}, image_rotary_emb=rope(stock, frames))):  # the pipeline's
-            assert (ours(x, text, t, **call, **where, keep=keep).sample - expected).abs().max() < 1e-6
+            assert (ours(x, text, t, **call, **where).sample - expected).abs().max() < 1e-6
         assert (ours(x, text, t).sample - expected).abs().max() > 1e-4  # frames 0, 1, ... are something else
 
 
-def test_removing_tokens_equals_masking_them(tiny, inputs, monkeypatch):
+@pytest.mark.parametrize("keep", [[0, 3, 4, 11, 20], range(N), []], ids=["some", "all", "none"])
+def test_removing_tokens_equals_masking_them(tiny, inputs, monkeypatch, keep):
+    """Without the reference's tokens the video stays where it is."""
     ours, _ = tiny
     x, text, t, ref = inputs
-    keep = torch.tensor([0, 3, 4, 11, 20])
+    keep = torch.tensor(keep, dtype=torch.long)
     removed = ours(x, text, t, reference=ref, keep=keep).sample
     visible = torch.ones(1, L + N + T * N, dtype=torch.bool)
     visible[:, L:L + N] = torch.isin(torch.arange(N), keep)
@@ -156,31 +153,19 @@ def test_lora_round_trip_and_stock_loader(tiny, inputs, tmp_path):
 # ---- the loss, the coin, the drops -----------------------------------------------------------------------------------
 
 def test_v_loss_closed_form(tiny, inputs):
-    """Against the definition, and against the diffusers example's x0 loss with weight 1/(1-a)."""
-    ours, _ = tiny
-    x, text, t, ref = inputs
+    """Against the definition, and against the diffusers example's x0 loss with weight 1/(1-a). It is computed in
+    float32: bfloat16 would round a, alpha-bar, to 1.0 for t = 0 and 1, which is no noise at all."""
+    (ours, _), (x, text, _, ref), t = tiny, inputs, torch.tensor([1, 700])
     scheduler = CogVideoXPipeline.from_pretrained(BASE).scheduler
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    x, noise = x.bfloat16(), torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
     got = v_loss(ours, scheduler, x, text, t, noise, ref)
-    a = scheduler.alphas_cumprod[t].float().view(-1, 1, 1, 1, 1)
+    x, noise, a = x.float(), noise.float(), scheduler.alphas_cumprod[t].float().view(-1, 1, 1, 1, 1)
     noisy = a.sqrt() * x + (1 - a).sqrt() * noise
     v_pred = ours(noisy, text, t, reference=ref).sample
     v = a.sqrt() * noise - (1 - a).sqrt() * x
     assert torch.allclose(got, (v_pred - v).square().mean((1, 2, 3, 4)), atol=1e-6)
     x0_pred = scheduler.get_velocity(v_pred, noisy, t)  # the example's odd call: sqrt(a) x_t - sqrt(1-a) v_pred
     assert torch.allclose(got, ((x0_pred - x).square() / (1 - a)).mean((1, 2, 3, 4)), rtol=1e-4)
-
-
-def test_v_loss_is_float32_whatever_the_dtype():
-    """bfloat16 would round alpha-bar to 1.0 for t = 0 and 1 (no noise at all), and the squares to three digits."""
-    scheduler = CogVideoXPipeline.from_pretrained(BASE).scheduler
-    x, noise = torch.randn(2, 2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
-    transformer = Mock(return_value=(x,))
-    loss = v_loss(transformer, scheduler, x, None, torch.tensor([1, 1]), noise)
-    a, x32, noise = scheduler.alphas_cumprod[1].float(), x.float(), noise.float()
-    assert torch.allclose(transformer.call_args.args[0], a.sqrt() * x32 + (1 - a).sqrt() * noise, atol=1e-6)
-    v = a.sqrt() * noise - (1 - a).sqrt() * x32
-    assert torch.allclose(loss, (x32 - v).square().mean((1, 2, 3, 4)), rtol=1e-6)
 
 
 def test_coin():
@@ -197,9 +182,8 @@ def test_token_drop():
     keeps = torch.stack([train.tokens_to_keep(cfg, micro, 1350) for micro in micros])
     assert keeps.shape == (400, 675) and (keeps.diff() > 0).all() and keeps.min() == 0 and keeps.max() == 1349
     assert abs(keeps.float().mean() - 674.5) < 5 and len(keeps.unique(dim=0)) == 400
-    few = dict(token_drop=0.99, lora_scope="reference", view_drop=0.0)  # LoRA needs a token at least
-    for n, kept, flags in ((1350, 135, dict(token_drop=0.9)), (1350, 14, few), (16, 1, few)):
-        assert len(train.tokens_to_keep(train.Config(**flags), micros[0], n)) == kept
+    for n, kept, flags in ((1350, 135, {}), (4, 1, dict(lora_scope="reference", view_drop=0.0))):  # LoRA needs a token
+        assert len(train.tokens_to_keep(train.Config(token_drop=0.9, **flags), micros[0], n)) == kept
 
 
 def test_whole_drops():
@@ -239,15 +223,6 @@ def test_sampler_is_the_stock_pipeline():
     assert len(ours) == 9 and all(np.array_equal(a, b) for a, b in zip(ours, theirs))
 
 
-def test_the_authors_release(tmp_path, capsys):
-    """Their layout (another file name, no header) loads at alpha/rank 0.5, which is also what our file says."""
-    file = tmp_path / "pytorch_lora_weights_transformer.safetensors"
-    model.save_file(model.load_file(model.lora_path(LORA)), file)
-    theirs, ours = (sample.load(str(lora), BASE)[0].transformer.state_dict() for lora in (tmp_path, LORA))
-    assert f"{file} does not say its alpha: using the paper's" in capsys.readouterr().out
-    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
-
-
 # ---- the README ------------------------------------------------------------------------------------------------------
 
 def test_the_readmes_first_command_twice_is_the_same_file(tmp_path):
@@ -284,5 +259,4 @@ def test_help_explains_every_knob(script, capsys):
     with pytest.raises(SystemExit):
         command_line(None, script.Config, script.__doc__, ["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for knob in dataclasses.fields(script.Config):
-        assert f"--{knob.name} " in said and len(knob.metadata["help"]) > 9
+    assert all(f"--{knob.name} " in said for knob in dataclasses.fields(script.Config))

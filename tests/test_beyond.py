@@ -27,15 +27,6 @@ def test_the_image_frame_is_drawn_evenly_for_each_micro_batch_of_pictures():
     assert set(drawn("random", "video")) == set(drawn("first", "image")) == {1}
 
 
-def test_a_run_takes_the_drawn_frames(knobs, tmp_path, monkeypatch):
-    seen, v_loss = [], train.v_loss
-    monkeypatch.setattr(train, "v_loss", lambda *args: seen.append(args[-1]) or v_loss(*args))
-    cfg = train.Config(**{**knobs, "image_frame": "random", "out": str(tmp_path)})
-    train.train(cfg)
-    assert seen == [train.image_frame(cfg, micro, 5) for step in range(6) for micro in train.plan(cfg, step)]
-    assert len(set(seen)) > 2
-
-
 def test_guidance_on_the_picture(tiny, inputs):
     """Two videos, each with both halves of [uncond | cond]: all move by (S - 1) (cond - cond without the picture). A
     LoRA's scale counts once, and afterwards nothing is left of it."""
@@ -66,14 +57,9 @@ def test_guidance_on_the_picture_is_the_same_alone_and_in_a_batch():
     assert np.abs(together[1:] - videos([1], 1.5)).max() <= 1 and np.abs(together - videos([0, 1], 1.0)).max() > 20
 
 
-@pytest.fixture
-def bfloat16(monkeypatch):
-    """base.compute_dtype says bfloat16, as on a GPU, to everyone who has imported it."""
-    monkeypatch.setattr(base.compute_dtype, "__code__", (lambda device: torch.bfloat16).__code__)
-
-
-def test_the_toys_first_command_in_the_dtype_of_a_gpu(newcomer, bfloat16, monkeypatch):
+def test_the_toys_first_command_in_the_dtype_of_a_gpu(newcomer, monkeypatch):
     """train.py --toy from its data to its samples. A run that was killed goes on as if nobody had watched or killed."""
+    monkeypatch.setattr(base.compute_dtype, "__code__", (lambda device: torch.bfloat16).__code__)  # for all importers
     monkeypatch.setattr("common.watch.generate", partial(sample.generate, steps=1))  # 50 take long in bfloat16
     short = dict(toy=True, steps=4, save_every=2, image_batch=4, image_micro=4, video_batch=2, video_micro=2, p=0.5,
                  lora_rank=4, lora_alpha=2.0, lora_dropout=0.1, view_drop=0.3)
@@ -92,15 +78,18 @@ def test_the_toys_first_command_in_the_dtype_of_a_gpu(newcomer, bfloat16, monkey
 def test_cached_prompts_give_the_same_losses_without_the_text_encoder(newcomer, knobs, monkeypatch):
     """It leaves the pipeline, because diffusers would draw the samples' noise where its first module lies."""
     cfg = train.Config(**{**knobs, "cls": "item", "cls_video": False, "val_every": 1, "name": "plain"})
-    latents.prepare_cache(latents.Latents(out="cache", prompts=True, device="cpu", **{k: getattr(cfg, k) for k in (
-        "base", "images", "videos", "crop_jitter", "frames", "fps", "cls", "cls_video")}))
-    encoders, losses = [], []
+    same = {k: getattr(cfg, k) for k in "base images videos crop_jitter frames fps cls cls_video".split()}
+    latents.prepare_cache(latents.Latents(out="cache", prompts=True, device="cpu", **same))
+    encoders, cached = [], replace(cfg, name="cached", cache="cache")
     monkeypatch.setattr(train.Validation, "measure", lambda self, step: encoders.append(self.pipe.text_encoder))
-    for change in ({}, dict(name="cached", cache="cache")):
-        train.train(replace(cfg, **change))
-        losses.append([line["loss"] for line in log_of(f"out/{change.get('name', 'plain')}")])
-    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    train.train(cfg)
+    train.train(cached)
+    plain, other = ([line["loss"] for line in log_of(f"out/{name}")] for name in ("plain", "cached"))
+    assert len(plain) == 6 and other == pytest.approx(plain, rel=1e-4)
     assert encoders[0] is not None and encoders[-1] is None
+    for change in (dict(crop_jitter=0.1), dict(cls="front"), dict(cls_video=True)):
+        with pytest.raises(ValueError, match="made with other settings"):
+            train.train(replace(cached, name="x", **change))
 
 
 def test_each_rank_of_a_machine_has_its_own_gpu(monkeypatch):
@@ -111,15 +100,12 @@ def test_each_rank_of_a_machine_has_its_own_gpu(monkeypatch):
     assert find_device("cuda") == torch.device("cuda", 1) and find_device("cuda:7").index == 7
 
 
-SHORTER = {'"steps": 150': '"steps": 2', '_every": 50': '_every": 2', "test_set(16)": "test_set(3)",
-           "folder, 16, steps=20": "folder, 3, steps=1"}
-
-
 def test_the_cells_of_the_walkthrough_run(newcomer):
     """With two training steps and three creatures in the place of 150 and 16."""
     cells = json.loads((ROOT / "paper/walkthrough.ipynb").read_text())["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    for long, short in SHORTER.items():
+    for long, short in (('"steps": 150', '"steps": 2'), ('_every": 50', '_every": 2'), ("test_set(16)", "test_set(3)"),
+                        ("folder, 16, steps=20", "folder, 3, steps=1")):
         assert long in code
         code = code.replace(long, short)
     Path("train.py").symlink_to(ROOT / "train.py")  # the first cell looks for the folder of this file

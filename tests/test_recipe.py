@@ -15,7 +15,6 @@ from diffusers import CogVideoXPipeline
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import gradcos
 import model
 import sample
 import train
@@ -32,8 +31,8 @@ GOLDEN = {  # name: its flags; the losses of its steps, then the cosine after th
     "authors": ({**train.AUTHORS, "image_micro": 2},
                 [0.21595, 0.463974, 0.245489, 0.0473638, 0.247423, 0.120979, 0.00358773]),
     "ablations": (dict(task_schedule="two_stage", pcgrad=4, cls="item", random_frame=False, lora_scope="reference",
-                       view_drop=0.0, lora_alpha=100.0),
-                  [0.917077, 0.539177, 0.624421, 0.185663, 0.149015, 0.0201179, -0.0061592])}
+                       view_drop=0.0, lora_alpha=100.0, image_frame="random"),
+                  [0.913257, 0.528522, 0.677277, 0.17909, 0.150272, 0.0203048, 0.00516808])}
 
 
 @pytest.fixture(scope="module", params=GOLDEN)
@@ -68,8 +67,7 @@ def test_three_checkpoints_stay_and_their_header_says_how_to_sample(golden):
     assert sorted(d.name for d in golden.folder.glob("step-*")) == ["step-000004", "step-000005", "step-000006"]
     header = model.lora_header(sample.find_lora(golden.folder))
     cls, scope = ("item", "reference") if golden.name == "ablations" else ("front", "all")
-    assert {k: header[k] for k in ("base", "cls", "fps", "guidance", "lora_scope")} == dict(
-        base=BASE, cls=cls, fps="4.0", guidance="2.0", lora_scope=scope)
+    assert dict(base=BASE, cls=cls, fps="4.0", guidance="2.0", lora_scope=scope).items() <= header.items()
     assert json.loads(header["trained_by"])["token_drop"] == 0.5
 
 
@@ -144,20 +142,16 @@ def test_lora_is_that_of_A1_and_all_that_is_trained(loaded):
 def held_out(knobs, tmp_path_factory):
     """(cfg, pipeline, held-out batches) of a trained LoRA, with a view drop that would drop everything."""
     cfg = train.Config(**{**knobs, "init_lora": LORA, "view_drop": 1.0, "lora_dropout": 0.25, "crop_jitter": 0.1,
-                          "image_micro": 4, "video_micro": 2, "steps": 1, "val_every": 1, "gradcos_every": 1,
-                          "image_frame": "random",
+                          "image_frame": "random", "steps": 1, "val_every": 1, "gradcos_every": 1,
                           "out": str(tmp_path_factory.mktemp("held-out"))})
     cfg, pipe, _ = setup.load_model(cfg, torch.device("cpu"))
     return cfg, pipe, train.held_out_batches(cfg, pipe, (32, 32), 9, 16)
 
 
-def test_init_lora_brings_rank_alpha_and_weights_and_the_flag_its_dropout(held_out):
+def test_init_lora_brings_rank_alpha_and_scope_and_the_flag_its_dropout(held_out):
     cfg, pipe, _ = held_out
     assert (cfg.lora_rank, cfg.lora_alpha, cfg.lora_scope) == (32, 16.0, "all")
-    weights = model.load_file(sample.find_lora(LORA))
-    for name, layer in lora_layers(pipe.transformer).items():
-        assert layer.lora_dropout["default"].p == 0.25 and layer.scaling == {"default": 0.5}
-        assert torch.equal(layer.lora_B["default"].weight, weights[f"transformer.{name}.lora_B.weight"])
+    assert {layer.lora_dropout["default"].p for layer in lora_layers(pipe.transformer).values()} == {0.25}
 
 
 def test_adamw_has_the_numbers_of_A2_and_the_papers_schedule():
@@ -172,18 +166,6 @@ def test_adamw_has_the_numbers_of_A2_and_the_papers_schedule():
         schedule.step()
     assert [rates[s] for s in (0, 100, 200, 2100, 3999)] == pytest.approx(
         [0, 2.5e-5, 5e-5, 2.5e-5, 2.5e-5 * (1 - math.cos(math.pi / 3800))], abs=1e-12)
-
-
-def test_the_ranks_share_out_the_samples_of_a_step(monkeypatch):
-    """256 pairs, each once, on one rank and on eight."""
-    cfg = train.Config(p=0.0, image_micro=4)
-    for world_size in (1, 8):
-        keys = []
-        monkeypatch.setenv("WORLD_SIZE", str(world_size))
-        for rank in range(world_size):
-            monkeypatch.setenv("RANK", str(rank))
-            keys += [key for micro in train.plan(cfg, 5) for key in micro.keys]
-        assert sorted(keys) == [("image", 5, i) for i in range(256)]
 
 
 # ---- draws, jitter and caches ----------------------------------------------------------------------------------------
@@ -225,22 +207,9 @@ def test_each_cached_crop_of_a_pair_is_drawn_in_both_directions(loaded, tmp_path
     (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
     asked = dict(images=str(tmp_path), crop_jitter=0.5)
     latents.prepare_cache(latents.Latents(base=BASE, out=f"{tmp_path}/cache", crops=3, **asked))
-    cfg = dataclasses.replace(loaded[0], cache=f"{tmp_path}/cache", p=0.0, **asked)
+    cfg = dataclasses.replace(loaded[0], cache=f"{tmp_path}/cache", p=0.0, videos="none", **asked)
     pairs = setup.open_data(cfg, loaded[1])[0]["image"]
     assert len({pairs[step, 0]["target_moments"].sum().item() for step in range(60)}) == 2 * 3
-
-
-@pytest.mark.parametrize("task, change", [("image", dict(crop_jitter=0.2)), ("image", dict(cls="item")),
-                                          ("video", dict(fps=2.0)), ("video", dict(cls_video=False))])
-def test_a_cache_of_other_settings_is_another(loaded, task, change):
-    cfg, pipe, _ = loaded
-    key, other = (latents.cache_key(cfg, pipe, task, (32, 32), 9) for cfg in (cfg, dataclasses.replace(cfg, **change)))
-    assert len([k for k in key if key[k] != other[k]]) == 1
-
-
-def test_only_the_data_that_p_asks_for_is_opened(loaded):
-    for opened, flags in (["image"], dict(p=0.0, videos="none")), (["video"], dict(p=1.0, images="none")):
-        assert list(setup.open_data(dataclasses.replace(loaded[0], **flags), loaded[1])[0]) == opened
 
 
 # ---- measuring (B.1) -------------------------------------------------------------------------------------------------
@@ -285,34 +254,30 @@ def test_measured_losses_and_norms_are_those_of_the_mean_over_samples(held_out):
         assert gradients[norm] == pytest.approx(flat.norm().item(), rel=1e-4)
 
 
-def test_cosine_is_signed_and_guarded_by_a_tiny_eps():
-    a, b = torch.tensor([3.0, 4.0]), torch.tensor([-4.0, -3.0])
-    assert gradcos.cosine([a], [b]) == pytest.approx((-24 / 25, 5, 5)) and gradcos.cosine([a], [0 * b]) == (0, 5, 0)
-    assert gradcos.cosine([a * 2e-7], [a * 2e-7])[0] == pytest.approx(0.5)  # |a| |b| = 1e-12 = eps
-
-
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, asked, rate", [
     (dict(lora=LORA), [2.0, 1.0, 50, 9, 32, 32, [0]], 4),  # what the toy's LoRA and base say
     (dict(lora=LORA, guidance=3.5, ref_guidance=2.0, fps=16.0, seed=7, steps=9, frames=16, height=40, width=48),
      [3.5, 2.0, 9, 13, 40, 48, [7]], 16),  # 4k + 1 frames here
-    (dict(lora=".", base=BASE), [6.0, 1.0, 50, 9, 32, 32, [0]], 8)])  # a file without a header: as the authors do
+    (dict(lora=".", base=BASE), [6.0, 1.0, 50, 9, 32, 32, [0]], 8)])  # the authors' release has no header
 def test_sampling_asks_for_what_lora_and_base_say_and_flags_win(tmp_path, monkeypatch, flags, asked, rate):
-    """... with <cls> in front of the prompt, an empty negative one and the picture's latents."""
-    words, names = {"ref_guidance": 1.0}, "guidance_scale ref_guidance num_inference_steps num_frames height width seeds".split()
+    """... with <cls>, an empty negative prompt and the picture's latents. Without a header alpha/rank is 0.5, too."""
+    names = "guidance_scale ref_guidance num_inference_steps num_frames height width seeds".split()
+    words = {"ref_guidance": 1.0}
 
     def answer(pipe, **said):
-        words.update(said | said["attention_kwargs"], seeds=[g.initial_seed() for g in said["generator"]])
+        seeds = [g.initial_seed() for g in said["generator"]]
+        words.update(said | said["attention_kwargs"], seeds=seeds, transformer=pipe.transformer)
         return SimpleNamespace(frames=[[Image.new("RGB", (32, 32))] * said["num_frames"]])
     monkeypatch.setattr(CogVideoXPipeline, "__call__", answer)  # the stock pipeline's
-    monkeypatch.setattr(sample, "guidance_on_picture",
-                        lambda transformer, S: nullcontext(words.update(ref_guidance=S)))
+    monkeypatch.setattr(sample, "guidance_on_picture", lambda _, S: nullcontext(words.update(ref_guidance=S)))
     monkeypatch.chdir(tmp_path)
-    model.save_file(model.load_file(model.lora_path(LORA)), model.LORA_FILE)
+    model.save_file(model.load_file(model.lora_path(LORA)), model.AUTHORS_LORA_FILE)
     sample.main(sample.Config(ref=REF, prompt="a creature", out="a.mp4", **flags))
     assert [words[name] for name in names] == asked
-    pipe = sample.load_pipeline(BASE)
+    pipe = sample.load(LORA)[0]
+    assert all(map(torch.equal, words["transformer"].state_dict().values(), pipe.transformer.state_dict().values()))
     reference = sample.encode_references(pipe, [media.load_image(REF)], words["height"], words["width"])
     assert torch.allclose(words["reference"], reference, atol=1e-5)
     for name, text in (("prompt_embeds", "<cls> a creature"), ("negative_prompt_embeds", "")):
