@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sample import encode_references, generate, guidance_of, load
+from sample import encode_references, generate, load
 from toy import creatures
 from toy.creatures import COLOURS, DIRECTIONS, FIELDS, Creatures, caption, score_each
 
@@ -113,7 +113,7 @@ def test_eight_creatures_are_sample_pys_and_walk_only_with_clips(browser, monkey
                             lambda shape, **_: torch.tensor(noise).view(shape))
         for p, (pipe, header) in loaded.items():
             reference = encode_references(pipe, [Image.fromarray(picture)], 32, 32)
-            ours = generate(pipe, reference, [prompt], [0], steps=20, guidance=guidance_of(header))[0]
+            ours = generate(pipe, reference, [prompt], [0], steps=20, guidance=float(header["guidance"]))[0]
             difference = np.abs(videos[p].astype(int) - np.stack(ours))
             assert difference.mean() <= 2 and difference.max() <= 12, (field, p, difference.mean(), difference.max())
         creature = Creatures(np.reshape(cells, (1, 8, 8)), np.array([[list(COLOURS).index(name) for name in colours]]))

@@ -148,10 +148,13 @@ def held_out(knobs, tmp_path_factory):
     return cfg, pipe, train.held_out_batches(cfg, pipe, (32, 32), 9, 16)
 
 
-def test_init_lora_brings_rank_alpha_and_scope_and_the_flag_its_dropout(held_out):
+def test_init_lora_brings_rank_alpha_and_weights_and_the_flag_its_dropout(held_out):
     cfg, pipe, _ = held_out
     assert (cfg.lora_rank, cfg.lora_alpha, cfg.lora_scope) == (32, 16.0, "all")
-    assert {layer.lora_dropout["default"].p for layer in lora_layers(pipe.transformer).values()} == {0.25}
+    weights = model.load_file(sample.find_lora(LORA))
+    for name, layer in lora_layers(pipe.transformer).items():
+        assert layer.lora_dropout["default"].p == 0.25
+        assert torch.equal(layer.lora_B["default"].weight, weights[f"transformer.{name}.lora_B.weight"])
 
 
 def test_adamw_has_the_numbers_of_A2_and_the_papers_schedule():

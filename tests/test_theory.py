@@ -74,8 +74,9 @@ def test_where_the_cosine_ends(modes, p, eta, optima, limit):
     """The slowest mode decides it. C.4.1 has the fastest: that needs a step size above 2 / (l_min + l_max) = 1.67. At
     p = 0.2 FLAT's slowest is the second, where g_vid = 0. Different optima end in opposite gradients."""
     H = [np.diag(curvatures) for curvatures in modes]
-    phi = cosines(*descend(H, np.ones(len(H[0])), p, eta, 1000, optima))
-    assert abs(phi[-1] - limit) < 1e-6
+    g_1, g_2 = descend(H, np.ones(len(H[0])), p, eta, 1000, optima)
+    assert abs(cosines(g_1, g_2)[-1] - limit) < 1e-6
+    assert np.allclose((1 - p) * g_1[-1], -p * g_2[-1], atol=1e-9)
 
 
 # ---- the figures -----------------------------------------------------------------------------------------------------
