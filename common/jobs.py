@@ -69,8 +69,6 @@ def jobs_of_bench(cfg, lora, cls):
     out.mkdir(parents=True, exist_ok=True)
     record = out / "sampling.json"
     for part, before in read_json(record).items() if record.is_file() else ():
-        if not isinstance(before, dict) or part not in made:
-            raise ValueError(f"{record} is damaged: delete it, or choose another --out")
         if differ := changed(before, {k: v for k, v in made[part].items() if k in before}):
             raise ValueError(f"{out} was sampled with other {part} ({differ[:200]}): choose another --out")
     if rank_and_world_size()[0] == 0:

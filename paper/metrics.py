@@ -40,8 +40,8 @@ PAPER = {"Motion Smooth.": 98.45, "Dynamic Degree": 69.64, "CLIP-T": 32.69, "CLI
 # ---- CLIP-T, CLIP-I, DINO-I ------------------------------------------------------------------------------------------
 
 def preprocess(pictures, resize, crop, mean, std):
-    """PIL pictures -> (B,3,crop,crop): the original CLIP and DINO preprocessing (torchvision's Resize, CenterCrop,
-    ToTensor, Normalize) in Pillow: the short side becomes `resize`, bicubic, and the centre is cut out."""
+    """PIL pictures -> (B,3,crop,crop), as torchvision's Resize (of the short side, bicubic), CenterCrop, ToTensor and
+    Normalize would."""
     arrays = []
     for picture in pictures:
         w, h = picture.size
@@ -76,8 +76,8 @@ class Clip:
 
 
 class Dino:
-    """DINO (ViT-S/16): unit class tokens of pictures, (B,D). The preprocessor on its hub page is wrong;
-    these numbers are the original's: short side 256 for a crop of 224, and ImageNet's mean and deviation."""
+    """DINO (ViT-S/16): unit class tokens of pictures, (B,D). The preprocessor on its hub page is wrong; these numbers
+    are the original's."""
 
     def __init__(self, path, device):
         self.model = ViTModel.from_pretrained(path, add_pooling_layer=False).float().eval().to(device)
@@ -91,16 +91,13 @@ class Dino:
 
 def similarity(frames, other):
     """CLIP-T, CLIP-I or DINO-I of a video: 100 x cosine of the unit features of each frame (F,D) and of the prompt or
-    the whole reference picture (D,), mean over frames. -100 to 100, 100 for a copy of the reference; a folder's score
-    is the mean over its videos. Sources: DreamVideo's script; for DINO-I DreamBooth (arXiv 2208.12242).
+    the whole reference picture (D,), mean over frames. A folder's score is the mean over its videos. Sources:
+    DreamVideo's script; for DINO-I DreamBooth (arXiv 2208.12242).
 
-    CLIP-T: does the video show what the prompt says? The paper's rows lie between 27 and 34. It is blind to motion
-    ("walks left") and to who the subject is: CLIP sees single pictures, and kinds of things. A still of the right scene
-    scores as a video does. Long prompts (OpenS2V's) lose their end.
-    CLIP-I: does it show what the reference shows? It compares whole pictures, background included: a video that copies
-    the reference and stands still wins, one that follows a prompt into another scene loses.
-    DINO-I: is it this very subject? DINO learned without labels or captions, so it keeps what tells two dogs apart,
-    which CLIP may drop. The same things fool it as CLIP-I.
+    CLIP-T asks whether the video shows what the prompt says; the paper's rows lie between 27 and 34. It is blind to
+    motion ("walks left") and to who the subject is. CLIP-I and DINO-I ask whether it shows what the reference shows.
+    They compare whole pictures: a still copy of the reference wins, a video that follows the prompt into another scene
+    loses. DINO learned without captions, so it keeps what tells two dogs apart, which CLIP may drop.
     """
     return 100 * (frames @ other).mean().item()
 
@@ -118,8 +115,7 @@ class Config:
     dino: str = knob("facebook/dino-vits16", "DINO: hub id or folder; 'none' leaves DINO-I out")
     flow: str = knob("raft", "optical flow: VBench's, or OpenCV's without weights", "raft", "dis", "none")
     real: str = knob("", "folder of real clips: FVD against them. Small, medium, large need clips named ID.mp4")
-    masks: str = knob("", "folder of ID.png, white on the foreground of each real clip's first frame; "
-                                "empty takes the whole frame as foreground")
+    masks: str = knob("", "folder of ID.png, white on the foreground of each real clip's first frame; empty: all of it")
     fvd_frames: int = knob(49, "frames of FVD, from the start; shorter videos are left out")
     vbench: str = knob("", "VBench's result file of ONE folder, for motion smoothness")
     opens2v: str = knob("", "folder of OpenS2V's result files of ONE folder, for its totals")

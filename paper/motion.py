@@ -13,15 +13,14 @@ from common.media import read_text
 
 
 def dynamic_degree(frames, fps, flow):
-    """Dynamic degree: does the video move? The table has the share of videos that do, in per cent: always k/n.
+    """Does the video move? The table has the share of videos that do, in per cent: always k/n.
 
     VBench's rule (arXiv 2311.17982): take every max(1, round(fps/8))-th frame, and optical flow from each to the next.
     A pair moves when the mean length of its largest 5 % (px) is above 6 * min(H,W)/256. A video moves with at least
-    round(4 * frames/16) such pairs. 49 frames of 480x720: above 11.25 px, 12 of 48 pairs.
-    VBench's flow is RAFT; another one gives other numbers.
+    round(4 * frames/16) such pairs. 49 frames of 480x720: above 11.25 px, 12 of 48 pairs. Its flow is RAFT.
 
-    Do not trust it for quality: a panning camera, flicker, a cut and a melting subject all move. It is a vote at one
-    threshold: slow motion counts nothing, and small differences of n = 120 videos are noise (+-4 points).
+    A panning camera, flicker, a cut and a melting subject all move; slow motion counts nothing; and small differences
+    of n = 120 videos are noise (+-4 points).
     """
     frames = frames[::max(1, round(fps / 8))]
     if len(frames) < 3:  # round(4 * 2/16) is 0: VBench calls such a clip moving, whatever it shows
@@ -66,11 +65,8 @@ def raft_flow(device):
 
 
 def vbench_smoothness(file):
-    """{video name: per cent} from VBench's own result file (its motion_smoothness, run in its own environment).
-
-    VBench drops every second frame, lets AMT-S draw it from its neighbours, and takes (255 - mean absolute difference)
-    / 255. A still picture scores 100: read it beside dynamic degree. paper/NOTES.md has the trouble with it.
-    """
+    """{video name: per cent} from VBench's own result file (its motion_smoothness, run in its own environment): how
+    well AMT-S draws every second frame from its neighbours. A still picture scores 100."""
     try:
         videos = json.loads(read_text(file))["motion_smoothness"][1]
         return {Path(v["video_path"]).stem: 100 * float(v["video_results"]) for v in videos}

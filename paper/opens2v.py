@@ -1,7 +1,4 @@
-"""OpenS2V's total scores (Table 12) from the result files of its own scorers (arXiv 2505.20292).
-
-The six scorers are OpenS2V's, and each needs its own environment and weights: nothing of them is here.
-"""
+"""OpenS2V's scores and totals (Table 12) from the result files of its own scorers (arXiv 2505.20292)."""
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -21,18 +18,16 @@ TOTALS = {"v1.0": dict(aesthetics=.12, motion=.12, face=.20, gme=.12, nexus=.20,
 
 
 def total(scores, version):
-    """OpenS2V's total of the open and the single domain (people alone have other weights): a weighted mean of scores in
-    per cent. KeyError when one is missing; OpenS2V would count it as 0. Totals of v1.0 and v1.1 cannot be compared."""
+    """OpenS2V's total for ids of all kinds (people alone have other weights) from scores in per cent. KeyError when one
+    is missing; OpenS2V would count it as 0. Totals of v1.0 and v1.1 cannot be compared."""
     return sum(weight * scores[name] for name, weight in TOTALS[version].items())
 
 
 def rows(folder):
-    """The rows of paper/metrics.py's table: each score in OpenS2V's result files with its n, and their totals.
+    """The rows of paper/metrics.py's table: each score with its n, and their totals.
 
-    Each value is cut to its range and scaled to 0..100, as OpenS2V does; motion counts by its size; naturalness is the
-    mean of up to three files of GPT-4o's marks, 1 to 5. A video in which NexusScore's detector finds nothing (0) is
-    left out, so flicker pays (OpenS2V issue 36): look at its n. FaceSim is for ids that show people.
-    """
+    Each value is cut to its range and scaled to 0..100, as OpenS2V does; naturalness is the mean of up to three files
+    of GPT-4o's marks. A video in which NexusScore's detector finds nothing (0) is left out: look at its n."""
     table, scores = {}, {}
     for name, (pattern, key, low, high) in OPENS2V.items():
         found = {}
@@ -42,7 +37,7 @@ def rows(folder):
                     mark = float(value[key] if key else value)
                     found.setdefault(video, []).append(mark)
         values = np.array([np.mean(marks) for marks in found.values()])
-        if name in ("motion", "amplitude", "smoothness"):
+        if name in ("motion", "amplitude"):
             values = np.abs(values)
         elif name == "nexus":
             values = values[values != 0]
