@@ -56,31 +56,15 @@ def split(flat, parameters):
     return flat.split([p.numel() for p in parameters])
 
 
-def layer_groups(names):
-    """Group name -> indices of the parameters in it: by kind of layer, and by depth ("block 0", ...)."""
-    kinds = {"attention": "attn1.to_", "feed-forward": "ff.net", "norms": ".linear", "embeddings": "patch_embed"}
-    groups = {kind: [i for i, n in enumerate(names) if part in n] for kind, part in kinds.items()}
-    for i, name in enumerate(names):
-        if "transformer_blocks." in name:
-            block = name.split("transformer_blocks.")[1].split(".")[0]
-            groups.setdefault(f"block {block}", []).append(i)
-    return {name: indices for name, indices in groups.items() if indices}
-
-
-def measure(losses_of, named_parameters):
-    """One measurement: {"cosine", "norm_img", "norm_vid", "groups": {name: [cosine, norm_img, norm_vid]}}.
+def measure(losses_of, parameters):
+    """One measurement: {"cosine", "norm_img", "norm_vid"}.
 
     losses_of(task) iterates over the scalar losses of the fixed held-out batch of "image" or "video", this rank's
-    share. named_parameters: (name, tensor) of what is trained. The two flat gradients have 2 GB each at rank 128 on
-    CogVideoX-5B.
+    share. parameters: what is trained. The two flat gradients have 2 GB each at rank 128 on CogVideoX-5B.
     """
-    names, parameters = zip(*named_parameters)
-    g_img, g_vid = (split(flat_gradient(losses_of(task), parameters), parameters)
-                    for task in ("image", "video"))
+    g_img, g_vid = (split(flat_gradient(losses_of(task), parameters), parameters) for task in ("image", "video"))
     phi, norm_img, norm_vid = cosine(g_img, g_vid)
-    groups = {name: cosine([g_img[i] for i in indices], [g_vid[i] for i in indices])
-              for name, indices in layer_groups(names).items()}
-    return {"cosine": phi, "norm_img": norm_img, "norm_vid": norm_vid, "groups": groups}
+    return {"cosine": phi, "norm_img": norm_img, "norm_vid": norm_vid}
 
 
 # ---- PCGrad (4.3, B.3) -----------------------------------------------------------------------------------------------

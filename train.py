@@ -172,7 +172,7 @@ def train(cfg):
         return print0(f"{folder} is complete ({start} steps); choose another --name for a new run")
     start_log(folder, settings_of(cfg), start)
     describe(cfg, folder, parameters, datasets, size, start, device)
-    log = Log(folder, start, [sample_task(cfg, step) for step in range(cfg.steps)], device, cfg.tensorboard)
+    log = Log(folder, start, cfg.steps, device, cfg.tensorboard)
     held_out = held_out_batches(cfg, pipe, size, frames, n_ref) if cfg.gradcos_every or cfg.val_every else []
     validation = Validation(cfg, pipe, folder, size, frames, held_out, log)
     if all(dataset.cache and dataset.cache.prompts for dataset in datasets.values()):

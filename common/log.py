@@ -2,9 +2,7 @@
 import json
 import sys
 import time
-from collections import Counter, deque
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -99,9 +97,9 @@ def describe(cfg, run, parameters, datasets, size, start, device):
 class Log:
     """log.jsonl and the progress bar. The metrics of a step are read one step late, so nothing waits for the GPU.
 
-    run: the run's folder. tasks: the task of every step; the run begins at `start`. Only rank 0 writes and shows."""
+    run: the run's folder. It goes from step `start` to `steps`. Only rank 0 writes and shows."""
 
-    def __init__(self, run, start, tasks, device, tensorboard=False):
+    def __init__(self, run, start, steps, device, tensorboard=False):
         self.run, self.device, self.board = None, device, None
         if rank_and_world_size()[0] == 0:
             self.run = run
@@ -111,10 +109,8 @@ class Log:
             except ImportError:
                 raise ValueError("--tensorboard needs tensorboard: pip install tensorboard")
             self.board = SummaryWriter(run / "tensorboard", purge_step=start)
-        self.bar = tqdm(total=len(tasks), initial=start, mininterval=1, disable=self.run is None,
-                        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]")
-        self.to_come = Counter(tasks[start:])
-        self.seconds = {task: deque(maxlen=20) for task in self.to_come}  # of each task's last 20 steps
+        # smoothing=0: the time that is left follows from the mean of all steps, because the tasks' steps differ.
+        self.bar = tqdm(total=steps, initial=start, mininterval=1, smoothing=0, disable=self.run is None, unit="step")
         self.pending, self.shown, self.unusable = None, {}, set()
         self.stop = False  # some rank got a SIGTERM, and all ranks know
 
@@ -158,18 +154,8 @@ class Log:
         by_task = {name: means[name]["loss"] for name in TASKS if means.get(name)}
         for name, value in (by_task or {task: loss}).items():
             self.shown[name] = 0.95 * self.shown.get(name, value) + 0.05 * value
-        left = self.estimate(task, seconds)
-        self.bar.set_postfix({"left": left, **{k: f"{v:.4f}" for k, v in self.shown.items()}}, refresh=False)
+        self.bar.set_postfix({k: f"{v:.4f}" for k, v in self.shown.items()}, refresh=False)
         self.bar.update()
-
-    def estimate(self, task, seconds):
-        """The time that the steps to come will take, each as long as the median of its task's last ones; "?" before
-        every task was seen. Saving and measuring come on top."""
-        self.to_come[task] -= 1
-        self.seconds[task].append(seconds)
-        if not all(self.seconds.values()):
-            return "?"
-        return self.bar.format_interval(sum(median(self.seconds[t]) * n for t, n in self.to_come.items()))
 
     def skipped(self, reasons):
         """Report each unusable file once."""

@@ -43,8 +43,8 @@ class Validation:
         transformer.eval()
         if due(cfg.gradcos_every):
             self.log.doing("gradients' cosine")
-            named = [(n, p) for n, p in transformer.named_parameters() if p.requires_grad]
-            self.log.write("gradcos.jsonl", {"step": step, **gradcos.measure(self.scalars, named)})
+            trained = [p for p in transformer.parameters() if p.requires_grad]
+            self.log.write("gradcos.jsonl", {"step": step, **gradcos.measure(self.scalars, trained)})
         if due(cfg.val_every):
             self.log.doing("held-out losses")
             self.log.write("val.jsonl", {"step": step, **self.mean_losses()})
