@@ -1,9 +1,9 @@
-"""The data sets: pictures, pairs and clips of every kind, damaged, with marks, profiles and types that nobody expects,
-and what is said about those that cannot be used."""
+"""The data sets: pictures, pairs and clips of every kind, and what is said about those that cannot be used."""
 import gc
 import json
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 
 import av
 import numpy as np
@@ -19,7 +19,7 @@ from common.run import read_json, write
 from tests.shared import small_disk
 
 pairs_of, clips_of = partial(data.ImagePairs, size=(16, 16)), partial(data.Clips, size=(16, 16), frames=9, fps=8)
-FILM = Fraction(24000, 1001)
+FILM, CLOCK = Fraction(24000, 1001), Fraction(1, 90000)
 RED = Image.new("RGB", (64, 32), "red")
 # sRGB with its red and its green exchanged: what the numbers call red looks green.
 EXCHANGED = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -68,26 +68,24 @@ def test_pairs_serve_both_directions(tmp_path):
 
 def write_frames(path, pictures, times, rate=8, degrees=0, mirrored=False, aspect=1):
     """A clip of pictures that come up at these times (seconds)."""
-    clock = Fraction(1, 1000 if path.suffix == ".mkv" else 90000)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate)
+        stream = container.add_stream("libx264", rate=rate, pix_fmt="yuv420p", time_base=CLOCK)
         stream.width, stream.height = pictures[0].size
-        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", clock
         stream.set_display_rotation(degrees, hflip=mirrored)
         stream.codec_context.sample_aspect_ratio = aspect
         for picture, time in zip(pictures, times):
-            frame = av.VideoFrame.from_image(picture).reformat(format="yuv420p")
-            frame.pts, frame.time_base = round(time / clock), clock
+            frame = av.VideoFrame.from_image(picture)
+            frame.pts, frame.time_base = round(time / CLOCK), CLOCK
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
 def greys(n):
-    """Pictures of the brightness 0, 4, 8, ..."""
-    return [Image.new("RGB", (64, 64), (4 * i,) * 3) for i in range(n)]
+    return [Image.new("RGB", (64, 64), (4 * i,) * 3) for i in range(n)]  # of the brightness 0, 4, 8, ...
 
 
 @pytest.mark.parametrize("name, fps, rate, times", [
+    ("a-hair-too-slow.mp4", 24, FILM, [n / FILM for n in range(60)]),
     ("pause.mp4", 8, 30, [n / 30 for n in range(90) if n < 20 or n > 50]),
     ("slow-then-fast.mkv", 8, 30, [n / 10 for n in range(10)] + [1 + n / 30 for n in range(50)]),
     ("steady.mkv", float(FILM), FILM, [n / FILM for n in range(60)])])
@@ -100,47 +98,33 @@ def test_each_instant_shows_the_frame_that_is_on_screen(tmp_path, name, fps, rat
     assert np.asarray(reference).mean() / 4 == shown[15]
 
 
-def test_a_clip_that_is_too_slow_is_refused_and_a_hair_slower_is_not(tmp_path):
-    save_video(tmp_path / "film.mp4", greys(40), float(FILM))
-    assert len(load_clip(tmp_path / "film.mp4", 40, 24)) == 40
-    save_video(tmp_path / "slow.mp4", greys(9), 2.4)
-    with pytest.raises(ValueError, match="slow.mp4 is too slow for 3 fps: it has 2.4 pictures a second"):
-        load_clip(tmp_path / "slow.mp4", 9, 3)
-
-
 @pytest.mark.parametrize("degrees, mirrored, aspect", [(90, False, 1), (0, True, 1), (270, True, Fraction(4, 3))])
 def test_a_clip_is_turned_mirrored_and_stretched_as_its_file_says(tmp_path, degrees, mirrored, aspect):
     """... and its frames leave the memory at once. Python's search for circles would free them too late: in a forked
     reader that ends in a deadlock of libswscale."""
-    corners = Image.new("RGB", (96, 64))
-    for colour, place in (("red", (0, 0)), ("lime", (48, 0)), ("blue", (0, 32))):
-        corners.paste(colour, (*place, place[0] + 48, place[1] + 32))
-    write_frames(tmp_path / "a.mp4", [corners], [0], 8, degrees, mirrored, aspect)
-    wanted = corners.resize((round(96 * aspect), 64)).rotate(degrees, expand=True)
+    ramp = Image.linear_gradient("L")
+    picture = Image.merge("RGB", (ramp, ramp.rotate(90), ramp)).resize((96, 64))
+    write_frames(tmp_path / "a.mp4", [picture], [0], 8, degrees, mirrored, aspect)
+    wanted = picture.resize((round(96 * aspect), 64)).rotate(degrees, expand=True)
     wanted = ImageOps.mirror(wanted) if mirrored else wanted
     gc.collect()
     (shown,) = load_clip(tmp_path / "a.mp4", 1, 8)
-    assert gc.collect() == 0 and shown.size == wanted.size
-    assert (np.abs(np.asarray(shown, int) - np.asarray(wanted)) > 60).mean() < 0.05
+    assert gc.collect() == 0 and np.abs(np.asarray(shown, int) - np.asarray(wanted)).max() < 20
 
 
-def test_the_reference_is_a_random_frame_of_the_clip_and_the_same_each_time(tmp_path):
+def test_the_reference_is_a_random_frame_of_the_clip(tmp_path):
     save_video(tmp_path / "a.mp4", greys(9), 8)
     (tmp_path / "a.txt").write_text("a thing moves")
     items = [clips_of(tmp_path)[step, 0] for step in range(30)]
     picked = [[torch.equal(frame[None], item["reference"]) for frame in item["target"]] for item in items]
     assert np.sum(picked, 1).tolist() == [1] * 30 and np.any(picked, 0).sum() > 5
-    assert torch.equal(clips_of(tmp_path)[29, 0]["reference"], items[29]["reference"])
-    assert torch.equal(clips_of(tmp_path, random_frame=False)[29, 0]["reference"], items[29]["target"][:1])
 
 
 # ---- what cannot be read, what cannot be written ---------------------------------------------------------------------
 
 def skipped_of(dataset):
-    """What 300 samples could not use, each once, however often it was met."""
-    said = {why for step in range(300) for why in dataset[step, 0]["skipped"]}
-    assert not any("0x" in why or "\n" in why for why in said)
-    return sorted(said)
+    """What 300 samples could not use. Each is said in the same words every time, so it is here once."""
+    return sorted({why for step in range(300) for why in dataset[step, 0]["skipped"]})
 
 
 def test_a_clip_that_cannot_be_used_is_skipped_and_named(tmp_path):
@@ -150,51 +134,44 @@ def test_a_clip_that_cannot_be_used_is_skipped_and_named(tmp_path):
     (tmp_path / "cut.MP4").write_bytes((tmp_path / "cut.MP4").read_bytes()[:700])
     (tmp_path / "blank.txt").write_text("\ufeff \n", encoding="utf-8")
     cut, blank = skipped_of(clips_of(tmp_path))
-    assert f"cannot read the clip {tmp_path / 'cut.MP4'}" in cut
-    assert blank == f"the caption {tmp_path / 'blank.txt'} is empty"
-    (tmp_path / "good.mp4").write_bytes(b"")
-    with pytest.raises(ValueError, match="20 video samples in a row"):
-        clips_of(tmp_path)[0, 0]
+    assert f"cannot read the clip {tmp_path}/cut.MP4" in cut and blank == f"the caption {tmp_path}/blank.txt is empty"
 
 
 def test_bad_rows_of_a_parquet_and_bad_lines_of_pairs_are_skipped_and_named(tmp_path):
     RED.save(tmp_path / "a.png")
-    RED.resize((1, 40)).save(tmp_path / "strip.png")
     texts = {"description_0": "left\u2028side", "description_1": "right", "item": "cat"}  # json ends no line there
     line = texts | {"image_0": "a.png", "image_1": "a.png"}
     lines = [line | bad for bad in ({"description_0": None}, {"item": 3}, {"image_0": 7}, {"image_1": "b.png"}, {}, {})]
     text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)  # with an empty line between each two
     (tmp_path / "pairs.jsonl").write_text(text, encoding="utf-8-sig")  # sig: with Windows' mark at the start
-    pictures = [{"bytes": (tmp_path / name).read_bytes()} for name in ("a.png", "strip.png", "pairs.jsonl")]
-    row = {"image": pictures[0], "description": texts}
-    bad = [{"image": picture} for picture in (None, *pictures[1:])]
-    bad += [{"description": None}, {"description": texts | {"description_1": " \n"}}]
-    pq.write_table(pa.Table.from_pylist([row | change for change in [*bad, {}, {}, {}]]), tmp_path / "a.parquet",
-                   row_group_size=3)
+    row = {"image": {"bytes": (tmp_path / "a.png").read_bytes()}, "description": texts}
+    rows = [row | bad for bad in ({"image": None}, {"image": {"bytes": b"no picture"}}, {"description": None},
+                                  {"description": texts | {"description_1": " \n"}}, {}, {}, {})]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=3)
     places = [why.split(": ")[0] for why in skipped_of(pairs_of(tmp_path))]
     assert places == [f"line {i} of {tmp_path}/pairs.jsonl" for i in (1, 3, 5, 7)] + [
-        f"row {i} of {tmp_path}/a.parquet" for i in range(5)]
+        f"row {i} of {tmp_path}/a.parquet" for i in range(4)]
 
 
 @pytest.mark.parametrize("act, name, message", [
     (load_image, "empty", "Save it as PNG or JPEG"), (load_image, "a.mp4", "of a video save one frame"),
     (load_image, "none", "no picture at"), (load_image, "https://x.org/a.png", "download the picture first"),
-    (partial(load_clip, frames=9, fps=8), "a.mp4", "too short: 1 frames at 8 fps, 9 asked"),
+    (partial(load_clip, frames=9, fps=8), "a.mp4", "too short: 3 frames at 8 fps, 9 asked"),
+    (partial(load_clip, frames=3, fps=9), "a.mp4", "too slow for 9 fps: it has 8 pictures a second"),
     (read_text, "latin-1", "is not a UTF-8 text file"), (read_text, "folder", "is a folder"),
     (read_json, "empty", "is damaged, it is not JSON"), (clips_of, "none", "no folder of clips at"),
-    (partial(save_video, pictures=[RED], fps=8), "none/a.mp4", "cannot write"),
+    (partial(save_video, pictures=[RED], fps=8), "none/a.mp4", "cannot write"), (clips_of, ".", "a.mp4 has no caption"),
     (partial(save_video, pictures=[RED], fps=8), "empty", "name it .mp4"), (pairs_of, "folder", "no image pairs in"),
-    (clips_of, "", "has no caption")])
-def test_a_file_that_cannot_be_used_is_named_in_one_line(tmp_path, act, name, message):
-    (tmp_path / "folder").mkdir()
-    for file, text in {"empty": "", "latin-1": "\xe9", "folder/a.mp4": ""}.items():
-        (tmp_path / file).write_text(text, encoding="latin-1")
-    save_video(tmp_path / "a.mp4", [RED], 8)
-    path = name if "://" in name else tmp_path / name
-    with pytest.raises((ValueError, OSError)) as error:
-        act(path)
-    line = str(error.value)
-    assert message in line and str(path) in line and "\n" not in line and "0x" not in line
+    (lambda folder: clips_of(folder)[0, 0], "folder", "20 video samples in a row could not be used")])
+def test_a_file_that_cannot_be_used_is_named_in_one_line(tmp_path, monkeypatch, act, name, message):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    for file, text in {"empty": "", "latin-1": "\xe9", "folder/a.mp4": "", "folder/a.txt": "a"}.items():
+        Path(file).write_text(text, encoding="latin-1")
+    save_video("a.mp4", 3 * [RED], 8)
+    with pytest.raises((ValueError, OSError), match=f"^.*{message}.*$") as error:
+        act(name)
+    assert name in str(error.value) and "0x" not in str(error.value)
 
 
 @pytest.mark.parametrize("save, content", [(partial(save_video, fps=8), [RED]), (write, "{}")], ids=["video", "text"])
