@@ -100,7 +100,7 @@ def test_presets_are_the_same_from_python_and_on_the_command_line(monkeypatch):
 
 
 def test_the_log_counts_unusable_files_and_names_each_once(tmp_path, capsys):
-    run = log.Log(tmp_path, 0, [], torch.device("cpu"))
+    run = log.Log(tmp_path, 0, 0, torch.device("cpu"))
     for reasons in (["a is cut", "b is empty"], ["a is cut"]):
         run.skipped(reasons)
     run.close()
