@@ -1,10 +1,9 @@
-"""The paper's ablations, each from one command, on the toy world; the same rows are flags for the real run.
+"""The paper's ablations, each from one command, on the toy world.
 
     python -m paper.ablate                       # trains and scores what is missing, prints every table and finding
     python -m paper.ablate table9                # one of them, beside the paper's numbers
     python -m paper.ablate headline              # a picture from the same results: assets/headline.png
     python -m paper.ablate --write True          # paper/RESULTS.md, from paper/results/ alone
-    python -m paper.ablate table9 --real True    # prints the commands for CogVideoX-5B instead
 
 A row is `train.py --toy` with other flags (ROWS), on one thread. It is scored on --n unseen creatures; each (row, seed)
 leaves one file in --results, which is reused. --jobs rows run side by side. Delete a file, and it is made again.
@@ -80,7 +79,6 @@ class Config:
     out: str = knob("out/ablate", "where the runs live")
     assets: str = knob("assets", "where the figures go")
     write: bool = knob(False, "write paper/RESULTS.md from the results and train nothing")
-    real: bool = knob(False, "print the commands for CogVideoX-5B instead of running anything")
     row: str = knob("", "train and score this one row with seed --seeds (used for the rows side by side)")
 
     def __post_init__(self):
@@ -315,48 +313,6 @@ def write_results(cfg):
     print("wrote paper/RESULTS.md")
 
 
-PAIRS_4K = ("table6", "table7", "table8", "table9", "figure12", "figure13")  # Section D's runs: 4,000 pairs
-FULL = {"pairs": "subjects200k", "pairs-20": "subjects200k-2000", "pairs-40": "subjects200k-4000", "clips": "pexels",
-        "clips-100": "pexels-1000", "clips-200": "pexels-2000", "clips-300": "pexels-3000"}
-TOY_ONLY = {"elsewhere", "walking", "base-walks", "thaw", "low-lr", "pairs-8",  # and with -image-only, -any-frame
-            *PICTURE_BY}
-
-
-def print_real(whats):
-    """The rows of tables and figures for CogVideoX-5B, and what prepares their data. The same run is named once."""
-    commands, names, needed = [], {}, set()
-    for what in whats:
-        commands.append(f"# {what}")
-        for row in [row for row, _, _ in TABLES[what]] if what in TABLES else FIGURES[what]:
-            kind = row.removesuffix("-any-frame").removesuffix("-image-only")
-            if kind in TOY_ONLY or row.endswith("-900"):
-                commands.append(f"# {row}: the toy only")
-                continue
-            small = what in PAIRS_4K or (what, row) == ("table3", "image-only")  # that row is Table 9's
-            flags = {"images": "toy/data/pairs-40" if small else "toy/data/pairs", "videos": "toy/data/clips",
-                     **flags_of(row, 4000)}
-            flags |= {k: f"data/{FULL[Path(flags[k]).name]}" for k in ("images", "videos")}
-            needed |= {flags["images"], flags["videos"]}
-            if flags["steps"] == 4000:
-                del flags["steps"]
-            if flags.get("image_micro") == train.TOY_AUTHORS["image_micro"]:  # the toy's: a real run's are the authors'
-                flags |= {k: train.AUTHORS[k] for k in ("image_micro", "video_micro", "image_checkpointing")}
-            if flags.get("lora_scope") == "reference":
-                flags["view_drop"] = 0
-            line = " ".join(f"--{k} {v}" for k, v in flags.items())
-            watch = " --gradcos_every 50" if what in ("figure9", "figure10") else ""
-            if line in names:
-                commands.append(f"# {row}: the run {names[line]} above{', with' if watch else ''}{watch}")
-            else:
-                names[line] = f"{row}-4k" if small else row
-                commands.append(f"torchrun --nproc_per_node=8 train.py --name {names[line]} {line}{watch}")
-    print("# the data; python -m paper.bench says how long a run takes on your GPU")
-    for folder in sorted(needed):
-        source, _, n = Path(folder).name.partition("-")
-        print(f"python -m paper.prepare {source} --out {folder}" + (f" --n {n}" if n else ""))
-    print("\n".join(commands))
-
-
 def draw_figure(cfg, figure):
     """assets/FIGURE.png: from the results, from gradcos.jsonl of the runs, or contact sheets of the first seed."""
     rows, out = FIGURES[figure], f"{cfg.assets}/{figure}.png"
@@ -432,8 +388,6 @@ def main(cfg):
         return write_results(cfg)
     tables = [what for what in cfg.what if what in TABLES] or ([] if cfg.what else list(TABLES))
     figures = [what for what in cfg.what if what in FIGURES]
-    if cfg.real:
-        return print_real(cfg.what or tables)
     load_results(cfg)  # results that cannot be compared stop here, not after hours
     failed = 0
     if not cfg.what or "headline" in cfg.what:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 import train
-from common.args import command_line
 from paper import ablate
 
 
@@ -62,18 +61,6 @@ def test_results_are_written_from_the_files_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(ablate, "write", lambda path, text: (tmp_path / "RESULTS.md").write_text(text))
     ablate.main(ablate.Config(write=True))
     assert (tmp_path / "RESULTS.md").read_text() == written
-
-
-def test_real_commands_are_valid_flags_and_no_run_comes_twice(capsys):
-    ablate.main(ablate.Config(real=True))
-    printed, read = capsys.readouterr().out.splitlines(), []
-    lines = [line.split("train.py ")[1].split() for line in printed if line.startswith("torchrun")]
-    assert len({" ".join(words[2:]) for words in lines}) == len({words[1] for words in lines}) == len(lines)
-    prepared = {line.split("--out ")[1].split()[0] for line in printed if "paper.prepare" in line}
-    assert prepared == {word for words in lines for word in words if word.startswith("data/")}
-    for words in lines:
-        command_line(read.append, train.Config, "", words)
-    assert {cfg.image_batch // cfg.image_micro for cfg in read if cfg.task_schedule == "mixed"} == {32}  # coins a step
 
 
 def test_results_with_other_settings_are_refused(tmp_path):
