@@ -9,7 +9,7 @@ A row is `train.py --toy` with other flags (ROWS), on one thread. It is scored o
 leaves one file in --results, which is reused. --jobs rows run side by side. Delete a file, and it is made again.
 
 A finding of the paper (FINDINGS) says that one row is higher than another in one column, or as high within a margin;
-RULE says when it is reproduced.
+RESULTS.template.md says when it is reproduced.
 """
 import json
 import shutil
@@ -44,23 +44,6 @@ PICTURES = (*CURVES, "ours-any-frame", "image-only-any-frame")  # scored on sing
 WATCHED = {*FIGURES["figure9"], *FIGURES["figure10"], *FIGURES["cosines"]}  # measured with gradcos
 
 PAPER_COLUMNS = ("Motion Smoothness", "Dynamic Degree", "CLIP-T", "CLIP-I", "DINO-I")
-CANNOT_SHOW = """What the toy cannot show in principle, and is therefore no finding here: that `<cls>` helps (Table 6:
-a toy prompt names one thing only), that more clips help (Table 8: 100 clips hold every field and direction there is),
-that p = 0.2 moves more than p = 0.6 or two-stage more than dual-task (Tables 3, 9: the clips' own share of motion is
-the ceiling of all three), that PCGrad lowers motion (Table 5, for the same reason), that image-only is smoother than
-dual-task (Table 3: here a true clip is as smooth as a still, 100 per cent), that two-stage forgets the text (Table 3,
-D.7: a toy prompt is a field and a direction, and both rows follow them nearly always), FVD (Table 11). A cosine near
-zero does not show why dual-task training works: image-only training has one, too."""
-RULE = """With d the difference of the two rows in each seed, Student's t gives an interval for its mean (5 % on either
-side; for three seeds mean ± 1.69 standard deviations). A finding is "reproduced" when all of the interval agrees with
-it, "not reproduced" when all of it disagrees, else "not decidable". So is a difference of fewer than two videos (of as
-many points in other columns), and one between two rows that are both at the ceiling (98 per cent). When all of the
-interval is within two videos of zero, the verdict is "no difference": this was added after five seeds and before seeds
-5 to 9. With no true difference one finding in ten would still get a verdict. A row of the paper's tables was continued
-after three seeds where they left a finding open, and after five; the first rows were scored on 64 creatures first, on
-96, the whole test set, after the verdicts were known and nine were open. Judging the field in every frame, later,
-changed none. The findings "beyond the paper" and on the rival were stated after one or two seeds and before the others,
-those on 8 pairs before the first."""
 STUDENT_T = {2: 6.31, 3: 2.92, 4: 2.35, 5: 2.13, 6: 2.02, 7: 1.94, 8: 1.89, 9: 1.86, 10: 1.83}  # 5 % above, by seeds
 GRADIENT_COLUMNS = ("cosine", "norm_img", "norm_vid")  # means over the second half of a run that gradcos watched
 COMMANDS = [*dict.fromkeys([*TABLES, *FIGURES])]
@@ -253,7 +236,7 @@ def control_table(cfg, name):
 
 
 def verdict(differences, margin=None, smallest=0.0):
-    """RULE, but for its ceiling. margin: the finding is that the difference is within it."""
+    """The rule of RESULTS.template.md, but for its ceiling. margin: the finding is that the difference is within it."""
     d = np.array(differences)
     if len(d) < 2:
         return "not decidable"
@@ -293,23 +276,16 @@ def finding_table(wanted, results, cfg):
 
 
 def write_results(cfg):
-    """paper/RESULTS.md, from the files in --results alone."""
+    """paper/RESULTS.md, from the files in --results alone. The words around the tables stand in RESULTS.template.md."""
     results = load_results(cfg)
-    parts = ["# Results on the toy",
-             "Written by `python -m paper.ablate --write True` from `paper/results/`; `python -m paper.ablate` trains "
-             "and scores\nwhat is missing there. "
-             f"Per cent over {cfg.n} unseen creatures, mean ± standard deviation over the seeds; {cfg.sample_steps} "
-             "denoising\nsteps, the LoRA's own guidance. `toy/creatures.py` defines the scores. The paper's numbers are "
-             "in its own units.\nA row of 0 seeds has not been run yet.", RULE]
-    parts += ["## Findings", finding_table(set(ROWS), results, cfg), CANNOT_SHOW,
-              "## What the scores can be fooled by, and what bounds them", control_table(cfg, "controls"),
-              "## The guidance scale", "`ours`, seed 0, at other scales: why the toy's default is "
-              f"{train.TOY['guidance']:g}.", control_table(cfg, "guidance"),
-              "## Tables", *(paper_table(table, results) for table in TABLES), single_picture_table(results),
-              "## Figures"]
-    parts += [f"![{figure}](../{cfg.assets}/{figure}.png)\n\n`python -m paper.ablate {figure}`" for figure in FIGURES
-              if Path(cfg.assets, f"{figure}.png").is_file()]
-    write(Path("paper/RESULTS.md"), "\n\n".join(parts) + "\n")
+    tables = [*(paper_table(table, results) for table in TABLES), single_picture_table(results)]
+    figures = [f"![{figure}](../{cfg.assets}/{figure}.png)\n\n`python -m paper.ablate {figure}`" for figure in FIGURES
+               if Path(cfg.assets, f"{figure}.png").is_file()]
+    template = Path(__file__).with_name("RESULTS.template.md").read_text(encoding="utf-8")
+    write(Path("paper/RESULTS.md"), template.format(
+        n=cfg.n, sample_steps=cfg.sample_steps, findings=finding_table(set(ROWS), results, cfg),
+        controls=control_table(cfg, "controls"), guidance=control_table(cfg, "guidance"),
+        default_guidance=f"{train.TOY['guidance']:g}", tables="\n\n".join(tables), figures="\n\n".join(figures)))
     print("wrote paper/RESULTS.md")
 
 
