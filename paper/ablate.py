@@ -29,7 +29,7 @@ import common.run
 import gradcos
 import train
 from common.args import command_line, knob
-from common.run import changed, newest_checkpoint, read_json, records, write
+from common.run import changed, checkpoints, newest_checkpoint, read_json, records, write
 from toy import world
 
 PAPER = read_json(Path(__file__).with_name("tables.json"))  # all that is run, and what the paper says of it
@@ -43,6 +43,7 @@ CURVES = FIGURES["headline"]  # scored at checkpoints too
 PICTURES = (*CURVES, "ours-any-frame", "image-only-any-frame")  # scored on single pictures too
 WATCHED = {*FIGURES["figure9"], *FIGURES["figure10"], *FIGURES["cosines"]}  # measured with gradcos
 
+COLUMNS = ("moves", "frozen", "broken", "still", "smoothness", "cells", "identity_16", "direction", "field")
 PAPER_COLUMNS = ("Motion Smoothness", "Dynamic Degree", "CLIP-T", "CLIP-I", "DINO-I")
 STUDENT_T = {2: 6.31, 3: 2.92, 4: 2.35, 5: 2.13, 6: 2.02, 7: 1.94, 8: 1.89, 9: 1.86, 10: 1.83}  # 5 % above, by seeds
 GRADIENT_COLUMNS = ("cosine", "norm_img", "norm_vid")  # means over the second half of a run that gradcos watched
@@ -60,7 +61,6 @@ class Config:
     curve_n: int = knob(32, "unseen creatures that score a checkpoint on the way")
     results: str = knob("paper/results", "folder with one file per row and seed")
     out: str = knob("out/ablate", "where the runs live")
-    assets: str = knob("assets", "where the figures go")
     write: bool = knob(False, "write paper/RESULTS.md from the results and train nothing")
     row: str = knob("", "train and score this one row with seed --seeds (used for the rows side by side)")
 
@@ -72,46 +72,47 @@ class Config:
             raise ValueError(f"no row {self.row!r}: choose from {', '.join(ROWS)}")
 
 
-def flags_of(row, steps, seed=0, out=""):
-    """The flags of a row for one seed."""
-    flags = {"steps": steps // 5 if row in SHORT else steps, **ROWS[row]}
-    if "init_lora" in flags:
-        flags["init_lora"] = f"{out}/{flags['init_lora']}-{seed}"
-    return flags
+def settings(cfg):
+    """What all results that are compared must share."""
+    return {k: getattr(cfg, k) for k in ("steps", "n", "sample_steps", "curve_n")}
 
 
 def train_and_score(cfg):
     """One row with one seed, in this process: --results/ROW-SEED.json, from a run of this very code.
 
     Where the result is there already, only the run is made that a figure needs."""
-    name, seed = f"{cfg.row}-{cfg.seeds}", cfg.seeds
-    run, result = Path(cfg.out) / name, Path(cfg.results) / f"{name}.json"
+    name = f"{cfg.row}-{cfg.seeds}"
+    run, result = Path(cfg.out, name), Path(cfg.results, f"{name}.json")
     run.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(cfg.out) / f"{name}.lock"):  # a second process waits, then finds the row done
+    with FileLock(f"{run}.lock"):  # a second process waits, then finds the row done
         if result.is_file() and newest_checkpoint(run):
             return
         if before := ROWS[cfg.row].get("init_lora") or PICTURE_BY.get(cfg.row):  # the run that this one needs
             train_and_score(replace(cfg, row=before))
         shutil.rmtree(run, ignore_errors=True)
-        config = train_row(cfg, name, seed)
+        config = train_row(cfg, name)
         if not result.is_file():
-            scored = score_row(cfg, run, config)
-            record = {"row": cfg.row, "seed": seed, "flags": ROWS[cfg.row], **settings(cfg), "commit": commit()}
+            commit = subprocess.run("git describe --always --dirty", shell=True, capture_output=True, text=True).stdout
+            record = {"row": cfg.row, "seed": cfg.seeds, "flags": ROWS[cfg.row], **settings(cfg),
+                      "commit": commit.strip() or "unknown", **score_row(cfg, run, config)}
             result.parent.mkdir(parents=True, exist_ok=True)
-            write(result, json.dumps(record | scored, indent=1) + "\n")
+            write(result, json.dumps(record, indent=1) + "\n")
 
 
-def train_row(cfg, name, seed):
+def train_row(cfg, name):
     """Train the row into out/NAME. Returns the config."""
-    flags = flags_of(cfg.row, cfg.steps, seed, cfg.out)
-    curve = {"save_every": cfg.steps}
-    if cfg.row in CURVES:
-        curve = {"save_every": max(1, flags["steps"] // 5)}
-        common.run.KEPT = 99  # each of them is scored
-    watched = {"gradcos_every": max(1, cfg.steps // 20)} if cfg.row in WATCHED else {}
+    steps = cfg.steps // 5 if cfg.row in SHORT else cfg.steps
     cache = "toy/data/cache_one_thread"  # not train.py's: more threads would change the last bits of its latents
-    config = train.Config(**{**train.TOY, "toy": True, "seed": seed, "name": name, "out": cfg.out, "cache": cache,
-                             "val_every": 0, **curve, **watched, **flags})
+    flags = {**train.TOY, "toy": True, "seed": cfg.seeds, "name": name, "out": cfg.out, "cache": cache, "val_every": 0,
+             "steps": steps, "save_every": cfg.steps, **ROWS[cfg.row]}
+    if "init_lora" in flags:
+        flags["init_lora"] = f"{cfg.out}/{flags['init_lora']}-{cfg.seeds}"
+    if cfg.row in CURVES:
+        flags["save_every"] = max(1, flags["steps"] // 5)
+        common.run.KEPT = 99  # each of them is scored
+    if cfg.row in WATCHED:
+        flags["gradcos_every"] = max(1, cfg.steps // 20)
+    config = train.Config(**flags)
     train.train(world.ensure_data(config, train.TOY))
     return config
 
@@ -123,27 +124,15 @@ def score_row(cfg, run, config):
     if cfg.row in PICTURE_BY:
         options["picture_by"] = f"{cfg.out}/{PICTURE_BY[cfg.row]}-{cfg.seeds}"
     scored = {"scores": world.score_lora(run, cfg.n, **options)[0]}
-    if cfg.row in WATCHED:  # means over the second half of the run
+    if cfg.row in WATCHED:
         late = [r for r in records(run / "gradcos.jsonl") if r["step"] >= config.steps / 2]
         scored["scores"] |= {column: float(np.mean([r[column] for r in late])) for column in GRADIENT_COLUMNS}
     if cfg.row in PICTURES:
         scored["pictures"] = world.score_lora(run, cfg.n, frames=1, **options)[0]
     if cfg.row in CURVES:
-        checkpoints = sorted(d for d in run.glob("step-*") if d.suffix != ".tmp")
         scored["curve"] = [{"step": int(d.name[5:]), **world.score_lora(d, cfg.curve_n, **options)[0]}
-                           for d in checkpoints]
+                           for d in checkpoints(run)]
     return scored
-
-
-def commit():
-    """The commit of this code, with -dirty when files differ from it."""
-    said = subprocess.run("git describe --always --dirty", shell=True, capture_output=True, text=True)
-    return said.stdout.strip() or "unknown"  # no git, or no repository
-
-
-def settings(cfg):
-    """What all results that are compared must share."""
-    return {k: getattr(cfg, k) for k in ("steps", "n", "sample_steps", "curve_n")}
 
 
 def run_missing(cfg, rows, seeds, runs=False):
@@ -151,27 +140,24 @@ def run_missing(cfg, rows, seeds, runs=False):
 
     With runs=True also those whose run is gone: a figure needs its weights. Returns how many failed."""
     todo = [(row, seed) for seed in range(seeds) for row in rows
-            if not (Path(cfg.results) / f"{row}-{seed}.json").is_file()
-            or runs and newest_checkpoint(Path(cfg.out) / f"{row}-{seed}") is None]
+            if not Path(cfg.results, f"{row}-{seed}.json").is_file()
+            or runs and newest_checkpoint(f"{cfg.out}/{row}-{seed}") is None]
     if not todo:
         return 0
-    logs = Path(cfg.out)
-    logs.mkdir(parents=True, exist_ok=True)
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    shared = [f"--{k}={v}" for k, v in {**settings(cfg), "results": cfg.results, "out": cfg.out}.items()]
 
-    def run(job):
+    def fails(job):
         row, seed = job
-        own = [f"--{k}={v}" for k, v in {**settings(cfg), "results": cfg.results, "out": cfg.out}.items()]
-        with open(logs / f"{row}-{seed}.log", "w") as log:
-            code = subprocess.run([sys.executable, "-m", "paper.ablate", "--row", row, "--seeds", str(seed), *own],
-                                  stdout=log, stderr=log).returncode
-        return job, code
-    failed = 0
+        file = f"{cfg.out}/{row}-{seed}.log"
+        command = [sys.executable, "-m", "paper.ablate", "--row", row, "--seeds", str(seed), *shared]
+        with open(file, "w") as log:
+            failed = subprocess.run(command, stdout=log, stderr=log).returncode != 0
+        if failed:
+            print(f"{row}, seed {seed} failed: see {file}", file=sys.stderr)
+        return failed
     with ThreadPoolExecutor(cfg.jobs) as pool:
-        for (row, seed), code in tqdm(pool.map(run, todo), total=len(todo), desc="rows", unit="row"):
-            if code:
-                failed += 1
-                print(f"{row}, seed {seed} failed: see {logs}/{row}-{seed}.log", file=sys.stderr)
-    return failed
+        return sum(tqdm(pool.map(fails, todo), total=len(todo), desc="rows", unit="row"))
 
 
 def load_results(cfg):
@@ -190,12 +176,8 @@ def load_results(cfg):
 def mean_and_std(values):
     """"81.2 ± 1.3" over the seeds; a direction of videos that never move is no number and is left out."""
     values = [v for v in values if not np.isnan(v)]
-    if not values:
-        return "-"
-    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
-
-
-COLUMNS = ("moves", "frozen", "broken", "still", "smoothness", "cells", "identity_16", "direction", "field")
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}" if values else "-"
 
 
 def markdown(head, rows):
@@ -230,9 +212,8 @@ def single_picture_table(results):
 
 def control_table(cfg, name):
     """The rows of results/controls.json or guidance.json."""
-    rows = read_json(Path(cfg.results) / f"{name}.json")["rows"]
-    return markdown([name, *COLUMNS], [[row, *(mean_and_std([scores[c]]) for c in COLUMNS)]
-                                       for row, scores in rows.items()])
+    rows = read_json(Path(cfg.results, f"{name}.json"))["rows"].items()
+    return markdown([name, *COLUMNS], [[row, *(mean_and_std([scores[c]]) for c in COLUMNS)] for row, scores in rows])
 
 
 def verdict(differences, margin=None, smallest=0.0):
@@ -279,8 +260,8 @@ def write_results(cfg):
     """paper/RESULTS.md, from the files in --results alone. The words around the tables stand in RESULTS.template.md."""
     results = load_results(cfg)
     tables = [*(paper_table(table, results) for table in TABLES), single_picture_table(results)]
-    figures = [f"![{figure}](../{cfg.assets}/{figure}.png)\n\n`python -m paper.ablate {figure}`" for figure in FIGURES
-               if Path(cfg.assets, f"{figure}.png").is_file()]
+    figures = [f"![{figure}](../assets/{figure}.png)\n\n`python -m paper.ablate {figure}`" for figure in FIGURES
+               if Path(f"assets/{figure}.png").is_file()]
     template = Path(__file__).with_name("RESULTS.template.md").read_text(encoding="utf-8")
     write(Path("paper/RESULTS.md"), template.format(
         n=cfg.n, sample_steps=cfg.sample_steps, findings=finding_table(set(ROWS), results, cfg),
@@ -291,7 +272,7 @@ def write_results(cfg):
 
 def draw_figure(cfg, figure):
     """assets/FIGURE.png: from the results, from gradcos.jsonl of the runs, or contact sheets of the first seed."""
-    rows, out = FIGURES[figure], f"{cfg.assets}/{figure}.png"
+    rows, out = FIGURES[figure], f"assets/{figure}.png"
     if figure in FROM_RESULTS:
         FROM_RESULTS[figure](cfg, load_results(cfg)).savefig(out, dpi=130)
         print(f"wrote {out}")
@@ -362,15 +343,14 @@ def main(cfg):
         return train_and_score(cfg)
     if cfg.write:
         return write_results(cfg)
-    tables = [what for what in cfg.what if what in TABLES] or ([] if cfg.what else list(TABLES))
+    tables = [what for what in cfg.what or TABLES if what in TABLES]
     figures = [what for what in cfg.what if what in FIGURES]
     load_results(cfg)  # results that cannot be compared stop here, not after hours
-    failed = 0
     if not cfg.what or "headline" in cfg.what:
         make_controls(cfg)
+    rows = list(dict.fromkeys(row for table in tables for row, _, _ in TABLES[table]))
+    failed = run_missing(cfg, rows, cfg.seeds)
     if tables:
-        rows = list(dict.fromkeys(row for table in tables for row, _, _ in TABLES[table]))
-        failed = run_missing(cfg, rows, cfg.seeds)
         results = load_results(cfg)
         for table in tables:
             print(f"\n### {table}\n\n{paper_table(table, results)}")

@@ -40,7 +40,7 @@ def test_a_row_is_done_once_and_a_lost_run_is_trained_again(tmp_path, monkeypatc
     """A result comes from a fresh run; with the result there a lost run is made again, and the result stays."""
     trained, scored, run = [], [], tmp_path / "out/ours-0"
 
-    def train_row(cfg, name, seed):
+    def train_row(cfg, name):
         (tmp_path / "out" / name / "step-000001").mkdir(parents=True)
         trained.append(name)
     monkeypatch.setattr(ablate, "train_row", train_row)
