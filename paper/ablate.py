@@ -6,7 +6,8 @@
     python -m paper.ablate --write True          # paper/RESULTS.md, from paper/results/ alone
 
 A row is `train.py --toy` with other flags (ROWS), on one thread. It is scored on --n unseen creatures; each (row, seed)
-leaves one file in --results, which is reused. --jobs rows run side by side. Delete a file, and it is made again.
+leaves one file in --results, which is reused. Delete a file, and it is made again. `--row NAME --seeds S` makes one of
+them: so several can run side by side.
 
 A finding of the paper (FINDINGS) says that one row is higher than another in one column, or as high within a margin;
 RESULTS.template.md says when it is reproduced.
@@ -14,8 +15,6 @@ RESULTS.template.md says when it is reproduced.
 import json
 import shutil
 import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +22,6 @@ import numpy as np
 import torch
 from filelock import FileLock
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 import common.run
 import gradcos
@@ -54,7 +52,6 @@ COMMANDS = [*dict.fromkeys([*TABLES, *FIGURES])]
 class Config:
     what: list[str] = knob([], f"of {', '.join(COMMANDS)}; none means every table")
     seeds: int = knob(3, "seeds 0, 1, ... to train; results of more seeds count where they are")
-    jobs: int = knob(2, "rows side by side, one thread each")
     steps: int = knob(train.TOY["steps"], "training steps of a row")
     n: int = knob(96, "unseen creatures that score a row")
     sample_steps: int = knob(20, "denoising steps when scoring")
@@ -62,7 +59,7 @@ class Config:
     results: str = knob("paper/results", "folder with one file per row and seed")
     out: str = knob("out/ablate", "where the runs live")
     write: bool = knob(False, "write paper/RESULTS.md from the results and train nothing")
-    row: str = knob("", "train and score this one row with seed --seeds (used for the rows side by side)")
+    row: str = knob("", "train and score this one row with seed --seeds")
 
     def __post_init__(self):
         for what in self.what:
@@ -136,28 +133,12 @@ def score_row(cfg, run, config):
 
 
 def run_missing(cfg, rows, seeds, runs=False):
-    """Train and score each (row, seed) that has no result yet, cfg.jobs at a time, each in a process of one thread.
-
-    With runs=True also those whose run is gone: a figure needs its weights. Returns how many failed."""
-    todo = [(row, seed) for seed in range(seeds) for row in rows
-            if not Path(cfg.results, f"{row}-{seed}.json").is_file()
-            or runs and newest_checkpoint(f"{cfg.out}/{row}-{seed}") is None]
-    if not todo:
-        return 0
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    shared = [f"--{k}={v}" for k, v in {**settings(cfg), "results": cfg.results, "out": cfg.out}.items()]
-
-    def fails(job):
-        row, seed = job
-        file = f"{cfg.out}/{row}-{seed}.log"
-        command = [sys.executable, "-m", "paper.ablate", "--row", row, "--seeds", str(seed), *shared]
-        with open(file, "w") as log:
-            failed = subprocess.run(command, stdout=log, stderr=log).returncode != 0
-        if failed:
-            print(f"{row}, seed {seed} failed: see {file}", file=sys.stderr)
-        return failed
-    with ThreadPoolExecutor(cfg.jobs) as pool:
-        return sum(tqdm(pool.map(fails, todo), total=len(todo), desc="rows", unit="row"))
+    """Train and score each (row, seed) that has no result yet; with runs=True also those whose run is gone, because a
+    figure needs its weights."""
+    for seed in range(seeds):
+        for row in rows:
+            if runs or not Path(cfg.results, f"{row}-{seed}.json").is_file():
+                train_and_score(replace(cfg, row=row, seeds=seed))
 
 
 def load_results(cfg):
@@ -349,7 +330,7 @@ def main(cfg):
     if not cfg.what or "headline" in cfg.what:
         make_controls(cfg)
     rows = list(dict.fromkeys(row for table in tables for row, _, _ in TABLES[table]))
-    failed = run_missing(cfg, rows, cfg.seeds)
+    run_missing(cfg, rows, cfg.seeds)
     if tables:
         results = load_results(cfg)
         for table in tables:
@@ -357,10 +338,8 @@ def main(cfg):
         print(f"\n### Findings\n\n{finding_table(set(rows), results, cfg)}")
     for figure in figures:
         seeds = cfg.seeds if figure in FROM_RESULTS or set(FIGURES[figure]) <= WATCHED else 1
-        failed += run_missing(cfg, FIGURES[figure], seeds, runs=figure not in FROM_RESULTS)
+        run_missing(cfg, FIGURES[figure], seeds, runs=figure not in FROM_RESULTS)
         draw_figure(cfg, figure)
-    if failed:
-        sys.exit(f"{failed} rows failed; the same command tries them again")
 
 
 if __name__ == "__main__":
