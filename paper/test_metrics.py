@@ -220,19 +220,19 @@ def test_a_benchmark_is_sampled_and_goes_on_after_a_kill_on_two_ranks(tmp_path, 
     assert videos() == first
 
 
-def test_a_folder_of_other_videos_and_a_damaged_record_or_benchmark_are_refused(flags):
-    def refused(error, **changes):
-        with pytest.raises(ValueError, match=error):
-            jobs.jobs_of_bench(sample.Config(**flags | changes), flags["lora"], "front")
+@pytest.mark.parametrize("change, files, message", [
+    (dict(steps=2), {}, "videos was sampled with other settings .steps was 1, now 2.: choose another --out"),
+    ({}, {"videos/sampling.json": "no json"}, "videos/sampling.json is damaged"),
+    (dict(ref="a.png"), {}, "leave out --ref"), (dict(out="x.mp4"), {}, "--out must be a folder, got 'x.mp4'"),
+    ({}, {"bench.json": "{"}, "bench.json must be a json of ids"),
+    ({}, {"bench.json": '{"a": {"prompt": "x"}}'}, "bench.json must be a json of ids"),
+    ({}, {"bench.json": '{"a/b": {"prompt": "x", "img_paths": ["y"]}}'}, "bench.json must be a json of ids")])
+def test_a_folder_of_other_videos_and_a_damaged_record_or_benchmark_are_refused(flags, change, files, message):
     jobs.jobs_of_bench(sample.Config(**flags), flags["lora"], "front")
-    refused("other settings .steps was 1, now 2.*choose another --out", steps=2)
-    Path("videos/sampling.json").write_text("no json")
-    refused("videos/sampling.json is damaged")
-    refused("leave out --ref", ref="a.png")
-    refused("--out must be a folder, got 'x.mp4'", out="x.mp4")
-    for content in ("[]", "{", '{"a": {"prompt": "x"}}', '{"a/b": {"prompt": "x", "img_paths": ["y"]}}'):
-        Path("bench.json").write_text(content)
-        refused("bench.json must be a json of ids", out="other")
+    for name, content in files.items():
+        Path(name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        jobs.jobs_of_bench(sample.Config(**flags | change), flags["lora"], "front")
 
 
 def test_bench_from_pictures_and_prompts():
@@ -287,8 +287,7 @@ def test_a_folder_is_scored(monkeypatch, capsys, models):
 
 
 @pytest.mark.parametrize("flow, cure", [("raft", "--flow dis"), ("dis", "paper/requirements-eval.txt")])
-def test_what_is_missing_is_said(monkeypatch, flow, cure):
-    """Each metric without its weights: one line that says what to get, and the others still run."""
+def test_a_metric_without_its_weights_is_one_line_that_says_what_to_get(monkeypatch, flow, cure):
     monkeypatch.setitem(sys.modules, "cv2", None)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
