@@ -7,15 +7,14 @@ diffusers and peft: nothing is downloaded.
 
 The arms of an experiment take turns, one micro-batch each (forward, recomputation, backward): stock (LoRA in float32
 under autocast, everything recomputed), stock once more (what differs there is noise), ours with all levers off, with
-each alone, and with all. Then the rest of a step, the VAE and a sample; --json is written after each part. Hours leave
-out the loader, T5 and the VAE, as with --cache. MFU counts the FLOPs without recomputation, HFU those really done,
-both as a share of a matrix product's speed in the same run.
+each alone, and with all. "hours" are those of the paper's 3,200 image steps or 800 video steps, without the loader, T5
+and the VAE, as with --cache. Then the rest of a step, a matrix product (its speed is what the device can do), the VAE
+and a sample; --json is written after each part.
 """
 import json
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -37,10 +36,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 import gradcos
 import model
 from common.args import command_line, knob, use_device
-from common.base import attention_order, autocast, compute_dtype, follow_autocast, tile_vae
+from common.base import attention_order, autocast, compute_dtype, tile_vae
 from common.log import Moment
 from common.media import clip_frames, latent_frames
-from common.run import records, save_checkpoint, write
+from common.run import save_checkpoint, write
 from model import SubjectTransformer, add_lora, encode_moments, save_lora, v_loss
 
 
@@ -54,7 +53,6 @@ class Config:
     rank: int = knob(128, "LoRA rank")
     image_micro: int = knob(1, "image pairs per micro-batch")
     video_micro: int = knob(1, "clips per micro-batch")
-    int8: bool = knob(False, "the frozen base in 8 bits (torchao); without the stock arms")
     warmup: int = knob(4, "image micro-batches of each arm before the clock starts; of clips a quarter")
     repeats: int = knob(20, "image micro-batches of each arm that are timed; of clips a quarter")
     steps: int = knob(50, "denoising steps of the sample")
@@ -105,10 +103,6 @@ def build(cfg, device, dtype, random=True):
     ours = transformer_5b(cfg.layers, cfg.heads).to(dtype).to_empty(device=device)
     for parameter in ours.parameters() if random else []:
         torch.nn.init.normal_(parameter, std=0.02)
-    if cfg.int8:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-        quantize_(ours.transformer_blocks, Int8WeightOnlyConfig())
-        follow_autocast(ours.transformer_blocks)
     parameters = add_lora(ours.train(), cfg.rank, cfg.rank / 2, dropout=0.1)
     stock = transformer_5b(cfg.layers, cfg.heads, CogVideoXTransformer3DModel).train()
     stock.add_adapter(ours.peft_config["default"])
@@ -202,14 +196,13 @@ def as_on_a_gpu():
         scaled_dot_product_attention=lambda q, k, v, **_: flash(q.bfloat16(), k.bfloat16(), v.bfloat16())[0])
     # Checkpointing keeps the state of the random generator: that is no fake tensor.
     no_state = dict(get_rng_state=lambda: None, set_rng_state=lambda state: None)
-    uncached = dict(_rotary_tables=model._rotary_tables.__wrapped__)  # fake tables must not stay in the cache
-    with patch.multiple(F, **functions), patch.multiple(torch, **no_state), patch.multiple(model, **uncached):
+    with patch.multiple(F, **functions), patch.multiple(torch, **no_state):
         yield
 
 
 def count_layers(cfg, task, arm):
-    """FLOPs, bytes moved, bytes kept from forward to backward, and bytes of activations at the fullest, of one
-    micro-batch. Gradients exist already, as in DDP's buckets."""
+    """TFLOP, GB moved, GB kept from forward to backward, and GB of activations at the fullest, of one micro-batch.
+    Gradients exist already, as in DDP's buckets."""
     cpu, bf16 = torch.device("cpu"), torch.bfloat16
     ours, stock, parameters = build(cfg, cpu, bf16, random=False)
     for parameter in parameters:
@@ -224,41 +217,38 @@ def count_layers(cfg, task, arm):
                 loss = v_loss(transformer, scheduler, **inputs).mean()
             kept = counter.alive()
             loss.backward()
-    return np.array([counter.flops, counter.moved, kept, counter.peak])
+    return np.array([counter.flops / 1e3, counter.moved, kept, counter.peak]) / 1e9
 
 
 @lru_cache
 def count(cfg, task, arm):
-    """TFLOP and GB of one micro-batch, extrapolated from 1 and 2 blocks. Kept: from forward to backward."""
-    if arm.order or arm.compile:
-        return count(cfg, task, replace(arm, order=False, compile=False))  # these change no count
-    one, two = (count_layers(replace(cfg, layers=layers, int8=False), task, arm) for layers in (1, 2))
-    flops, moved, _, peak = (one + (cfg.layers - 1) * (two - one)).tolist()
-    _, block_moved, block_kept, _ = (two - one).tolist()
-    return {"tflop": flops / 1e12, "gb_moved": moved / 1e9, "gb_moved_per_block": block_moved / 1e9,
-            "gb_kept_per_block": block_kept / 1e9, "gb_peak": peak / 1e9}
+    """TFLOP and GB at the fullest of all layers, extrapolated from 1 and 2 blocks; GB moved and kept of one block."""
+    one, two = (count_layers(replace(cfg, layers=layers), task, arm) for layers in (1, 2))
+    block = two - one
+    whole = one + (cfg.layers - 1) * block
+    return {"tflop": whole[0], "gb_moved_per_block": block[1], "gb_kept_per_block": block[2], "gb_peak": whole[3]}
 
 
-# Flags of train.py for a GPU: (GB, pairs, image checkpointing, clips, video checkpointing, int8, rank, T5 on the GPU)
-FITS = [(80, 1, "none", 1, "attention", False, 128, True), (80, 8, "attention", 2, "attention", False, 128, True),
-        (48, 4, "attention", 1, "full", False, 128, True), (24, 1, "full", 1, "full", True, 64, False)]
+# Flags of train.py for a GPU of so many GB; t5: T5 is on the GPU, too
+FITS = [dict(gpu=80, image_micro=1, image="none", video_micro=1, video="attention", int8=False, rank=128, t5=True),
+        dict(gpu=80, image_micro=8, image="attention", video_micro=2, video="attention", int8=False, rank=128, t5=True),
+        dict(gpu=48, image_micro=4, image="attention", video_micro=1, video="full", int8=False, rank=128, t5=True),
+        dict(gpu=24, image_micro=1, image="full", video_micro=1, video="full", int8=True, rank=64, t5=False)]
 
 
 def count_memory(cfg):
     """GB of a rank of several: base, LoRA with gradients (in DDP's buckets) and AdamW, activations, T5 and the VAE."""
     rows = []
-    for gpu, pairs, image, clips, video, int8, rank, t5 in FITS:
+    for fit in FITS:
         whole = transformer_5b(cfg.layers, cfg.heads)
-        base = sum(p.numel() for p in whole.parameters()) * (1 if int8 else 2) / 1e9
-        lora = sum(p.numel() for p in add_lora(whole, rank, rank / 2)) * 16 / 1e9
-        size = replace(cfg, image_micro=pairs, video_micro=clips, rank=rank)
-        arm = Arm(image=image, video=video, rounded=True)
+        base = sum(p.numel() for p in whole.parameters()) * (1 if fit["int8"] else 2) / 1e9
+        lora = sum(p.numel() for p in add_lora(whole, fit["rank"], fit["rank"] / 2)) * 16 / 1e9
+        size = replace(cfg, **{k: fit[k] for k in ("image_micro", "video_micro", "rank")})
+        arm = Arm(image=fit["image"], video=fit["video"], rounded=True)
         step = {task: round(count(size, task, arm)["gb_peak"], 3) for task in shapes(cfg)}
-        rows.append({"gpu": gpu, "image_micro": pairs, "image_checkpointing": image, "video_micro": clips,
-                     "video_checkpointing": video, "int8": int8, "rank": rank, "t5": t5, "base": base, "lora": lora,
-                     "gb_of_a_step": step, "gb": base + lora + (9.9 if t5 else 0.4) + max(step.values())})
-    print("GB of a rank, T5-XXL and the VAE (9.9) with them. Until the end of the first step DDP holds the gradients "
-          "twice (2 GB\nat rank 128). The allocator's waste is not counted.")
+        gb = base + lora + (9.9 if fit["t5"] else 0.4) + max(step.values())
+        rows.append({**fit, "base": base, "lora": lora, "gb_of_a_step": step, "gb": gb})
+    print("GB of a rank, T5-XXL and the VAE (9.9) with them; NOTES says what comes on top:")
     return table(rows)
 
 
@@ -270,10 +260,6 @@ def count_cost(cfg, p=0.2, steps=4000):
     ratios = {"the paper: 13 latent frames, attention among video tokens only, 13^2": 169,
               f"counted per sample: {image:.1f} and {video:.1f} TFLOP": video / image,
               "counted per step: 256 pairs, 32 clips": 32 * video / (256 * image)}
-    log = records(Path("out/toy/log.jsonl"))
-    toy = {task: [step["seconds"] for step in log if step["task"] == task] for task in shapes(cfg)}
-    if all(toy.values()):
-        ratios["measured on the toy: seconds of a step (out/toy)"] = np.median(toy["video"]) / np.median(toy["image"])
     table([{"": name, "C_vid / C_img": ratio, "E[C] / C_img at p = 0.2 (Eq. 3)": 1 - p + p * ratio}
            for name, ratio in ratios.items()])
     fewer = (image + tflop("image", kept=0.0)) / 2, tflop("video", kept=0.5)  # A.2: both drops are 0.5
@@ -293,8 +279,7 @@ def timed(work, device):
         torch.cuda.reset_peak_memory_stats()
     started = Moment(device)
     work()
-    seconds = Moment(device).seconds_since(started)
-    return seconds, torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+    return Moment(device).seconds_since(started), torch.cuda.max_memory_allocated() / 1e9
 
 
 def summary(times):
@@ -303,22 +288,15 @@ def summary(times):
     return {"seconds": median, "p10": low, "p90": high, "peak_gb": max(gb for _, gb in times)}
 
 
-def matmul_ceiling(device, dtype):
-    """FLOP/s of a large matrix product of random numbers: what a share of the peak is measured by."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    return 2 * n**3 / summary([timed(lambda: a @ b, device) for _ in range(20)][5:])["seconds"]
-
-
-def measure_steps(cfg, device, ours, stock, ceiling):
-    """{task: {arm: its times, memory and shares of the ceiling}}: the arms take turns."""
+def measure_steps(cfg, device, ours, stock):
+    """{task: {arm: its times, memory, speed, and hours for the paper's steps}}: the arms take turns."""
     scheduler, results = scheduler_5b(), {}
-    arms = {name: arm for name, arm in ARMS.items() if not (cfg.int8 and arm.stock)
-            and not (device.type == "cpu" and (arm.compile or arm.order))}  # the compiler takes minutes on a CPU
-    for task, part in (("image", 1), ("video", 4)):
+    arms = {name: arm for name, arm in ARMS.items()  # the compiler takes minutes on a CPU
+            if device.type == "cuda" or not (arm.compile or arm.order)}
+    for task, part, samples in (("image", 1, 3200 * 256), ("video", 4, 800 * 32)):
         inputs = random_inputs(cfg, task, device, compute_dtype(device))
-        times = {name: [] for name in arms}
-        for turn in range(-(cfg.warmup // part), max(1, cfg.repeats // part)):
+        times, turns = {name: [] for name in arms}, max(1, cfg.repeats // part)
+        for _ in range(cfg.warmup // part + turns):
             for name, arm in arms.items():
                 transformer = use(arm, task, ours, stock)
 
@@ -327,27 +305,20 @@ def measure_steps(cfg, device, ours, stock, ceiling):
                         loss = v_loss(transformer, scheduler, **inputs).mean()
                     loss.backward()
                 with attention_order(device) if arm.order else nullcontext():
-                    measured = timed(micro_batch, device)
-                if turn >= 0:
-                    times[name].append(measured)
-        useful = count(cfg, task, Arm(image="none", video="none"))["tflop"]
-        results[task] = {}
-        for name, arm in arms.items():
-            row, done = summary(times[name]), count(cfg, task, arm)["tflop"]
-            speed = 1e12 / row["seconds"] / ceiling
-            results[task][name] = {**row, "samples": shapes(cfg)[task][0], "tflop": done, "mfu": useful * speed,
-                                   "hfu": done * speed}
+                    times[name].append(timed(micro_batch, device))
+        results[task] = {name: summary(times[name][-turns:]) for name in arms}
+        for name, row in results[task].items():
+            row["tflop_per_s"] = count(cfg, task, replace(arms[name], compile=False))["tflop"] / row["seconds"]
+            row["hours"] = samples / shapes(cfg)[task][0] * row["seconds"] / 3600
     return results
 
 
-def measure_rest_of_a_step(cfg, device, ours, parameters):
-    """Clipping and AdamW, as in train.py; a call of PCGrad, a checkpoint, a measurement of gradcos."""
-    optimizer, pcgrad, tasks = torch.optim.AdamW(parameters, fused=True), gradcos.PCGrad(4), cycle(("image", "video"))
+def rest_of_a_step(cfg, device, ours, parameters):
+    """Yields (what, work, calls): clipping and AdamW, as in train.py; PCGrad, a checkpoint, gradcos, a product."""
+    optimizer, pcgrad, scheduler = torch.optim.AdamW(parameters, fused=True), gradcos.PCGrad(4), scheduler_5b()
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     use(ARMS["all but compile"], "video", ours, None)
-    named = [(name, parameter) for name, parameter in ours.named_parameters() if parameter.requires_grad]
-    scheduler = scheduler_5b()
 
     def step():
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -360,83 +331,67 @@ def measure_rest_of_a_step(cfg, device, ours, parameters):
     def losses_of(task):
         with autocast(device):
             yield v_loss(ours, scheduler, **random_inputs(cfg, task, device, compute_dtype(device))).sum()
-    works = {"optimiser step, fused": step, "PCGrad, a call": lambda: pcgrad(parameters, next(tasks)),
-             "a checkpoint": checkpoint, "gradcos, a pair and a clip": lambda: gradcos.measure(losses_of, named)}
-    results = {name: summary([timed(work, device) for _ in range(3)][1:]) for name, work in works.items()}
+    yield "optimiser step, fused", step, 3
+    yield "PCGrad, two calls", lambda: [pcgrad(parameters, task) for task in ("image", "video")], 3
+    yield "a checkpoint", checkpoint, 3
+    yield "gradcos, a pair and a clip", lambda: gradcos.measure(losses_of, parameters), 3
     optimizer.zero_grad()
-    return results
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, side, side, device=device, dtype=compute_dtype(device))
+    yield f"a product of {side} x {side} matrices", lambda: a @ b, 20
 
 
-@torch.no_grad()
-def measure_vae(cfg, device, dtype):
-    """(the VAE, its times): pictures and a clip as train.py encodes them, and the decoding of a clip."""
-    small = dict(block_out_channels=[8, 8, 8, 8], layers_per_block=1, norm_num_groups=2)
-    vae = AutoencoderKLCogVideoX(**small if device.type == "cpu" else {}).to(device, dtype).eval()
+def sampling(cfg, device, ours):
+    """Yields (what, work, calls): the VAE on pictures and a clip as train.py encodes them, and on latents of a clip.
+    Then a video with guidance, all levers on: LoRA merged, blocks compiled (in a warm-up of two steps)."""
+    dtype, on_gpu = compute_dtype(device), device.type == "cuda"
+    small = {} if on_gpu else dict(block_out_channels=[8, 8, 8, 8], layers_per_block=1, norm_num_groups=2)
+    vae = AutoencoderKLCogVideoX(**small).to(device, dtype).eval().requires_grad_(False)
     pictures, clip = (torch.randn(samples, frames, 3, cfg.height, cfg.width, device=device)
                       for samples, frames in ((16, 1), (1, clip_frames(cfg.frames))))
-    latents = random_inputs(replace(cfg, video_micro=1), "video", device, dtype)["latents"].to(dtype).transpose(1, 2)
-    results = {}
-    for what, work in (("16 pictures, whole", lambda: encode_moments(vae, pictures)),
-                       ("decoding a clip, whole", lambda: vae.decode(latents)),
-                       ("a clip, tiled", lambda: encode_moments(vae, clip))):
-        if what == "a clip, tiled":
-            tile_vae(vae)
-        results[f"VAE: {what}"] = summary([timed(work, device) for _ in range(3)][1:])
+    inputs = random_inputs(replace(cfg, video_micro=1), "video", device, dtype)
+    latents = inputs["latents"].to(dtype).transpose(1, 2)
+    yield "VAE: 16 pictures, whole", lambda: encode_moments(vae, pictures), 3
+    yield "VAE: decoding a clip, whole", lambda: vae.decode(latents), 3
+    tile_vae(vae)
+    yield "VAE: a clip, tiled", lambda: encode_moments(vae, clip), 3
     vae.disable_tiling()
-    return vae, results
-
-
-def measure_sample(cfg, device, dtype, ours, vae):
-    """A video with guidance, all levers on: LoRA merged, blocks compiled (in a warm-up of two steps)."""
     ours.requires_grad_(False).eval()
     ours.fuse_lora()
     ours.unload_lora()
-    if device.type == "cuda":
+    if on_gpu:
         ours.compile_blocks()
     pipe = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=ours, scheduler=scheduler_5b())
     pipe.set_progress_bar_config(disable=True)
-    inputs = random_inputs(replace(cfg, image_micro=1), "image", device, dtype)
 
-    def sample(steps):
-        pipe(prompt_embeds=inputs["text"], negative_prompt_embeds=-inputs["text"], height=cfg.height, width=cfg.width,
-             guidance_scale=6.0, num_frames=clip_frames(cfg.frames), num_inference_steps=steps,
-             attention_kwargs={"reference": inputs["reference"]})
-    with attention_order(device):
-        sample(2)
-        return summary([timed(lambda: sample(cfg.steps), device)])
+    def sample(steps=cfg.steps):
+        with attention_order(device):
+            pipe(prompt_embeds=inputs["text"], negative_prompt_embeds=-inputs["text"], height=cfg.height,
+                 width=cfg.width, guidance_scale=6.0, num_frames=clip_frames(cfg.frames), num_inference_steps=steps,
+                 attention_kwargs={"reference": inputs["reference"]})
+    sample(2)
+    yield f"a sample of {cfg.steps} steps", sample, 1
 
 
 def measure(cfg):
     """Everything, in parts. What is measured so far stays in --json, whatever happens to the rest."""
     device = use_device(cfg.device)
-    dtype = compute_dtype(device)
-    tokens = {task: 226 + (1 + frames) * cfg.height * cfg.width // 256 for task, (_, frames) in shapes(cfg).items()}
-    on = {**asdict(cfg), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-          "torch": torch.__version__, "cuda": torch.version.cuda, "diffusers": diffusers.__version__,
-          "peft": peft.__version__, "base": str(dtype), "LoRA": "torch.float32", "tokens": tokens}
-    ceiling = matmul_ceiling(device, dtype)
-    print(", ".join(f"{k} {v}" for k, v in on.items()), f"\nmatrix product: {ceiling / 1e12:.1f} TFLOP/s\n")
-    rest = {}
-    results = {"on": on, "ceiling_tflops": ceiling / 1e12, "rest": rest}
-    ours, stock, parameters = build(cfg, device, dtype)
-    steps = results["steps"] = measure_steps(cfg, device, ours, stock, ceiling)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    versions = {library.__name__: library.__version__ for library in (torch, diffusers, peft)}
+    on = {**asdict(cfg), "device": name, **versions}
+    print(", ".join(f"{k} {v}" for k, v in on.items()))
+    ours, stock, parameters = build(cfg, device, compute_dtype(device))
+    steps, rest = measure_steps(cfg, device, ours, stock), {}
+    results = {"on": on, "steps": steps, "rest": rest}
     table([{"task": task, "arm": name, **row} for task, arms in steps.items() for name, row in arms.items()])
     save(cfg, results)
-    rest |= measure_rest_of_a_step(cfg, device, ours, parameters)
-    results["hours"] = {name: 4000 / 3600 * (rest["optimiser step, fused"]["seconds"]
-                                             + 0.8 * 256 * steps["image"][name]["seconds"] / cfg.image_micro
-                                             + 0.2 * 32 * steps["video"][name]["seconds"] / cfg.video_micro)
-                        for name in steps["image"]}
-    print("hours of this device for the paper's 4,000 steps (256 pairs or 32 clips, p = 0.2):")
-    table([{"arm": name, "hours": hours} for name, hours in results["hours"].items()])
-    save(cfg, results)
     del stock
-    vae, times = measure_vae(cfg, device, dtype)
-    rest |= times
-    save(cfg, results)
-    rest[f"a sample of {cfg.steps} steps"] = measure_sample(cfg, device, dtype, ours, vae)
-    save(cfg, results)
-    table([{"what": name, **row} for name, row in rest.items()])
+    for parts in (rest_of_a_step(cfg, device, ours, parameters), sampling(cfg, device, ours)):
+        for what, work, calls in parts:
+            times = [timed(work, device) for _ in range(calls)]
+            rest[what] = summary(times[calls // 2:])  # the first half warms up
+            save(cfg, results)
+    table([{"what": what, **row} for what, row in rest.items()])
 
 
 def main(cfg):
