@@ -14,7 +14,7 @@ and a sample; --json is written after each part.
 import json
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -291,21 +291,20 @@ def summary(times):
 def measure_steps(cfg, device, ours, stock):
     """{task: {arm: its times, memory, speed, and hours for the paper's steps}}: the arms take turns."""
     scheduler, results = scheduler_5b(), {}
-    arms = {name: arm for name, arm in ARMS.items()  # the compiler takes minutes on a CPU
-            if device.type == "cuda" or not (arm.compile or arm.order)}
+    arms = {name: arm for name, arm in ARMS.items() if device.type == "cuda" or not arm.compile}  # minutes on a CPU
+
+    def micro_batch(transformer, inputs):
+        with autocast(device):
+            loss = v_loss(transformer, scheduler, **inputs).mean()
+        loss.backward()
     for task, part, samples in (("image", 1, 3200 * 256), ("video", 4, 800 * 32)):
         inputs = random_inputs(cfg, task, device, compute_dtype(device))
         times, turns = {name: [] for name in arms}, max(1, cfg.repeats // part)
         for _ in range(cfg.warmup // part + turns):
             for name, arm in arms.items():
-                transformer = use(arm, task, ours, stock)
-
-                def micro_batch():
-                    with autocast(device):
-                        loss = v_loss(transformer, scheduler, **inputs).mean()
-                    loss.backward()
+                work = partial(micro_batch, use(arm, task, ours, stock), inputs)
                 with attention_order(device) if arm.order else nullcontext():
-                    times[name].append(timed(micro_batch, device))
+                    times[name].append(timed(work, device))
         results[task] = {name: summary(times[name][-turns:]) for name in arms}
         for name, row in results[task].items():
             row["tflop_per_s"] = count(cfg, task, replace(arms[name], compile=False))["tflop"] / row["seconds"]
