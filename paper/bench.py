@@ -165,9 +165,6 @@ class Counter(TorchDispatchMode):
         self.flops = self.moved = self.peak = 0
         self.storages = WeakIdKeyDictionary()  # those that were made under this counter and are alive: their bytes
 
-    def alive(self):
-        return sum(self.storages.values())
-
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = op(*args, **kwargs)
@@ -182,7 +179,7 @@ class Counter(TorchDispatchMode):
             self.moved += sum(min(x.numel() * x.itemsize, x.untyped_storage().nbytes()) for x in inputs + outputs)
         for x in fresh:
             self.storages[x.untyped_storage()] = x.untyped_storage().nbytes()
-        self.peak = max(self.peak, self.alive())
+        self.peak = max(self.peak, sum(self.storages.values()))
         return out
 
 
@@ -201,8 +198,8 @@ def as_on_a_gpu():
 
 
 def count_layers(cfg, task, arm):
-    """TFLOP, GB moved, GB kept from forward to backward, and GB of activations at the fullest, of one micro-batch.
-    Gradients exist already, as in DDP's buckets."""
+    """TFLOP, GB moved, and GB of activations at the fullest, of one micro-batch. Gradients exist already, as in DDP's
+    buckets."""
     cpu, bf16 = torch.device("cpu"), torch.bfloat16
     ours, stock, parameters = build(cfg, cpu, bf16, random=False)
     for parameter in parameters:
@@ -215,18 +212,17 @@ def count_layers(cfg, task, arm):
         with Counter() as counter:
             with torch.autocast("cpu", bf16):
                 loss = v_loss(transformer, scheduler, **inputs).mean()
-            kept = counter.alive()
             loss.backward()
-    return np.array([counter.flops / 1e3, counter.moved, kept, counter.peak]) / 1e9
+    return np.array([counter.flops / 1e3, counter.moved, counter.peak]) / 1e9
 
 
 @lru_cache
 def count(cfg, task, arm):
-    """TFLOP and GB at the fullest of all layers, extrapolated from 1 and 2 blocks; GB moved and kept of one block."""
+    """TFLOP and GB at the fullest of all layers, extrapolated from 1 and 2 blocks; GB moved in one block."""
     one, two = (count_layers(replace(cfg, layers=layers), task, arm) for layers in (1, 2))
     block = two - one
     whole = one + (cfg.layers - 1) * block
-    return {"tflop": whole[0], "gb_moved_per_block": block[1], "gb_kept_per_block": block[2], "gb_peak": whole[3]}
+    return {"tflop": whole[0], "gb_moved_per_block": block[1], "gb_peak": whole[2]}
 
 
 # Flags of train.py for a GPU of so many GB; t5: T5 is on the GPU, too
