@@ -241,8 +241,7 @@ def write_results(cfg):
     """paper/RESULTS.md, from the files in --results alone. The words around the tables stand in RESULTS.template.md."""
     results = load_results(cfg)
     tables = [*(paper_table(table, results) for table in TABLES), single_picture_table(results)]
-    figures = [f"![{figure}](../assets/{figure}.png)\n\n`python -m paper.ablate {figure}`" for figure in FIGURES
-               if Path(f"assets/{figure}.png").is_file()]
+    figures = [f"![{figure}](../assets/{figure}.png)\n\n`python -m paper.ablate {figure}`" for figure in FIGURES]
     template = Path(__file__).with_name("RESULTS.template.md").read_text(encoding="utf-8")
     write(Path("paper/RESULTS.md"), template.format(
         n=cfg.n, sample_steps=cfg.sample_steps, findings=finding_table(set(ROWS), results, cfg),
@@ -291,11 +290,11 @@ def draw_dose(cfg, results):
     for axis, (column, title) in zip(axes, panels.items()):
         for suffix, label, colour in (("", "at latent frame 1 (the paper)", gradcos.COLOURS[0]),
                                       ("-any-frame", "at any latent frame", gradcos.COLOURS[1])):
-            doses = [(ROWS[row].get("p", 0.2), [r["scores"][column] for r in results[row].values()])
-                     for row in FIGURES["dose"] if row.endswith("-any-frame") == bool(suffix)]
-            x = [p for p, _ in doses]
-            axis.fill_between(x, [min(v) for _, v in doses], [max(v) for _, v in doses], color=colour, alpha=0.2)
-            axis.plot(x, [np.mean(v) for _, v in doses], "o-", color=colour, label=label)
+            doses = {ROWS[row].get("p", 0.2): [r["scores"][column] for r in results[row].values()]
+                     for row in FIGURES["dose"] if row.endswith("-any-frame") == bool(suffix)}
+            lowest, mean, highest = ([f(v) for v in doses.values()] for f in (min, np.mean, max))
+            axis.fill_between(list(doses), lowest, highest, color=colour, alpha=0.2)
+            axis.plot(list(doses), mean, "o-", color=colour, label=label)
         axis.set(title=title, xlabel="p, the share of video steps", ylim=(-2, 102))
     axes[0].set(ylabel="per cent")
     axes[2].legend(frameon=False, title="the target of an image step")
