@@ -220,9 +220,8 @@ def count_layers(cfg, task, arm):
 def count(cfg, task, arm):
     """TFLOP and GB at the fullest of all layers, extrapolated from 1 and 2 blocks; GB moved in one block."""
     one, two = (count_layers(replace(cfg, layers=layers), task, arm) for layers in (1, 2))
-    block = two - one
-    whole = one + (cfg.layers - 1) * block
-    return {"tflop": whole[0], "gb_moved_per_block": block[1], "gb_peak": whole[2]}
+    tflop, _, peak = (one + (cfg.layers - 1) * (two - one)).tolist()
+    return {"tflop": tflop, "gb_moved_per_block": (two - one).tolist()[1], "gb_peak": peak}
 
 
 # Flags of train.py for a GPU of so many GB; t5: T5 is on the GPU, too
