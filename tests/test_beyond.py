@@ -1,19 +1,17 @@
 """Beyond the paper: --image_frame, where an image step's target stands in time, and guidance on the picture. Beyond a
-CPU: a GPU's dtype and number. And the toy as a newcomer has it: its first command, cached prompts, the notebook."""
+CPU: a GPU's dtype and number. And the toy as a newcomer has it: its first command, the notebook."""
 import json
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 import model
 import sample
 import train
-from common import base, latents, media
+from common import base, media
 from common.args import find_device
 from tests.shared import LORA, ROOT, go_back, log_of, randomise_lora, run, weights_of
 
@@ -73,23 +71,6 @@ def test_the_toys_first_command_in_the_dtype_of_a_gpu(newcomer, monkeypatch):
     train.main(train.Config(**short, val_every=0, name="killed"))
     assert log_of("out/killed") == log_of("out/toy")
     assert torch.equal(weights_of("out/killed", 4), weights_of("out/toy", 4))
-
-
-def test_cached_prompts_give_the_same_losses_without_the_text_encoder(newcomer, knobs, monkeypatch):
-    """It leaves the pipeline, because diffusers would draw the samples' noise where its first module lies."""
-    cfg = train.Config(**{**knobs, "cls": "item", "cls_video": False, "val_every": 1, "name": "plain"})
-    same = {k: getattr(cfg, k) for k in "base images videos crop_jitter frames fps cls cls_video".split()}
-    latents.prepare_cache(latents.Latents(out="cache", prompts=True, device="cpu", **same))
-    encoders, cached = [], replace(cfg, name="cached", cache="cache")
-    monkeypatch.setattr(train.Validation, "measure", lambda self, step: encoders.append(self.pipe.text_encoder))
-    train.train(cfg)
-    train.train(cached)
-    plain, other = ([line["loss"] for line in log_of(f"out/{name}")] for name in ("plain", "cached"))
-    assert len(plain) == 6 and other == pytest.approx(plain, rel=1e-4)
-    assert encoders[0] is not None and encoders[-1] is None
-    for change in (dict(crop_jitter=0.1), dict(cls="front"), dict(cls_video=True)):
-        with pytest.raises(ValueError, match="made with other settings"):
-            train.train(replace(cached, name="x", **change))
 
 
 def test_each_rank_of_a_machine_has_its_own_gpu(monkeypatch):
