@@ -9,7 +9,6 @@ there is OUT_val, the held-out part that training never sees. Counts of what was
 printed at the end and kept in OUT/prepare.json.
 """
 import argparse
-import errno
 import hashlib
 import json
 import os
@@ -174,8 +173,7 @@ TIMEOUT, MAX_SECONDS = 30.0, 600.0  # without an answer, and of a whole download
 STOP = threading.Event()  # Ctrl-C: downloads that are under way end too
 
 # Titles are said to end like this. Left in, it tells the two tasks apart in the text alone.
-BOILERPLATE = ["· Free Stock Video", "· Free Stock Footage", "- Pexels Videos", "| Pexels Videos", "· Pexels",
-               "- Pexels", "| Pexels", "Free Stock Video"]
+BOILERPLATE = re.compile(r"([ ·|\u2013-]*(Free Stock (Video|Footage)|[·|-] Pexels( Videos)?))+$", re.IGNORECASE)
 
 
 def rest(seconds):
@@ -244,8 +242,6 @@ def fetch_clip(session, folder, name, row, cfg):
             os.replace(part, final)
         return "kept", ""
     except (OSError, urllib3.exceptions.HTTPError) as e:
-        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise  # a full disk is not the link's fault
         return "failed", f"{type(e).__name__}: {e}"
     except ValueError as e:  # too short, or not a video
         return "filtered", str(e).replace(str(part), url)
@@ -261,10 +257,9 @@ def candidates(cfg, manifest):
     # Held-out clips come from a fixed hundredth of the list (more of a short one), however large n is. The share stays
     # with the folder: were it drawn again for a longer list, held-out clips could end up in training.
     part = manifest.setdefault("part", cfg.val and min(0.5, max(0.01, 4 * cfg.val / max(len(rows), 1))))
-    ending = re.compile(rf"([ ·|\u2013-]*({'|'.join(map(re.escape, BOILERPLATE))}))+$", re.IGNORECASE)
     chosen, unfit, stripped = {"val": [], "train": []}, Counter(), 0
     for row in rows:
-        row["title"], endings = ending.subn("", (row["title"] or "").strip())
+        row["title"], endings = BOILERPLATE.subn("", (row["title"] or "").strip())
         stripped += endings
         length = re.fullmatch(r"PT(\d+)M(\d+)S", str(row.get("duration")))  # in another form: the clip will tell
         reasons = {"not safe for work": row.get("sfw") is False, "no title": not row["title"],
