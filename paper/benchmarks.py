@@ -45,14 +45,12 @@ class Controls:
     out: str = knob("out/controls", "folder to write: the benchmark, and a folder of videos for each control")
     n: int = knob(96, "creatures, 96 at most")
 
-    def __post_init__(self):
-        check(self, positive="n")
-
 
 def make_controls(cfg):
     """Videos of the toy that show what a metric can and cannot see: the true clips, the reference as a still, another
     creature's clips, the true clips with their frames in random order; and other true clips, for FVD."""
     from toy import world
+    check(cfg, positive="n")
     out, rng = Path(cfg.out), np.random.default_rng(0)
     world.write_bench(out / "refs", cfg.n)
     test = draw_test_set(cfg.n)

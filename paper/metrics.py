@@ -10,7 +10,6 @@ script and are here; paper/motion.py, fvd.py and opens2v.py have the others. A m
 is a "-" and a line that says what to get; the others still run.
 """
 import dataclasses
-import importlib.metadata
 import json
 import re
 import sys
@@ -94,10 +93,10 @@ def similarity(frames, other):
     the whole reference picture (D,), mean over frames. A folder's score is the mean over its videos. Sources:
     DreamVideo's script; for DINO-I DreamBooth (arXiv 2208.12242).
 
-    CLIP-T asks whether the video shows what the prompt says; the paper's rows lie between 27 and 34. It is blind to
-    motion ("walks left") and to who the subject is. CLIP-I and DINO-I ask whether it shows what the reference shows.
-    They compare whole pictures: a still copy of the reference wins, a video that follows the prompt into another scene
-    loses. DINO learned without captions, so it keeps what tells two dogs apart, which CLIP may drop.
+    CLIP-T asks whether the video shows what the prompt says. It is blind to motion ("walks left") and to who the
+    subject is. CLIP-I and DINO-I ask whether it shows what the reference shows. They compare whole pictures: a still
+    copy of the reference wins, a video that follows the prompt into another scene loses. DINO learned without captions,
+    so it keeps what tells two dogs apart, which CLIP may drop.
     """
     return 100 * (frames @ other).mean().item()
 
@@ -137,13 +136,6 @@ def noting(problems, name, advice=""):
         yield
     except (ValueError, OSError) as e:
         problems[name] = advice + str(e).partition("\n")[0]
-
-
-def read_video(path):
-    """(uint8 frames of (H,W,3), frames per second) of a whole video. ValueError when it cannot be read."""
-    with open_clip(path) as stream:
-        frames = [np.array(as_shown(frame, stream)) for frame in stream.container.decode(stream)]
-        return frames, rate_of(stream)
 
 
 def load_tools(cfg, device):
@@ -204,12 +196,11 @@ def fvd_rows(made, real, classes):
 def toy_scores(frames):
     """{score: 0 to 1 for each} of the toy's videos {id: frames}. The rules, and what fools them: score_videos."""
     test = creatures.draw_test_set()
-    number = {f"creature-{i}": i for i in range(len(test.prompts))}
-    if unknown := frames.keys() - number.keys():
+    ids = [f"creature-{i}" for i in range(len(test.prompts))]
+    if unknown := frames.keys() - set(ids):
         raise ValueError(f"--toy True: {min(unknown)} is no id of python -m toy.world bench")
-    which = [number[name] for name in frames]
-    test = dataclasses.replace(test, creatures=test.creatures[which], fields=test.fields[which],
-                               directions=test.directions[which])
+    which = [ids.index(name) for name in frames]
+    test = dataclasses.replace(test, **{k: getattr(test, k)[which] for k in ("creatures", "fields", "directions")})
     small = [np.stack([np.asarray(Image.fromarray(f).resize((creatures.SIZE,) * 2, Image.BOX)) for f in v])
              for v in frames.values()]
     return creatures.score_each(small, test)
@@ -220,7 +211,9 @@ def score_folder(cfg, folder, bench, tools):
     videos, problems, features, toys, fps = {}, {}, {}, {}, None
     for name, entry in tqdm(bench.items(), str(folder)):
         with noting(problems, name):
-            frames, fps = read_video(Path(folder, f"{name}.mp4"))
+            with open_clip(Path(folder, f"{name}.mp4")) as stream:
+                frames = [np.array(as_shown(frame, stream)) for frame in stream.container.decode(stream)]
+                fps = rate_of(stream)
             if len(frames) < 3:
                 raise ValueError(f"too short: {len(frames)} frames")
             reference = None
@@ -250,11 +243,11 @@ def score_folder(cfg, folder, bench, tools):
 
 def mean_scores(videos):
     """{metric: {"value": mean over the videos that have it, "n": how many have}}."""
-    table = {}
-    for metric in dict.fromkeys(metric for scores in videos.values() for metric in scores):
-        values = [scores[metric] for scores in videos.values() if metric in scores]
-        table[metric] = {"value": float(np.mean(values)), "n": len(values)}
-    return table
+    values = {}
+    for scores in videos.values():
+        for metric, value in scores.items():
+            values.setdefault(metric, []).append(value)
+    return {metric: {"value": float(np.mean(found)), "n": len(found)} for metric, found in values.items()}
 
 
 def print_table(tables):
@@ -279,7 +272,6 @@ def score(cfg):
     tools, missing = load_tools(cfg, find_device(cfg.device))
     if not cfg.vbench:
         missing["Motion Smooth."] = "run VBench in its own environment (paper/NOTES.md), pass its result as --vbench"
-    versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "numpy", "pillow", "av")}
     tables, real = {}, None
     for folder in cfg.dirs:
         videos, problems, features, fps = score_folder(cfg, folder, bench, tools)
@@ -290,8 +282,8 @@ def score(cfg):
             problems |= real[2]
         if cfg.opens2v:
             table |= opens2v.rows(cfg.opens2v)
-        record = {"settings": dataclasses.asdict(cfg), "versions": versions, "missing": missing, "table": table,
-                  "videos": videos, "unusable": problems}
+        record = {"settings": dataclasses.asdict(cfg), "missing": missing, "table": table, "videos": videos,
+                  "unusable": problems}
         write(Path(folder, "results.json"), json.dumps(record, indent=1))
         print(f"{folder}: {len(videos)} of {len(bench)} videos scored, {len(problems)} problems; wrote results.json",
               *(f"  {name}: {why}" for name, why in problems.items()), sep="\n")
@@ -301,10 +293,9 @@ def score(cfg):
 
 
 if __name__ == "__main__":
-    commands = {"bench": (benchmarks.Bench, benchmarks.make_bench),
-                "controls": (benchmarks.Controls, benchmarks.make_controls)}
-    if sys.argv[1:] and sys.argv[1] in commands:
-        config, action = commands[sys.argv[1]]
-        command_line(action, config, action.__doc__, sys.argv[2:])
+    if sys.argv[1:2] == ["bench"]:
+        command_line(benchmarks.make_bench, benchmarks.Bench, benchmarks.make_bench.__doc__, sys.argv[2:])
+    elif sys.argv[1:2] == ["controls"]:
+        command_line(benchmarks.make_controls, benchmarks.Controls, benchmarks.make_controls.__doc__, sys.argv[2:])
     else:
         command_line(score, Config, __doc__, positional="dirs")

@@ -85,7 +85,7 @@ def flow_class(frames, flow, mask):
     if not mask.any():
         raise ValueError("its mask shows no foreground")
     length = np.mean([np.linalg.norm(flow(frames[0], frame), axis=2) for frame in frames[1:]], axis=0)  # (H,W)
-    foreground = length[mask].mean()
     if not mask.all() and length[~mask].mean() > 10:
         return "camera"
+    foreground = length[mask].mean()
     return "small" if foreground <= 25 else "medium" if foreground <= 50 else "large"
