@@ -8,6 +8,7 @@ Each can be stopped at any moment: the same command fetches what is missing. Bes
 that training never sees. What was kept, and why the rest was not, is counted in OUT/prepare.json.
 """
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -207,6 +208,8 @@ def fetch_clip(session, folder, name, row, cfg):
         os.replace(part, final)
         return "kept", ""
     except (OSError, urllib3.exceptions.HTTPError) as e:
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise  # a full disk is not the link's fault
         return "failed", f"{type(e).__name__}: {e}"
     except ValueError as e:  # too short, or not a video
         return "filtered", str(e).replace(str(part), url)
