@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from common.args import check, command_line, find_device, knob, refuse_overwriting
-from common.base import attention_order, frame_size, load_pipeline, sampling_dtype, tile_vae, warn_of_another_size
+from common.base import (attention_order, compute_dtype, frame_size, load_pipeline, tile_large_clips, tile_vae,
+                         warn_of_another_size)
 from common.find import ROOT, find_lora
 from common.jobs import jobs_of_bench, jobs_of_flags, refuse_outputs, report, share_out
 from common.media import clip_frames, contact_sheet, fit_reference, normalise, save_video, to_pixels
@@ -87,7 +88,7 @@ def load(lora="", base="", device="cpu", use_lora=True, int8=False, lora_scale=1
     if not Path(base).exists() and (ROOT / base).exists():
         base = ROOT / base  # "toy/base" means ours, wherever we are called from
     print(f"base {base}, LoRA {file if use_lora else 'none'}", file=sys.stderr)
-    dtype = sampling_dtype(base, find_device(device))
+    dtype = compute_dtype(find_device(device))
     pipe = load_pipeline(base, dtype, int8=int8, asked=device)  # in RAM: the caller moves or offloads it
     if use_lora:
         load_lora(pipe.transformer, file)
@@ -247,7 +248,7 @@ def main(cfg):
         decode_what_fits(pipe.vae)
     else:
         pipe.vae.to("cpu")
-        tile_vae(pipe.vae)
+        tile_large_clips(pipe.vae, height, width, frames)
         if cfg.offload == "model":
             pipe.enable_model_cpu_offload(device=device)
         else:

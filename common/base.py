@@ -34,31 +34,15 @@ def attention_order(device):
 
 
 def tile_vae(vae):
-    """Let the VAE work in overlapping tiles, one sample at a time, to save memory (A.2).
-
-    Where tiles overlap by a fraction of a latent pixel (tiny VAEs) diffusers would return another size: then it goes on
-    with whole frames, and a line says so."""
+    """Let the VAE work in overlapping tiles, one sample at a time, to save memory (A.2)."""
     vae.enable_slicing()
     vae.enable_tiling()
-    overlaps = (vae.tile_latent_min_height * vae.tile_overlap_factor_height,
-                vae.tile_latent_min_width * vae.tile_overlap_factor_width)
-    if any(abs(latents - round(latents)) > 1e-6 for latents in overlaps):
-        print("this VAE's tiles do not fit together: no tiling", file=sys.stderr)
-        vae.disable_tiling()
 
 
 def tile_large_clips(vae, height, width, frames):
     """Tile where a clip is more than one call of the VAE can take (model.VAE_PIXELS)."""
     if frames * height * width > VAE_PIXELS:
         tile_vae(vae)
-
-
-def sampling_dtype(base, device):
-    """compute_dtype, but float16 for CogVideoX-2b (no RoPE) on a GPU, because it was trained in float16."""
-    dtype = compute_dtype(device)
-    if dtype == torch.bfloat16 and not read_config(base).get("use_rotary_positional_embeddings"):
-        return torch.float16
-    return dtype
 
 
 def load_pipeline(base, dtype=torch.float32, int8=False, without=(), asked="cpu"):

@@ -90,8 +90,6 @@ def describe(cfg, run, parameters, datasets, size, start, device):
     print0(f"{run}: {sum(p.numel() for p in parameters):,} trainable parameters in {len(parameters) // 2} LoRA modules,"
            f" {size[1]}x{size[0]}, {', '.join(f'{len(d)} {t}s' for t, d in datasets.items())}, "
            f"{rank_and_world_size()[1]} rank(s) on {device}" + (f", going on from step {start}" if start else ""))
-    if start == cfg.steps:
-        print0("the run is complete: only its end is measured now; for a whole curve start another --name")
 
 
 class Log:

@@ -29,9 +29,6 @@ def divide_batches(cfg, world_size):
         if fits != micro:
             print0(f"--{task}_micro {micro} is now {fits}: it must divide {batch} samples on {world_size} rank(s)")
         cfg = replace(cfg, **{f"{task}_batch": batch, f"{task}_micro": fits})
-    if cfg.task_schedule == "mixed":
-        print0(f"--task_schedule mixed: {cfg.image_batch // cfg.image_micro} coins a step, each for {cfg.image_micro} "
-               f"pairs or {cfg.video_micro} clips (--image_micro, --video_micro)")
     return cfg
 
 

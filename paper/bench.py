@@ -8,8 +8,8 @@ diffusers and peft: nothing is downloaded.
 The arms of an experiment take turns, one micro-batch each (forward, recomputation, backward): stock (LoRA in float32
 under autocast, everything recomputed), stock once more (what differs there is noise), ours with all levers off, with
 each alone, and with all. "hours" are those of the paper's 3,200 image steps or 800 video steps, without the loader, T5
-and the VAE, as with --cache. Then the rest of a step, a matrix product (its speed is what the device can do), the VAE
-and a sample; --json is written after each part.
+and the VAE, as with --cache. MFU counts the FLOPs without recomputation, HFU those really done, both as a share of a
+matrix product's speed in that run. Then the rest of a step, the VAE and a sample; --json is written after each part.
 """
 import json
 from contextlib import contextmanager, nullcontext
@@ -40,6 +40,7 @@ from common.base import attention_order, autocast, compute_dtype, tile_vae
 from common.log import Moment
 from common.media import clip_frames, latent_frames
 from common.run import save_checkpoint, write
+from common.setup import compile_blocks
 from model import SubjectTransformer, add_lora, encode_moments, save_lora, v_loss
 
 
@@ -122,7 +123,7 @@ def use(arm, task, ours, stock):
     ours.checkpointing = arm.image if task == "image" else arm.video
     ours.__dict__.pop("run_block", None)
     if arm.compile:
-        ours.compile_blocks()
+        compile_blocks(ours)
     for module in ours.modules():
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = not arm.rounded
@@ -285,7 +286,10 @@ def summary(times):
 
 def measure_steps(cfg, device, ours, stock):
     """{task: {arm: its times, memory, speed, and hours for the paper's steps}}: the arms take turns."""
-    scheduler, results = scheduler_5b(), {}
+    scheduler, results, side = scheduler_5b(), {}, 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, side, side, device=device, dtype=compute_dtype(device))
+    product = summary([timed(lambda: a @ b, device) for _ in range(20)][5:])["seconds"]
+    ceiling = 2 * side**3 / 1e12 / product  # TFLOP/s of a large matrix product: what the device can do
     arms = {name: arm for name, arm in ARMS.items() if device.type == "cuda" or not arm.compile}  # minutes on a CPU
 
     def micro_batch(transformer, inputs):
@@ -301,14 +305,17 @@ def measure_steps(cfg, device, ours, stock):
                 with attention_order(device) if arm.order else nullcontext():
                     times[name].append(timed(work, device))
         results[task] = {name: summary(times[name][-turns:]) for name in arms}
+        useful = count(cfg, task, Arm(image="none", video="none"))["tflop"]  # without recomputation
         for name, row in results[task].items():
-            row["tflop_per_s"] = count(cfg, task, replace(arms[name], compile=False))["tflop"] / row["seconds"]
+            done = count(cfg, task, replace(arms[name], compile=False))["tflop"]
+            row["tflop_per_s"] = done / row["seconds"]
+            row["mfu"], row["hfu"] = (tflop / row["seconds"] / ceiling for tflop in (useful, done))
             row["hours"] = samples / shapes(cfg)[task][0] * row["seconds"] / 3600
     return results
 
 
 def rest_of_a_step(cfg, device, ours, parameters):
-    """Yields (what, work, calls): clipping and AdamW, as in train.py; PCGrad, a checkpoint, gradcos, a product."""
+    """Yields (what, work, calls): clipping and AdamW, as in train.py; PCGrad, a checkpoint, gradcos."""
     optimizer, pcgrad, scheduler = torch.optim.AdamW(parameters, fused=True), gradcos.PCGrad(4), scheduler_5b()
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
@@ -330,9 +337,6 @@ def rest_of_a_step(cfg, device, ours, parameters):
     yield "a checkpoint", checkpoint, 3
     yield "gradcos, a pair and a clip", lambda: gradcos.measure(losses_of, parameters), 3
     optimizer.zero_grad()
-    side = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, side, side, device=device, dtype=compute_dtype(device))
-    yield f"a product of {side} x {side} matrices", lambda: a @ b, 20
 
 
 def sampling(cfg, device, ours):
@@ -354,7 +358,7 @@ def sampling(cfg, device, ours):
     ours.fuse_lora()
     ours.unload_lora()
     if on_gpu:
-        ours.compile_blocks()
+        compile_blocks(ours)
     pipe = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=ours, scheduler=scheduler_5b())
     pipe.set_progress_bar_config(disable=True)
 

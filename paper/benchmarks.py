@@ -40,6 +40,17 @@ def make_bench(cfg):
     print(f"wrote {cfg.out}: {len(pictures)} pictures, {len(bench)} videos")
 
 
+# OpenS2V's weights for ids of all kinds (arXiv 2505.20292; people alone have others).
+OPENS2V = {"v1.0": dict(aesthetics=.12, motion=.12, face=.20, gme=.12, nexus=.20, natural=.24),
+           "v1.1": dict(aesthetics=.16, smoothness=.06, amplitude=.02, face=.20, gme=.12, nexus=.20, natural=.24)}
+
+
+def opens2v_total(scores, version):
+    """OpenS2V's total (Table 12) from the scores of its own scorers, {name: per cent}. KeyError when one is missing:
+    OpenS2V would count it as 0. Totals of v1.0 and v1.1 cannot be compared."""
+    return sum(weight * scores[name] for name, weight in OPENS2V[version].items())
+
+
 @dataclass
 class Controls:
     out: str = knob("out/controls", "folder to write: the benchmark, and a folder of videos for each control")

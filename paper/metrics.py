@@ -1,4 +1,4 @@
-"""The paper's metrics for a folder of videos (Tables 2, 11 and 12), each with its n.
+"""The paper's metrics for a folder of videos (Tables 2 and 11), each with its n.
 
     python -m paper.metrics bench --refs FOLDER --prompts FILE --out bench.json
     torchrun --nproc_per_node=8 sample.py --bench bench.json --images FOLDER --lora out/subject --out out/videos
@@ -6,7 +6,7 @@
     python -m paper.metrics controls --out out/controls                       # toy videos that fool metrics
 
 The paper calls its five columns VBench metrics. VBench has no CLIP-T, CLIP-I or DINO-I: those follow DreamVideo's
-script and are here; paper/motion.py, fvd.py and opens2v.py have the others. A metric whose weights or files are missing
+script and are here; paper/motion.py and fvd.py have the others. A metric whose weights or files are missing
 is a "-" and a line that says what to get; the others still run.
 """
 import dataclasses
@@ -29,7 +29,7 @@ from common.args import check, command_line, find_device, knob
 from common.media import (CLIP_SUFFIXES, as_shown, fit_reference, load_clip, load_image, open_clip, rate_of,
                           resize_center_crop)
 from model import REFERENCE_TOKEN
-from paper import benchmarks, fvd, motion, opens2v
+from paper import benchmarks, fvd, motion
 from common.jobs import read_bench
 from common.run import write
 
@@ -117,7 +117,6 @@ class Config:
     masks: str = knob("", "folder of ID.png, white on the foreground of each real clip's first frame; empty: all of it")
     fvd_frames: int = knob(49, "frames of FVD, from the start; shorter videos are left out")
     vbench: str = knob("", "VBench's result file of ONE folder, for motion smoothness")
-    opens2v: str = knob("", "folder of OpenS2V's result files of ONE folder, for its totals")
     toy: bool = knob(False, "also the toy's exact scores, for the ids of python -m toy.world bench")
     device: str = knob("", "cuda or cpu; empty takes cuda when there is one")
 
@@ -125,8 +124,8 @@ class Config:
         check(self, positive="frames")
         if self.fvd_frames < fvd.I3D_FRAMES:
             raise ValueError(f"--fvd_frames must be at least {fvd.I3D_FRAMES}, what I3D can see, got {self.fvd_frames}")
-        if len(self.dirs) > 1 and (self.vbench or self.opens2v):
-            raise ValueError("--vbench and --opens2v are results of one folder: score one at a time")
+        if len(self.dirs) > 1 and self.vbench:
+            raise ValueError("--vbench is the result of one folder: score one at a time")
 
 
 @contextmanager
@@ -280,8 +279,6 @@ def score(cfg):
             real = real or real_clips(cfg, tools, fps)
             table |= fvd_rows(features, *real[:2])
             problems |= real[2]
-        if cfg.opens2v:
-            table |= opens2v.rows(cfg.opens2v)
         record = {"settings": dataclasses.asdict(cfg), "missing": missing, "table": table, "videos": videos,
                   "unusable": problems}
         write(Path(folder, "results.json"), json.dumps(record, indent=1))

