@@ -287,9 +287,10 @@ def summary(times):
 def measure_steps(cfg, device, ours, stock):
     """{task: {arm: its times, memory, speed, and hours for the paper's steps}}: the arms take turns."""
     scheduler, results, side = scheduler_5b(), {}, 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, side, side, device=device, dtype=compute_dtype(device))
-    product = summary([timed(lambda: a @ b, device) for _ in range(20)][5:])["seconds"]
+    pair = torch.randn(2, side, side, device=device, dtype=compute_dtype(device))
+    product = summary([timed(partial(torch.matmul, *pair), device) for _ in range(20)][5:])["seconds"]
     ceiling = 2 * side**3 / 1e12 / product  # TFLOP/s of a large matrix product: what the device can do
+    del pair  # else the arms' peak memory would hold them
     arms = {name: arm for name, arm in ARMS.items() if device.type == "cuda" or not arm.compile}  # minutes on a CPU
 
     def micro_batch(transformer, inputs):

@@ -39,8 +39,7 @@ PAPER = {"Motion Smooth.": 98.45, "Dynamic Degree": 69.64, "CLIP-T": 32.69, "CLI
 # ---- CLIP-T, CLIP-I, DINO-I ------------------------------------------------------------------------------------------
 
 def preprocess(pictures, resize, crop, mean, std):
-    """PIL pictures -> (B,3,crop,crop), as torchvision's Resize (of the short side, bicubic), CenterCrop, ToTensor and
-    Normalize would."""
+    """Pictures -> (B,3,crop,crop), as torchvision's Resize (short side, bicubic), CenterCrop, ToTensor, Normalize."""
     arrays = []
     for picture in pictures:
         w, h = picture.size
@@ -75,8 +74,7 @@ class Clip:
 
 
 class Dino:
-    """DINO (ViT-S/16): unit class tokens of pictures, (B,D). The preprocessor on its hub page is wrong; these numbers
-    are the original's."""
+    """DINO (ViT-S/16): unit class tokens of pictures, (B,D). Its preprocessor on the hub is wrong: this is its own."""
 
     def __init__(self, path, device):
         self.model = ViTModel.from_pretrained(path, add_pooling_layer=False).float().eval().to(device)

@@ -45,17 +45,18 @@ def share(text):
 
 def parquet_files(source):
     """{name: function that returns its path} of a data set's parquet files: a folder's, or a hub id's."""
+    def from_hub(get, *name):
+        try:
+            return get(source, *name, repo_type="dataset")
+        except Exception as e:  # its HTTP library has many kinds
+            raise FileNotFoundError(f"no folder {source}, and the download from the hub failed ({str(e)[:200]}). "
+                                    "Without network: download it elsewhere, then --source FOLDER")
     folder = Path(source)
     if folder.exists():
         found = {str(file.relative_to(folder)): partial(Path, file) for file in sorted(folder.glob("**/*.parquet"))}
     else:
-        try:
-            names = HfApi().list_repo_files(source, repo_type="dataset")
-        except Exception as e:  # its HTTP library has many kinds
-            raise FileNotFoundError(f"no folder {source}, and the download from the hub failed ({str(e)[:200]}). "
-                                    "Without network: download it elsewhere, then --source FOLDER")
-        found = {name: partial(hf_hub_download, source, name, repo_type="dataset")
-                 for name in sorted(names) if name.endswith(".parquet")}
+        names = sorted(name for name in from_hub(HfApi().list_repo_files) if name.endswith(".parquet"))
+        found = {name: partial(from_hub, hf_hub_download, name) for name in names}
     if not found:
         raise FileNotFoundError(f"{source} is no folder with *.parquet in it")
     return found
